@@ -1,0 +1,138 @@
+"""Silencing neurons: as a context manager while the model runs, or baked into a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import xarray as xr
+
+from minerlib.model import MLLM
+
+
+@contextmanager
+def deactivate(
+    mllm: MLLM,
+    neurons: xr.DataArray | np.ndarray,
+    modalities: Sequence[str] | None = None,
+    mode: Literal["zero", "mean", "min"] = "zero",
+    constants: xr.DataArray | None = None,
+) -> Iterator[MLLM]:
+    """Set the neurons' activation outputs to a constant while the block runs.
+
+    >>> with deactivate(mllm, neurons, modalities=["image"]):
+    ...     table = evaluate(mllm, bench)
+
+    neurons bool [modality, layer, neuron]; modalities defaults to all of them. The constant holds
+    at every token, in the prompt and in generation: 0; or, recorded during scoring and passed as
+    constants=scores, each neuron's `mean` or its layer's minimum (`min`; the paper's code takes
+    the minimum of whatever tensor is at hand, which depends on batch, padding and decode step).
+    """
+    chosen = _union(mllm, neurons, modalities)
+    values = _constants(mode, constants, chosen)
+    index, value = {}, {}
+    for layer in np.flatnonzero(chosen.any(-1)).tolist():
+        index[layer] = torch.from_numpy(np.flatnonzero(chosen[layer]))
+        value[layer] = torch.as_tensor(values[layer][chosen[layer]])
+
+    def silence(layer, x):
+        if index[layer].device != x.device or value[layer].dtype != x.dtype:
+            index[layer], value[layer] = index[layer].to(x.device), value[layer].to(x)
+        if torch.is_grad_enabled():
+            x = x.clone()  # in place would break the activation's own backward pass
+        x[..., index[layer]] = value[layer]
+        return x
+
+    with mllm.tap(activation=silence, layers=list(index)):
+        yield mllm
+
+
+def export(
+    mllm: MLLM,
+    neurons: xr.DataArray | np.ndarray,
+    folder: str | Path,
+    modalities: Sequence[str] | None = None,
+    note: str = "",
+) -> Path:
+    """Write a checkpoint whose weights silence the neurons (mode zero), loadable by any engine.
+
+    A neuron reaches the rest of the model only through its column of the MLP's down projection,
+    so that column becomes 0. The model in memory is unchanged. Raises ValueError for layers
+    without a plain down_proj weight, such as quantised ones.
+    """
+    chosen = _union(mllm, neurons, modalities)
+    state = dict(mllm.model.state_dict())
+    names = {module: name for name, module in mllm.model.named_modules()}
+    for layer in np.flatnonzero(chosen.any(-1)).tolist():
+        projection = _down_projection(mllm, layer)
+        key = f"{names[projection]}.weight"
+        state[key] = state[key].clone()
+        state[key][:, torch.from_numpy(chosen[layer]).to(state[key].device)] = 0
+    folder = Path(folder)
+    mllm.model.save_pretrained(folder, state_dict=state)
+    mllm.processor.save_pretrained(folder)
+    how = {k: v for k, v in getattr(neurons, "attrs", {}).items()}
+    counts = "\n".join(f"| {i} | {int(c)} |" for i, c in enumerate(chosen.sum(-1)))
+    (folder / "README.md").write_text(
+        f"# {Path(mllm.name).name} with {int(chosen.sum())} neurons silenced\n\n"
+        f"Made with minerlib from `{Path(mllm.name).name}`: the down-projection columns of the "
+        f"neurons selected for {', '.join(modalities or _names(neurons))} are 0, so their "
+        f"activations have no effect. Selection: {how or 'given by hand'}. {note}\n\n"
+        f"| decoder layer | silenced of {mllm.n_neurons} |\n|---|---|\n{counts}\n"
+    )
+    return folder
+
+
+def _names(neurons) -> list[str]:
+    given = getattr(neurons, "modality", np.arange(len(neurons)))
+    return [str(m) for m in np.asarray(given)]
+
+
+def _union(mllm: MLLM, neurons, modalities) -> np.ndarray:
+    """The neurons of the named modalities as one mask, bool [layer, neuron]."""
+    values = np.asarray(neurons)
+    expected = (mllm.n_layers, mllm.n_neurons)
+    if values.dtype != bool or values.ndim != 3 or values.shape[1:] != expected:
+        raise ValueError(
+            f"neurons is {values.dtype} {values.shape}; {mllm.name} needs bool [modality, layer, "
+            f"neuron] with (layer, neuron) = {expected}"
+        )
+    if modalities is None:
+        return values.any(0)
+    if isinstance(modalities, str):
+        modalities = [modalities]
+    names = _names(neurons)
+    if missing := sorted(set(modalities) - set(names)):
+        raise ValueError(f"no neurons of modality {missing}; there are {names}")
+    return values[[names.index(m) for m in modalities]].any(0)
+
+
+def _constants(mode: str, constants, chosen: np.ndarray) -> np.ndarray:
+    """The value of each neuron when silenced, float32 [layer, neuron]."""
+    if mode == "zero":
+        return np.zeros(chosen.shape, np.float32)
+    if mode not in ("mean", "min"):
+        raise ValueError(f"unknown mode {mode!r}; use zero, mean or min")
+    name = f"activation_{mode}"
+    if constants is None or name not in constants.coords:
+        raise ValueError(
+            f"mode {mode!r} needs the constants recorded during scoring: pass constants=scores, "
+            "the result of score or aggregate"
+        )
+    values = constants[name].values
+    values = values[:, None] if mode == "min" else values
+    return np.broadcast_to(values, chosen.shape).astype(np.float32)
+
+
+def _down_projection(mllm: MLLM, layer: int) -> torch.nn.Module:
+    for module in mllm.layers[layer].modules():
+        down = getattr(module, "down_proj", None)
+        if down is not None and mllm.activations[layer] in list(module.children()):
+            if not getattr(getattr(down, "weight", None), "is_floating_point", bool)():
+                raise ValueError(f"layer {layer}: down_proj is quantised; export needs float weights")
+            return down
+    raise ValueError(f"layer {layer}: no down_proj beside the activation; export cannot silence it")

@@ -1,0 +1,152 @@
+"""Stage 4, selection: which neurons are modality-specific (paper section 3.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+from minerlib.scoring import METRICS
+from minerlib.separation import SPLITS
+
+PAPER_WEIGHTS = {"prob": 0.0, "mean": 0.25, "max": 0.25, "attn_k": 0.5, "attn_q": 0.0}
+"""The paper's default weighting of the five metrics."""
+
+WEIGHTINGS = {
+    "default": PAPER_WEIGHTS,
+    **{metric: {metric: 1.0} for metric in METRICS},
+    "mean+max": {"mean": 0.5, "max": 0.5},
+    "attn_k+attn_q": {"attn_k": 0.5, "attn_q": 0.5},
+    "mean+max+attn_q": {"mean": 0.25, "max": 0.25, "attn_q": 0.5},
+    "all": dict.fromkeys(METRICS, 0.2),
+}
+"""The metric weightings that the paper compares."""
+
+STRATEGIES = ("adaptive", "LA_MU", "LU_MA", "uniform", "random")
+"""LA / LU: layers adaptive / uniform; MA / MU: modalities adaptive / uniform."""
+
+RATIOS = (0.001, 0.005, 0.01, 0.015, 0.02, 0.05, 0.1)
+"""The shares of neurons that the paper compares."""
+
+
+def select(
+    scores: xr.DataArray,
+    ratio: float = 0.02,
+    strategy: str = "LA_MU",
+    weights: Mapping[str, float] | Sequence[float] = PAPER_WEIGHTS,
+    split: str = "special_text_separate",
+    seed: int = 0,
+) -> xr.DataArray:
+    """The selected neurons, bool [modality, layer, neuron] over the split's sets that occur.
+
+    With budget K = int(ratio L N) and V the weighted score:
+    adaptive  top K of the sum of V over modalities, each given to its highest modality;
+    LA_MU     per modality the top K // M of all layers;
+    LU_MA     per layer the top K // L of all (modality, neuron);
+    uniform   per layer and modality the top K // (M L);
+    random    K neurons drawn from all without replacement, dealt out to the modalities.
+    All but adaptive and random may pick one neuron for several modalities, so fewer than K
+    neurons are silenced: see `unique`. Ties go to the lower layer, then the lower neuron.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"unknown strategy {strategy!r}; use one of {STRATEGIES}")
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio is {ratio!r}; it is a share of all neurons, in (0, 1]")
+    modalities = modalities_of(scores, split)
+    value = weighted(scores.sel(modality=modalities), weights)
+    m, n_layers, n = value.shape
+    budget = int(ratio * n_layers * n)
+    mask = np.zeros(value.shape, bool)
+    if strategy == "adaptive":
+        chosen = _top(value.sum(0).reshape(1, -1), budget).reshape(n_layers, n)
+        np.put_along_axis(mask, value.argmax(0)[None], chosen[None], 0)
+    elif strategy == "LA_MU":
+        mask = _top(value.reshape(m, -1), budget // m).reshape(value.shape)
+    elif strategy == "LU_MA":
+        by_layer = value.transpose(1, 0, 2).reshape(n_layers, -1)
+        mask = _top(by_layer, budget // n_layers).reshape(n_layers, m, n).transpose(1, 0, 2)
+    elif strategy == "uniform":
+        mask = _top(value.reshape(m * n_layers, n), budget // (m * n_layers)).reshape(value.shape)
+    else:
+        drawn = np.random.default_rng(seed).choice(n_layers * n, budget, replace=False)
+        mask.reshape(m, -1)[np.arange(budget) % m, drawn] = True
+    attrs = {"ratio": ratio, "strategy": strategy, "split": split, "budget": budget, "seed": seed}
+    coords = {"modality": modalities, "layer": scores.layer.values}
+    return xr.DataArray(mask, coords, ("modality", "layer", "neuron"), "neurons", attrs)
+
+
+def modalities_of(scores: xr.DataArray, split: str) -> list[str]:
+    """The split's sets that occur in the scored prompts."""
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; use one of {tuple(SPLITS)}")
+    held = set(scores.modality.values.tolist())
+    if "samples" in scores.coords:
+        held &= set(scores.modality.values[scores.samples.values > 0].tolist())
+    found = [name for name in SPLITS[split] if name in held]
+    if not found:
+        raise ValueError(f"split {split!r} needs {SPLITS[split]}; the scores hold {sorted(held)}")
+    return found
+
+
+def weighted(scores: xr.DataArray, weights: Mapping[str, float] | Sequence[float]) -> np.ndarray:
+    """The weighted score V, [modality, layer, neuron]; weights are non-negative and sum to 1."""
+    if not isinstance(weights, Mapping):
+        if len(weights) != len(METRICS):
+            raise ValueError(f"{len(weights)} weights, expected one for each of {METRICS}")
+        weights = dict(zip(METRICS, weights, strict=True))
+    if unknown := set(weights) - set(METRICS):
+        raise ValueError(f"unknown metric {sorted(unknown)} in weights; use {METRICS}")
+    if min(weights.values()) < 0 or abs(sum(weights.values()) - 1) > 1e-6:
+        raise ValueError(f"weights {weights} must be at least 0 and sum to 1")
+    w = np.array([weights.get(metric, 0) for metric in METRICS], np.float32)
+    values = scores.sel(metric=list(METRICS)).transpose("metric", "modality", "layer", "neuron")
+    return np.tensordot(w, values.values, 1)
+
+
+def _top(values: np.ndarray, k: int) -> np.ndarray:
+    """The k highest of each row as a mask; ties go to the lower index."""
+    mask = np.zeros(values.shape, bool)
+    if k:
+        border = np.partition(values, -k, axis=-1)[:, [-k]]
+        mask = values > border
+        tied = values == border
+        room = k - mask.sum(-1, keepdims=True)
+        mask |= tied & (tied.cumsum(-1) <= room)
+    return mask
+
+
+def unique(neurons: xr.DataArray) -> int:
+    """How many different neurons are selected, each counted once over the modalities."""
+    return int(neurons.any("modality").sum())
+
+
+def overlap(neurons: xr.DataArray) -> pd.DataFrame:
+    """Jaccard overlap of the modalities' neurons, modality by modality."""
+    sets = neurons.values.reshape(neurons.sizes["modality"], -1).astype(np.int64)
+    both, size = sets @ sets.T, sets.sum(1)
+    either = np.maximum(size[:, None] + size[None] - both, 1)
+    names = neurons.modality.values
+    return pd.DataFrame(both / either, names, names)
+
+
+def matched_random(neurons: xr.DataArray, seed: int, by_layer: bool = False) -> xr.DataArray:
+    """A random draw of as many unique neurons, bool [modality "random", layer, neuron].
+
+    by_layer keeps the number in each layer too: the stricter null, which asks whether the
+    neurons matter or merely the layers that they sit in.
+    """
+    rng = np.random.default_rng(seed)
+    union = neurons.any("modality").values
+    groups = union if by_layer else union.reshape(1, -1)
+    mask = np.zeros(groups.shape, bool)
+    for row, count in zip(mask, groups.sum(-1), strict=True):
+        row[rng.choice(row.size, count, replace=False)] = True
+    return xr.DataArray(
+        mask.reshape(1, *union.shape),
+        {"modality": ["random"], "layer": neurons.layer.values},
+        ("modality", "layer", "neuron"),
+        "neurons",
+        {"strategy": "matched_random", "by_layer": int(by_layer), "seed": seed},
+    )

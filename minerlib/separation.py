@@ -1,0 +1,43 @@
+"""Stage 1, modality separation: which prompt tokens belong to which set (paper section 3.1)."""
+
+from __future__ import annotations
+
+import torch
+
+from minerlib.model import KINDS, MLLM
+
+SETS = ("text", "special", "special_text", "image", "video", "audio", "prompt")
+"""The seven token sets, in the order of the scores' `modality` coordinate."""
+
+BASE_SETS = KINDS
+"""The five disjoint sets the others are unions of."""
+
+SPLITS = {
+    "prompt": ("prompt",),
+    "special_text_as_one": ("special_text", "image", "video", "audio"),
+    "special_text_separate": ("text", "special", "image", "video", "audio"),
+}
+"""How the prompt is cut into the modalities that neurons are selected for (stage 4)."""
+
+
+def separate(mllm: MLLM, batch) -> dict[str, torch.Tensor]:
+    """Token sets of encoded prompts: {set name: bool [batch, token]}, in the order of SETS.
+
+    The base sets text, special, image, video and audio partition each prompt; special_text and
+    prompt are unions. Padding belongs to no set. A set that does not occur is all False.
+    """
+    ids, real = batch["input_ids"], batch["attention_mask"].bool()
+    sets = {
+        kind: torch.isin(ids, torch.tensor(of_kind, device=ids.device, dtype=ids.dtype)) & real
+        for kind, of_kind in mllm.token_ids.items()
+    }
+    other = sets["special"] | sets["image"] | sets["video"] | sets["audio"]
+    sets["text"] = real & ~other
+    sets["special_text"] = sets["special"] | sets["text"]
+    sets["prompt"] = real
+    return {name: sets[name] for name in SETS}
+
+
+def stack(sets: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The sets as one mask, bool [batch, set, token], in the order of SETS."""
+    return torch.stack([sets[name] for name in SETS], dim=1)
