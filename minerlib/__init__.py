@@ -1,29 +1,37 @@
 """minerlib: find, silence and study modality-specific neurons in multimodal language models.
 
 The modules in the order in which data passes through them: model, benchmarks, separation,
-scoring, aggregation, selection, deactivation, evaluation, artifacts, plots.
+scoring, aggregation, selection, deactivation, evaluation, geometry, flow, artifacts, plots;
+workbook is what the notebooks open with.
 """
 
 from minerlib.aggregation import aggregate
 from minerlib.artifacts import Run
 from minerlib.benchmarks import benchmark
 from minerlib.deactivation import deactivate, export
+from minerlib.evaluation import compare, evaluate, prepare, summarise
 from minerlib.model import MLLM, load
 from minerlib.scoring import score
 from minerlib.selection import PAPER_WEIGHTS, matched_random, select
 from minerlib.separation import separate
+from minerlib.workbook import Workbook
 
 __all__ = [
     "MLLM",
     "PAPER_WEIGHTS",
     "Run",
+    "Workbook",
     "aggregate",
     "benchmark",
+    "compare",
     "deactivate",
+    "evaluate",
     "export",
     "load",
     "matched_random",
+    "prepare",
     "score",
     "select",
     "separate",
+    "summarise",
 ]

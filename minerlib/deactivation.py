@@ -133,6 +133,8 @@ def _down_projection(mllm: MLLM, layer: int) -> torch.nn.Module:
         down = getattr(module, "down_proj", None)
         if down is not None and mllm.activations[layer] in list(module.children()):
             if not getattr(getattr(down, "weight", None), "is_floating_point", bool)():
-                raise ValueError(f"layer {layer}: down_proj is quantised; export needs float weights")
+                raise ValueError(
+                    f"layer {layer}: down_proj is quantised; export needs float weights"
+                )
             return down
     raise ValueError(f"layer {layer}: no down_proj beside the activation; export cannot silence it")

@@ -66,7 +66,7 @@ def prepare(mllm: MLLM, bench: Benchmark, batch_size: int = 32, progress: bool =
     """Encode a benchmark once, for many evaluations of the same rows.
 
     All model inputs stay on the model's device: at a real model's size prepare as many rows as
-    fit there (Qwen2-VL: some 5 kB per image token in float32), or let `evaluate` encode anew.
+    fit there (Qwen2-VL: some 19 kB per image token in float32), or let `evaluate` encode anew.
     """
     batches, samples = [], {}
     for positions, batch, part in _encode(
@@ -93,13 +93,18 @@ def _encode(mllm: MLLM, bench: Benchmark, batch_size: int, text: str, progress: 
 
 
 def evaluate(
-    mllm: MLLM, bench: Benchmark | Prepared, batch_size: int = 32, progress: bool = True
+    mllm: MLLM,
+    bench: Benchmark | Prepared,
+    batch_size: int = 32,
+    progress: bool = True,
+    max_new_tokens: int | None = None,
 ) -> pd.DataFrame:
     """Answer a benchmark greedily and score it, one row per sample in the benchmark's order.
 
     Samples with choices are answered by the most probable choice at the last prompt token, the
-    others by generation with the benchmark's `max_new_tokens`. Batches hold samples of like
-    length; `batch_size` counts only where `bench` is not prepared yet.
+    others by generation of at most `max_new_tokens` (the benchmark's own number by default; a
+    silenced model may ramble to the end of it). Batches hold samples of like length;
+    `batch_size` counts only where `bench` is not prepared yet.
 
     Returns
     -------
@@ -121,7 +126,7 @@ def evaluate(
         if bench.spec.choices:
             answers = mllm.choose(batch, bench.spec.choices)
         else:
-            answers = mllm.generate(batch, bench.max_new_tokens)
+            answers = mllm.generate(batch, max_new_tokens or bench.max_new_tokens)
         for position, sample, answer in zip(positions, part, answers, strict=True):
             rows[position] = {
                 "benchmark": sample.benchmark,

@@ -106,9 +106,10 @@ def contains(answers: Answers, references: References) -> np.ndarray:
 _TOKEN = re.compile(
     r"\w+(?=n't\b)|n't\b"  # do n't
     r"|\d+(?:[.,:]\d+)+"  # 1,000  2.5  10:30
-    r"|\w+(?:[-.&]\w+)*\w*"  # words, black-and-white
+    r"|(?:\w\.){2,}|o'\w+"  # u.s.  o'clock
+    r"|\w+(?:[-.&/]\w+)*"  # words, black-and-white
     r"|'(?:s|re|ve|ll|d|m)\b"  # man 's
-    r"|[^\w\s.,;:?!'\"`\-]"  # signs that the Penn tokeniser keeps
+    r"|[^\w\s.,;:?!'\"`\u2013\u2014-]"  # signs that the Penn tokeniser keeps
 )
 
 

@@ -140,6 +140,7 @@ class MLLM:
     def encode(self, samples: Iterable) -> transformers.BatchFeature:
         """Left-padded model inputs for the samples, on the model's device; ids [batch, token]."""
         samples = list(samples)
+        text = [self.chat(s) for s in samples]  # refuses media that the model does not take
         media = {
             key: [getattr(s, kind) for s in samples if getattr(s, kind) is not None]
             for kind, key in zip(MEDIA, ("images", "videos", "audio"), strict=True)
@@ -149,12 +150,12 @@ class MLLM:
             self._check_audio(media["audio"])
             media["sampling_rate"] = self.processor.feature_extractor.sampling_rate
         # A template that opens with a token must not get the tokenizer's own one on top of it.
-        text = [self.chat(s) for s in samples]
         bos = self.tokenizer.bos_token
         kwargs = {"add_special_tokens": False} if bos and text[0].startswith(bos) else {}
         batch = self.processor(text=text, padding=True, return_tensors="pt", **media, **kwargs)
         if not batch["attention_mask"][:, -1].all():
             raise ValueError(f"{self.name}: the processor padded on the right; set it to the left")
+        batch = transformers.BatchFeature(batch)  # what a tokenizer alone returns takes no dtype
         return batch.to(self.device, dtype=self.model.dtype)  # only floating inputs change dtype
 
     def _check_audio(self, clips: list) -> None:
@@ -167,7 +168,9 @@ class MLLM:
                 f"of {window / rate:.0f} s and would be cut silently; split or drop it"
             )
         if shortest < 0.1 * rate:
-            raise ValueError(f"{self.name}: an audio clip of {shortest / rate:.3f} s; needs >= 0.1 s")
+            raise ValueError(
+                f"{self.name}: an audio clip of {shortest / rate:.3f} s; needs >= 0.1 s"
+            )
 
     def forward(self, batch):
         """The prompt's forward pass (prefill), with logits of the last token only."""

@@ -5,6 +5,7 @@ written here from their definitions, transformers' copy of Whisper's normaliser,
 accuracy, SciPy's bootstrap, and the Penn tokeniser where Java is there.
 """
 
+# ruff: noqa: SIM905  (word lists read better as text)
 from __future__ import annotations
 
 import json
@@ -42,12 +43,12 @@ def slow_normal(text: str) -> str:
     loose = {text[i] for i, sides in enumerate(around) if " " in sides}
     out = []
     for i, c in enumerate(text):
-        if c in ";/[]\"{}()=+\\_-><@`!":
+        if c in ';/[]"{}()=+\\_-><@`!':
             out.append("" if c in loose else " ")
         elif c == ".":
             # What follows is judged after the marks are gone.
             rest = "".join(
-                "" if d in loose and d in ";/[]\"{}()=+\\_-><@`!" else d for d in text[i + 1 :]
+                "" if d in loose and d in ';/[]"{}()=+\\_-><@`!' else d for d in text[i + 1 :]
             )
             out.append("." if rest[:1].isdecimal() else "")
         else:
@@ -96,7 +97,7 @@ def test_vqa_agrees_with_slow_version():
         humans.append(list(rng.choice(close, 1 if i % 20 == 0 else 10)))
     got = metrics.vqa_accuracy(answers, humans)
     np.testing.assert_allclose(got, [slow_vqa(*case) for case in zip(answers, humans, strict=True)])
-    assert len(set(got.round(3))) > 5
+    assert len(set(got.round(3))) >= 5
 
 
 def test_normalisation_agrees_with_slow_version():
@@ -153,7 +154,9 @@ def test_exact_match_and_contains():
     rng = np.random.default_rng(3)
     texts = short_answers(4, CASES)
     refs = [(str(rng.choice(texts[:40])),) for _ in texts]
-    expected = [float(slow_normal(t) == slow_normal(r[0])) for t, r in zip(texts, refs, strict=True)]
+    expected = [
+        float(slow_normal(t) == slow_normal(r[0])) for t, r in zip(texts, refs, strict=True)
+    ]
     assert metrics.exact_match(texts, refs).tolist() == expected
     assert sum(expected) > 0
 
@@ -239,7 +242,7 @@ def test_cider_by_hand():
         ("A man's dog.", "a man 's dog"),
         ("He doesn't, can't!", "he does n't ca n't"),
         ("black-and-white; 1,000 cats", "black-and-white 1,000 cats"),
-        ("They\u2019re (both) 2.5 \"m\"", "they 're ( both ) 2.5 m"),
+        ('They\u2019re (both) 2.5 "m"', "they 're ( both ) 2.5 m"),
         ("", ""),
         ("...", ""),
     ],
@@ -253,7 +256,7 @@ def test_caption_tokens_near_penn():
     rng = np.random.default_rng(0)
     words = """a the dog's man's isn't can't don't they're we've I'm he'd it'll black-and-white
     t-shirt 1,000 2.5 10:30 red, blue; green. "quoted" stop! why? two - three -- four 7th &
-    skate-board café \N{EN DASH} U-turn 50's o'clock""".split()
+    skate-board café \N{EN DASH} U-turn 50's o'clock U.S. and/or $5 50% a.m.""".split()
     texts = [" ".join(rng.choice(words, 9)) for _ in range(300)]
     penn = [group[0] for group in metrics._penn([[t] for t in texts])]
     same = [
@@ -286,10 +289,8 @@ def test_wrr_agrees_with_transformers_normaliser_and_edit_distance():
         for i, t in enumerate(truth)
     ]
     folder = Path(whisper_normalizer.__file__).parent
-    normal = EnglishTextNormalizer(json.loads((folder / "english.json").read_text()))
-    pairs = [
-        (normal(t).split(), normal(h).split()) for t, h in zip(truth, heard, strict=True)
-    ]
+    normal = EnglishTextNormalizer(json.loads((folder / "normalizers/english.json").read_text()))
+    pairs = [(normal(t).split(), normal(h).split()) for t, h in zip(truth, heard, strict=True)]
     errors = np.array([slow_errors(*pair) for pair in pairs])
     lengths = np.array([len(t) for t, _ in pairs])
     references = [(t,) for t in truth]

@@ -12,7 +12,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,9 @@ import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 IGNORED = -100
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -106,6 +110,34 @@ def schedule(step: int, steps: int, warmup: float = 0.05, hold: float = 0.5) -> 
     return 0.5 * (1 + math.cos(math.pi * (done - hold) / (1 - hold)))
 
 
+def _float32_attention(module, query, key, value, attention_mask, **kwargs):
+    with torch.autocast(query.device.type, enabled=False):
+        query, key, value = query.float(), key.float(), value.float()
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register("sdpa_float32", _float32_attention)
+AttentionMaskInterface.register("sdpa_float32", sdpa_mask)
+
+
+@contextmanager
+def half_precision(model: nn.Module, device: str) -> Iterator[None]:
+    """Autocast to bfloat16, but for attention: its backward on CPUs would take half of a step."""
+    inner = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
+    before = inner.config._attn_implementation
+    inner.set_attn_implementation("sdpa_float32")
+    try:
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            yield
+    finally:
+        inner.set_attn_implementation(before)
+
+
+def fast_bf16(device: str) -> bool:
+    """Whether this machine computes bfloat16 faster than float32."""
+    return device != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
 def move(batch: Mapping[str, torch.Tensor], device: str) -> dict[str, torch.Tensor]:
     """The batch on `device`."""
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
@@ -121,7 +153,7 @@ def train(
     name: str,
     seed: int = 0,
     device: str = "cpu",
-    bf16: bool = False,
+    bf16: bool | None = None,
     loss_of: Callable[[nn.Module, dict], torch.Tensor] | None = None,
     report: Callable[[int], Mapping[str, float]] | None = None,
     report_every: int = 500,
@@ -140,10 +172,12 @@ def train(
     report
         Held-out numbers after a step; printed, and appended to `folder/name.jsonl`.
     bf16
-        Run the matrix products in bfloat16 (autocast); weights and optimizer stay float32.
+        Run the matrix products in bfloat16 (autocast), by default where that is faster; weights,
+        attention and optimizer stay float32.
     seconds, stop_at
-        Stop early, after this much time or at this step, with a checkpoint.
+        Stop the program after this much time or at this step, with a checkpoint to resume from.
     """
+    bf16 = fast_bf16(device) if bf16 is None else bf16
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, log = folder / f"{name}.pt", folder / f"{name}.jsonl"
@@ -175,14 +209,13 @@ def train(
         torch.save(state, checkpoint.with_suffix(".tmp"))
         os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
 
-    bar = tqdm(range(start, min(steps, stop_at or steps)), initial=start, total=steps, desc=name,
-               mininterval=5)  # fmt: skip
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
     for step in bar:
         task, batch = batch_at(step, np.random.default_rng([seed, step]))
         for group in optimizer.param_groups:
             group["lr"] = lr * schedule(step, steps)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-            batch = move(batch, device)
+        batch = move(batch, device)
+        with half_precision(model, device) if bf16 else nullcontext():
             loss = loss_of(model, batch) if loss_of else model(**batch).loss
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
@@ -200,10 +233,10 @@ def train(
             tqdm.write(json.dumps(line))
             with log.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-        over = seconds is not None and time.monotonic() - begun > seconds
+        over = step + 1 == stop_at or (seconds is not None and time.monotonic() - begun > seconds)
         if last or over or (step + 1) % save_every == 0:
             save(step + 1)
-        if over:
-            break
+        if over and not last:
+            raise SystemExit(f"{name}: stopped after step {step + 1}; run again to go on")
     model.eval()
     return spent + time.monotonic() - begun

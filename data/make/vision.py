@@ -9,7 +9,7 @@ question has one answer. Fonts are those that matplotlib ships, so any machine m
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -32,11 +32,11 @@ COLOURS = {
     "white": (245, 245, 245),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
-WORDS = (
-    "art bank bar beer bike book bus cafe club exit farm fish food gate gold gym hair hot ice inn "
-    "jam keys lift map milk news nuts oil open park pen pie post pub rice sale salt shoe shop "
-    "soup spa stop taxi tea toys wine zoo law"
-).split()
+WORDS = """
+art bank bar beer bike book bus cafe club exit farm fish food gate gold gym hair hot ice inn jam
+keys lift map milk news nuts oil open park pen pie post pub rice sale salt shoe shop soup spa stop
+taxi tea toys wine zoo law
+""".split()  # noqa: SIM905
 RELATIONS = ("left", "right", "above", "below")
 MOTIONS = ("rest", "left", "right", "up", "down", "grow", "shrink", "blink")
 DOING = {"rest": "resting", "grow": "growing", "shrink": "shrinking", "blink": "blinking"}
@@ -98,6 +98,9 @@ class Question:
     answer: str
 
 
+Maker = Callable[[np.random.Generator], Scene]
+
+
 @lru_cache(maxsize=64)
 def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(_FONT_FOLDER / f"{name}.ttf"), size)
@@ -152,8 +155,9 @@ def _place(rng: np.random.Generator, wanted: list[Thing], side: int, frames: int
     for thing in wanted:
         for _ in range(30):
             travel = abs(thing.speed) * (frames - 1) / 2
-            room_x = thing.width / 2 + travel * (thing.motion in ("left", "right", "grow", "shrink"))
-            room_y = thing.height / 2 + travel * (thing.motion in ("up", "down", "grow", "shrink"))
+            sized = thing.motion in ("grow", "shrink")
+            room_x = thing.width / 2 + travel * (sized or thing.motion in ("left", "right"))
+            room_y = thing.height / 2 + travel * (sized or thing.motion in ("up", "down"))
             if 2 * room_x > side - 1 or 2 * room_y > side - 1:
                 return None
             x = float(rng.uniform(room_x, side - room_x))
@@ -167,7 +171,8 @@ def _place(rng: np.random.Generator, wanted: list[Thing], side: int, frames: int
     return tuple(placed)
 
 
-def _scene(rng: np.random.Generator, draw, side: int, frames: int, noise: float) -> Scene:
+def _scene(rng: np.random.Generator, draw: Callable[[], list[Thing]], side: int, frames: int,
+           noise: float) -> Scene:  # fmt: skip
     while (things := _place(rng, draw(), side, frames)) is None:
         pass
     return Scene(things, _ground(rng), float(rng.uniform(0, noise)), int(rng.integers(2**31)))
@@ -244,9 +249,8 @@ def render(scene: Scene, side: int = SIDE, frames: int = 1) -> np.ndarray:
     rng = np.random.default_rng(scene.noise_seed)
     slope = rng.uniform(-8, 8, 2)
     axis = np.linspace(-1, 1, side, dtype=np.float32)
-    ground = np.array(scene.ground, np.float32) + (slope[0] * axis + slope[1] * axis[:, None])[
-        ..., None
-    ]
+    shade = slope[0] * axis + slope[1] * axis[:, None]
+    ground = np.array(scene.ground, np.float32) + shade[..., None]
     # Clips have one noise pattern for all frames, which keeps their files small.
     ground = ground + rng.normal(0, scene.noise, (side, side, 3)).astype(np.float32)
     tints = [np.array(COLOURS[t.colour]) + rng.uniform(-15, 15, 3) for t in scene.things]
@@ -409,14 +413,14 @@ def targets(scene: Scene, side: int = SIDE, frames: int = 1) -> dict[str, np.nda
     return {head: value.reshape(-1) for head, value in out.items()}
 
 
-def scenes(make, rng: np.random.Generator, held_out: frozenset) -> Scene:
+def fresh(make: Maker, rng: np.random.Generator, held_out: frozenset) -> Scene:
     """One training scene that no test row shows."""
     while (scene := make(rng)).key in held_out:
         pass
     return scene
 
 
-def _human_answers(rng: np.random.Generator, question: str, answer: str) -> list[str]:
+def _human_answers(rng: np.random.Generator, answer: str) -> list[str]:
     """Ten answers as people give them: most agree, up to three slip or word it differently."""
     slips = [answer[:-1], answer[0] + answer, f"the {answer} one", "unanswerable"]
     if answer in COLOURS:
@@ -473,7 +477,7 @@ def _text_vqa_rows() -> list[dict]:
             "image_height": SIDE,
             "flickr_original_url": "",
             "flickr_300k_url": "",
-            "answers": _human_answers(rng, question.text, question.answer),
+            "answers": _human_answers(rng, question.answer),
             "image_classes": [t.value for t in scene.things if t.kind == "shape"],
             "set_name": "val",
             "ocr_tokens": [t.value.upper() for t in scene.things if t.kind != "shape"],

@@ -1,0 +1,45 @@
+# The workbook in a few words:
+#     make workbook                          every notebook, for both shipped models, into runs/
+#     make workbook MODEL=Qwen/Qwen2-VL-7B-Instruct DTYPE=bfloat16 LIMIT=500
+#     make test                              pytest and nbval; test-fast takes under two minutes
+#     make data                              make the benchmarks and train the models again
+# MODEL, RUN and every notebook parameter, in upper or lower case or in PARAMS="ratio=0.05 seed=1",
+# go to the workbook.
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+TESTING := HF_HUB_OFFLINE=1 MINER_PROGRESS=0 OMP_NUM_THREADS=1
+GIVEN = $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
+
+.PHONY: env workbook test test-fast lint data
+
+env: $(INSTALLED)
+
+$(INSTALLED): requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements.lock
+	$(BIN)/python -m pip install --no-deps -e .
+	touch $@
+
+workbook: env
+	$(BIN)/python notebooks/run.py $(foreach v,$(filter-out PYTHON,$(GIVEN)),$(v)="$$$(v)")
+
+test: env
+	$(TESTING) $(BIN)/python -m pytest tests notebooks \
+		--nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg
+
+test-fast: env
+	$(TESTING) $(BIN)/python -m pytest tests -m "not slow"
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+data: env
+	$(BIN)/python -m data.make.knowledge
+	$(BIN)/python -m data.make.audio
+	$(BIN)/python -m data.make.vision
+	$(BIN)/python -m data.make.train_vl
+	$(BIN)/python -m data.make.train_audio

@@ -1,0 +1,194 @@
+"""Figures: each function draws one tidy table on one `ax`.
+
+One colour, marker and hatch per modality throughout the workbook (Okabe and Ito's colours, told
+apart without colour vision; marker and hatch carry the same information in print).
+"""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import xarray as xr
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+
+COLOURS = {
+    "text": "#0072B2",
+    "special": "#E69F00",
+    "special_text": "#56B4E9",
+    "image": "#009E73",
+    "video": "#CC79A7",
+    "audio": "#D55E00",
+    "prompt": "#444444",
+    "random": "#999999",
+}
+MARKERS = dict(zip(COLOURS, "osPD^vX.", strict=True))
+HATCHES = dict(zip(COLOURS, ("", "//", "--", "..", "xx", "\\\\", "", ""), strict=True))
+
+
+def style() -> None:
+    """Sizes and grid of every figure in the workbook; call once per notebook."""
+    sns.set_theme(context="paper", style="ticks", font_scale=1.0)
+    plt.rcParams |= {
+        "figure.dpi": 110,
+        "figure.constrained_layout.use": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": "medium",
+        "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
+        "legend.frameon": False,
+        "hatch.linewidth": 0.5,
+        "lines.markersize": 4,
+        "svg.hashsalt": "miner",
+    }
+
+
+def tokens(table: pd.DataFrame, ax: Axes, width: int = 68) -> None:
+    """A prompt as boxes coloured by kind; table has columns token, kind; runs are one box."""
+    x = y = 0.0
+    run = (table["kind"] != table["kind"].shift()) | table["kind"].isin(["text", "special"])
+    for _, part in table.groupby(run.cumsum(), sort=False):
+        kind, text = part["kind"].iloc[0], part["token"].iloc[0]
+        text = text.replace("\n", "↵").replace(" ", "·")
+        if len(part) > 1:
+            text = f"{kind} × {len(part)}"
+        wide = len(text) + 0.8 if len(part) == 1 else max(len(text) + 2, 20)
+        if x + wide > width:
+            x, y = 0.0, y - 1.35
+        ax.add_patch(
+            Rectangle((x, y), wide - 0.2, 1, fc=COLOURS[kind], alpha=0.35, ec=COLOURS[kind], lw=0.6)
+        )
+        ax.text(
+            x + wide / 2 - 0.1,
+            y + 0.47,
+            text,
+            ha="center",
+            va="center",
+            family="monospace",
+            fontsize=6.5,
+        )
+        x += wide
+    handles = [Rectangle((0, 0), 1, 1, fc=COLOURS[k], alpha=0.35) for k in table["kind"].unique()]
+    ax.legend(handles, table["kind"].unique(), ncols=6, loc="lower left", bbox_to_anchor=(0, 1))
+    ax.set(xlim=(-0.3, width), ylim=(y - 0.4, 1.2))
+    ax.axis("off")
+
+
+def by_layer(
+    table: pd.DataFrame,
+    ax: Axes,
+    *,
+    value: str = "value",
+    group: str = "modality",
+    null: str | None = None,
+    ylabel: str = "",
+) -> None:
+    """One line per group over layers, with its interval (columns low, high) and a dashed null."""
+    groups = list(dict.fromkeys(table[group]))
+    for i, (name, part) in enumerate(table.groupby(group, sort=False)):
+        colour = COLOURS.get(name, sns.color_palette("colorblind")[i % 10])
+        x = part["layer"] + (i - (len(groups) - 1) / 2) * 0.06
+        error = None
+        if "low" in part:
+            error = (part[value] - part["low"], part["high"] - part[value])
+        ax.errorbar(
+            x,
+            part[value],
+            error,
+            color=colour,
+            marker=MARKERS.get(name, "o"),
+            capsize=1.5,
+            lw=1.2,
+            elinewidth=0.8,
+            label=name,
+        )
+        if null is not None:
+            ax.plot(x, part[null], color=colour, ls=":", lw=1)
+    ax.set(xlabel="decoder layer", ylabel=ylabel)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend(fontsize="small")
+
+
+def stacked(counts: pd.DataFrame, ax: Axes, *, xlabel: str = "", ylabel: str = "") -> None:
+    """Stacked bars: counts has one row per bar, one column per modality."""
+    bottom = np.zeros(len(counts))
+    x = np.arange(len(counts))
+    for name in counts:
+        ax.bar(
+            x,
+            counts[name],
+            bottom=bottom,
+            color=COLOURS[name],
+            hatch=HATCHES[name],
+            ec="white",
+            lw=0.4,
+            label=name,
+        )
+        bottom += counts[name].to_numpy()
+    ax.set(xlabel=xlabel, ylabel=ylabel, xticks=x, xticklabels=counts.index)
+
+
+def heat(matrix: pd.DataFrame, ax: Axes, *, low=0.0, high=1.0, fmt=".2f", cmap="viridis") -> None:
+    """An annotated matrix on a fixed colour scale, so that panels compare."""
+    sns.heatmap(
+        matrix,
+        ax=ax,
+        vmin=low,
+        vmax=high,
+        annot=True,
+        fmt=fmt,
+        cmap=cmap,
+        cbar=False,
+        square=True,
+        linewidths=0.5,
+        annot_kws={"fontsize": 7},
+    )
+    ax.tick_params(length=0)
+    ax.set(xlabel="", ylabel="")
+
+
+def densities(scores: xr.DataArray, ax: Axes) -> None:
+    """Distribution of one metric over all neurons, one outlined violin per modality."""
+    names = scores.modality.values.tolist()
+    violins = ax.violinplot([scores.sel(modality=m).values.ravel() for m in names], showextrema=False)
+    for body, name in zip(violins["bodies"], names, strict=True):
+        body.set(facecolor=COLOURS[name], edgecolor="black", hatch=HATCHES[name], alpha=0.7, lw=0.5)
+    ax.set(xticks=range(1, len(names) + 1), xticklabels=names, ylim=(0, 1))
+
+
+def intervals(table: pd.DataFrame, ax: Axes, *, label: str, hue: str | None = None) -> None:
+    """Means with intervals, one line per row: columns `label`, mean, low, high; top to bottom."""
+    y = np.arange(len(table))[::-1]
+    colours = ["#222222"] * len(table) if hue is None else table[hue].tolist()
+    for yi, colour, (_, row) in zip(y, colours, table.iterrows(), strict=True):
+        error = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
+        ax.errorbar(row["mean"], yi, xerr=error, fmt="o", color=colour, capsize=2, lw=1.2)
+    ax.set(yticks=y, yticklabels=table[label], ylim=(-0.6, len(table) - 0.4))
+    ax.grid(axis="x", lw=0.4)
+
+
+def dose(table: pd.DataFrame, ax: Axes, *, x: str, group: str, colours: dict[str, str]) -> None:
+    """Dose and response on a log axis: columns x, group, mean, low, high."""
+    for (name, part), marker in zip(table.groupby(group, sort=False), "osD^v", strict=False):
+        ax.plot(part[x], part["mean"], color=colours[name], marker=marker, lw=1.3, label=name)
+        ax.fill_between(part[x], part["low"], part["high"], color=colours[name], alpha=0.18, lw=0)
+    ax.set_xscale("log")
+    ax.legend(fontsize="small")
+
+
+def medium(sample, ax: Axes) -> None:
+    """A sample's picture, its clip's frames in a strip, or its sound as a spectrogram."""
+    if sample.image is not None:
+        ax.imshow(sample.image, interpolation="nearest")
+    elif sample.video is not None:
+        frames = sample.video[:: max(1, len(sample.video) // 4)][:4]
+        top, bottom = np.hstack(frames[:2]), np.hstack(frames[2:4])
+        ax.imshow(np.vstack([top, bottom]), interpolation="nearest")
+    elif sample.audio is not None:
+        ax.specgram(sample.audio + 1e-6, NFFT=400, Fs=16_000, noverlap=240, cmap="magma")
+        ax.set(xlabel="time / s", ylabel="frequency / Hz")
+        return
+    ax.axis("off")
