@@ -26,7 +26,9 @@ $(INSTALLED): requirements.lock
 workbook: env
 	$(BIN)/python notebooks/run.py $(foreach v,$(filter-out PYTHON,$(GIVEN)),$(v)="$$$(v)")
 
+# The notebooks that nbval executes find the artefacts that the workbook has just made.
 test: env
+	$(TESTING) $(BIN)/python notebooks/run.py
 	$(TESTING) $(BIN)/python -m pytest tests notebooks \
 		--nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg
 

@@ -63,7 +63,7 @@ def _bar(items: Sequence, total: int, text: str, progress: bool) -> Iterable:
 
 
 def prepare(mllm: MLLM, bench: Benchmark, batch_size: int = 32, progress: bool = True) -> Prepared:
-    """Encode a benchmark once, for many evaluations of the same rows.
+    """Encode a benchmark once, pictures through their tower, for many evaluations of its rows.
 
     All model inputs stay on the model's device: at a real model's size prepare as many rows as
     fit there (Qwen2-VL: some 19 kB per image token in float32), or let `evaluate` encode anew.
@@ -72,7 +72,7 @@ def prepare(mllm: MLLM, bench: Benchmark, batch_size: int = 32, progress: bool =
     for positions, batch, part in _encode(
         mllm, bench, batch_size, f"encode {bench.name}", progress
     ):
-        batches.append((positions, batch))
+        batches.append((positions, mllm.encode_media(batch)))
         samples |= {
             i: replace(s, image=None, video=None, audio=None)
             for i, s in zip(positions, part, strict=True)

@@ -1,10 +1,10 @@
-"""Where tokens lie in representation space: convergence, semantic probing, semantic telomeres.
+"""Where tokens lie in representation space, and where the modalities converge (finding II).
 
-`hidden_states` collects a subsample of tokens at every layer; `convergence`, `probing` and
-`telomeres` turn it into tables with one row per layer and measure: the value, its 95 % interval
-by resampling samples, and its null by shuffling the kinds' labels within each sample. The
-measures themselves are the pure functions on arrays in between. None depends on a projection;
-`project` is for looking.
+`hidden_states` collects a subsample of tokens at every layer; `convergence`, and `probing` and
+`telomeres` in `semantics`, turn it into tables with one row per layer and measure: the value, its
+95 % interval by resampling samples, and its null by shuffling the kinds' labels within each
+sample. The measures themselves are pure functions on arrays, in `clouds`. None depends on a
+projection; `project` is for looking.
 
 Layer 0 is the embeddings, layer i the output of the i-th decoder layer (before the final norm).
 """
@@ -16,18 +16,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import binom, rankdata
 from sklearn.decomposition import PCA
-from sklearn.linear_model import Ridge
 from sklearn.manifold import TSNE
 from sklearn.metrics import pairwise_distances
-from sklearn.model_selection import GroupKFold
 from tqdm.auto import tqdm
 
+from minerlib import clouds
 from minerlib.model import MLLM
 from minerlib.separation import separate
 
@@ -137,7 +136,9 @@ def _draw(base, ids, kinds, limit, equal, seed) -> pd.DataFrame:
     if equal:
         quota[counts > 0] = quota[counts > 0].min()
     rng = np.random.default_rng(seed)
-    drawn = [rng.choice(np.flatnonzero(kind == k), quota[k], replace=False) for k in np.unique(kind)]
+    drawn = [
+        rng.choice(np.flatnonzero(kind == k), quota[k], replace=False) for k in np.unique(kind)
+    ]
     at = np.sort(np.concatenate(drawn))
     return pd.DataFrame(
         {
@@ -154,186 +155,187 @@ def _draw(base, ids, kinds, limit, equal, seed) -> pd.DataFrame:
     )
 
 
-# --- resampling ----------------------------------------------------------------------------------
+# --- tables --------------------------------------------------------------------------------------
 
 
-def interval(values: np.ndarray, n: int = 2000, seed: int = 0) -> tuple[np.ndarray, ...]:
-    """Mean over samples with its 95 % percentile bootstrap interval.
+class Resampling:
+    """Samples of a token table as bootstrap draws, per-sample means and shuffled labels."""
 
-    values [sample, ...]; NaN where a sample has no value. Returns mean, low, high, each [...];
-    NaN where no sample has a value.
-    """
-    values = np.asarray(values, float)
-    flat = values.reshape(len(values), -1)
-    means = _weighted(flat, resamples(len(flat), n, seed))
-    low, high = np.full((2, flat.shape[1]), np.nan)
-    there = ~np.isnan(flat).all(0)
-    low[there], high[there] = np.nanquantile(means[:, there], [0.025, 0.975], axis=0)
-    mean = _weighted(flat, np.ones((1, len(flat))))[0]
-    return tuple(x.reshape(values.shape[1:]) for x in (mean, low, high))
-
-
-def resamples(n_samples: int, n: int, seed: int = 0) -> np.ndarray:
-    """How often each sample occurs in each of n bootstrap resamplings, float [n, sample]."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(n_samples, np.full(n_samples, 1 / n_samples), n).astype(float)
-
-
-def _weighted(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Means of values [sample, ...] under weights [n, sample], leaving NaN out: [n, ...]."""
-    there = ~np.isnan(values)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (weights @ np.where(there, values, 0)) / (weights @ there)
-
-
-def shuffles(labels: np.ndarray, groups: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
-    """The labels [token], and n shuffles of them within each group, [n + 1, token]."""
-    rank = np.unique(groups, return_inverse=True)[1]
-    slots = np.argsort(rank, kind="stable")
-    drawn = np.argsort(rank + np.random.default_rng(seed).random((n, len(rank))), axis=1)
-    out = np.tile(labels, (n + 1, 1))
-    out[1:, slots] = labels[drawn]
-    return out
-
-
-def summarise(table: pd.DataFrame, value: str, by: Sequence[str] = ("layer", "set")) -> pd.DataFrame:
-    """Mean over samples with its 95 % interval of a table with one row per sample and `by`.
-
-    Returns columns *by, value (under its own name), low, high, n. For a paired change between
-    two conditions pass `paired(before, after, value, by)`.
-    """
-    by = list(by)
-    wide = table.pivot_table(value, "sample", by, sort=False)
-    columns = wide.columns.to_frame(index=False)
-    mean, low, high = interval(wide.to_numpy())
-    n = wide.notna().sum().to_numpy()
-    return columns.assign(**{value: mean, "low": low, "high": high, "n": n})
-
-
-def paired(
-    before: pd.DataFrame, after: pd.DataFrame, value: str, by: Sequence[str] = ("layer", "set")
-) -> pd.DataFrame:
-    """after - before of the same samples: one row per sample and `by`, for `summarise`."""
-    key = ["sample", *by]
-    both = before[[*key, value]].merge(after[[*key, value]], on=key, validate="one_to_one")
-    if not len(both) == len(before) == len(after):
-        raise ValueError(
-            f"only {len(both)} rows are in both tables ({len(before)} and {len(after)}): measure "
-            "both conditions on the same samples"
+    def __init__(self, tokens: pd.DataFrame, second: str, n_boot: int, n_null: int, seed: int):
+        self.group = np.unique(tokens["sample"], return_inverse=True)[1]
+        self.size = self.group.max() + 1
+        self.draws = clouds.resamples(self.size, n_boot, seed)
+        self.second = clouds.shuffles(
+            (tokens["kind"] == second).to_numpy(), self.group, n_null, seed
         )
-    return both[key].assign(**{value: both[f"{value}_y"] - both[f"{value}_x"]})
+        self.own = self.second[0]
+
+    @property
+    def token_draws(self) -> np.ndarray:
+        """How often each token occurs in each bootstrap draw, [n_boot, token]."""
+        return self.draws[:, self.group]
+
+    def by_sample(self, values: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
+        """Means over each sample's tokens, [..., token] -> [..., sample]; NaN without any."""
+        to = np.zeros((len(self.group), self.size))
+        to[np.arange(len(self.group)), self.group] = 1
+        where = np.ones(1) if where is None else where
+        with np.errstate(invalid="ignore"):
+            return (values * where) @ to / ((where + np.zeros_like(values)) @ to)
+
+    def row(self, measure: str, values: np.ndarray, where=None, greater=True) -> dict:
+        """A row from per-token values [1 + n_null, token], counted where bool of that shape."""
+        mean = self.by_sample(values, where)
+        draws = clouds.weighted(mean[0][:, None], self.draws)[:, 0]
+        mean = np.nanmean(mean, axis=1)
+        return table_row(measure, mean[0], draws, mean[1:], greater)
 
 
-# --- pure measures -------------------------------------------------------------------------------
-# Two clouds of n points; `second` bool [r, n] says which points are of the second cloud, once per
-# labelling r (the observed one and its shuffles).
+def table_row(measure: str, value, draws, null, greater: bool | None = True) -> dict:
+    """One line of a table; p is one-sided in the claim's direction, or two-sided (greater=None)."""
+    low, high = np.nanquantile(draws, [0.025, 0.975])
+    null_low, null_high = np.quantile(null, [0.025, 0.975])
+    side = (null, value) if greater else (-null, -value)
+    if greater is None:
+        side = np.abs(null), abs(value)
+    p = (1 + (side[0] >= side[1] - 1e-12).sum()) / (1 + len(null))
+    return {
+        "measure": measure,
+        "value": float(value),
+        "low": low,
+        "high": high,
+        "null": float(np.mean(null)),
+        "null_low": null_low,
+        "null_high": null_high,
+        "p": p,
+    }
 
 
-def centroid_distance(x: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Distance of two clouds' centroids over their spread, [r]; 0 is one place.
+CONVERGENCE = {
+    "distance": True,
+    "silhouette": True,
+    "accuracy": True,
+    "mixing": False,
+    "cka": False,
+}
+"""Measures of convergence: whether smaller is more converged."""
 
-    x [n, hidden]; first and second are the clouds' weights [r, n], 0 outside the cloud. The
-    spread is the root mean square distance of the points from their own centroid.
+
+def convergence(
+    states: States,
+    kinds: Sequence[str] | None = None,
+    *,
+    k: int = 10,
+    n_boot: int = 1000,
+    n_null: int = 200,
+    seed: int = 0,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """How far apart each two kinds lie, layer by layer, and where they converge (finding II).
+
+    Measures: `distance` of the centroids over the spread; `silhouette` of the labels; `accuracy`
+    of a cross-validated linear classifier; `mixing`, the share of the k nearest neighbours that
+    are of the other kind, over chance; `cka`, debiased linear CKA between the kinds' means
+    across samples. Null: labels shuffled within each sample, for `cka` samples paired at random.
+
+    Returns
+    -------
+    curves: pair, layer, measure, value, low, high, null, null_low, null_high, p (chance that the
+    null is as far apart; for cka, as related). layers: pair, measure, layer (see
+    `clouds.convergence_layer`), low, high, lower_half (share of resamplings in which it lies in
+    the lower half of the layers), start, closest, end (values), never (share of resamplings
+    without any convergence).
     """
-    centres, variances = [], []
-    x = x - x.mean(0)
-    for w in (first, second):
-        w = w / w.sum(1, keepdims=True)
-        centres.append(w @ x)
-        variances.append(w @ (x**2).sum(1) - (centres[-1] ** 2).sum(1))
-    spread = np.sqrt(np.maximum(sum(variances) / 2, 1e-12))
-    return np.linalg.norm(centres[0] - centres[1], axis=1) / spread
+    curves, layers = [], []
+    kinds = list(dict.fromkeys(states.tokens["kind"])) if kinds is None else kinds
+    for a, b in combinations(kinds, 2):
+        pair, part = f"{a}-{b}", states.of(a, b)
+        r = Resampling(part.tokens, b, n_boot, n_null, seed)
+        drawn = {m: [] for m in CONVERGENCE}
+        values = {m: [] for m in CONVERGENCE}
+        for layer, x in enumerate(part.hidden):
+            rows, draws = _apart(x, r, k, n_null, seed)
+            curves += [{"pair": pair, "layer": layer, **row} for row in rows]
+            for row, draw in zip(rows, draws, strict=True):
+                values[row["measure"]].append(row["value"])
+                drawn[row["measure"]].append(draw)
+        for measure, falling in CONVERGENCE.items():
+            curve = np.array(values[measure])
+            at = clouds.convergence_layer(np.stack(drawn[measure], -1), falling)
+            none = np.isnan(at)
+            low, high = np.nanquantile(at, [0.025, 0.975]) if not none.all() else (np.nan, np.nan)
+            layers.append(
+                {
+                    "pair": pair,
+                    "measure": measure,
+                    "layer": float(clouds.convergence_layer(curve, falling)),
+                    "low": low,
+                    "high": high,
+                    "lower_half": float((at < (len(curve) - 1) / 2).mean()),
+                    "start": curve[0],
+                    "closest": curve.min() if falling else curve.max(),
+                    "end": curve[-1],
+                    "never": float(none.mean()),
+                }
+            )
+    return pd.DataFrame(curves), pd.DataFrame(layers)
 
 
-def silhouette(distance: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Silhouette of each point under each labelling, [r, n], in -1..1; 0 is mixed (Rousseeuw)."""
-    labels = second.astype(distance.dtype)
-    n, to = labels.sum(1, keepdims=True), labels @ distance
-    rest = distance.sum(0) - to
-    own = np.where(second, to / (n - 1).clip(1), rest / (second.shape[1] - n - 1).clip(1))
-    other = np.where(second, rest / (second.shape[1] - n), to / n)
-    return (other - own) / np.maximum(np.maximum(own, other), 1e-12)
+def _apart(x: np.ndarray, r: Resampling, k: int, n_null: int, seed: int) -> tuple[list, list]:
+    """The rows of one layer and pair, and each row's bootstrap draws."""
+    distance = pairwise_distances(x)
+    tokens = r.token_draws
+    spread = clouds.centroid_distance(x, ~r.second, r.second)
+    spread_draws = clouds.centroid_distance(x, tokens * ~r.own, tokens * r.own)
+    rows, draws = [table_row("distance", spread[0], spread_draws, spread[1:])], [spread_draws]
+    per_token = {
+        "silhouette": (clouds.silhouette(distance, r.second), True),
+        "accuracy": (clouds.classified(x, r.second, r.group), True),
+        "mixing": (clouds.mixing(clouds.neighbours(distance, k), r.second), False),
+    }
+    for measure, (values, greater) in per_token.items():
+        mean = r.by_sample(values[:1])
+        rows.append(r.row(measure, values, greater=greater))
+        draws.append(clouds.weighted(mean.T, r.draws)[:, 0])
+    views = (r.by_sample(x.T, own).T for own in (~r.own, r.own))
+    value, cka_draws, null = clouds.cka(*views, r.draws, n_null, seed)
+    return [*rows, table_row("cka", value, cka_draws, null)], [*draws, cka_draws]
 
 
-def neighbours(distance: np.ndarray, k: int) -> np.ndarray:
-    """Indices of each point's k nearest others, [n, k], nearest first."""
-    distance = distance.copy()
-    np.fill_diagonal(distance, np.inf)
-    k = min(k, len(distance) - 1)
-    near = np.argpartition(distance, k - 1, axis=1)[:, :k]
-    order = np.take_along_axis(distance, near, 1).argsort(axis=1, kind="stable")
-    return np.take_along_axis(near, order, 1)
+def project(
+    states: States,
+    layers: Sequence[int],
+    method: Literal["tsne", "pca"] = "tsne",
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    n_tokens: int = 400,
+    draw: int = 0,
+    perplexity: float = 30,
+) -> pd.DataFrame:
+    """Two-dimensional pictures of the same tokens at several layers, t-SNE once per seed.
 
+    The n_tokens shown are drawn once, with seed `draw`, and are the same in every panel; t-SNE
+    starts at random, so that what differs between its seeds is visibly layout and not fact. PCA
+    has no seed: it comes once, as seed 0.
 
-def mixing(near: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Share of each point's neighbours [n, k] in the other cloud over chance: 0 apart, 1 mixed."""
-    share = np.stack([(row[near] != row[:, None]).mean(1) for row in second])
-    n, size = second.shape[1], second.sum(1, keepdims=True)
-    return share / (np.where(second, n - size, size) / (n - 1))
-
-
-def classified(x: np.ndarray, second: np.ndarray, groups: np.ndarray, folds: int = 5) -> np.ndarray:
-    """Whether a linear classifier of the cloud is right about each held-out point, bool [r, n].
-
-    Least squares with a ridge of a thousandth of the mean variance, on folds that no group
-    straddles. One factorisation serves all labellings.
+    Returns
+    -------
+    Columns method, layer, seed, token (index into `states.tokens`), sample, kind, x, y.
     """
-    x, target = x.astype(float), np.where(second, 1.0, -1.0).T
-    right = np.zeros(second.shape, bool)
-    folds = min(folds, len(np.unique(groups)))
-    for train, test in GroupKFold(folds).split(x, groups=groups):
-        penalty = 1e-3 * len(train) * x[train].var(0).mean() + 1e-12
-        model = Ridge(penalty, solver="cholesky").fit(x[train], target[train])
-        right[:, test] = ((model.predict(x[test]).reshape(len(test), -1) > 0) == second.T[test]).T
-    return right
-
-
-def cka(
-    a: np.ndarray, b: np.ndarray, weights: np.ndarray | None = None, shuffled: int = 0, seed=0
-) -> tuple[float, np.ndarray, np.ndarray]:
-    """Debiased linear CKA of two views [sample, hidden] of the same samples; 0 is unrelated.
-
-    Returns the value, its bootstrap values under weights [r, sample] and its null under
-    `shuffled` random pairings. The Gram matrices are centred so that their diagonal is 0
-    (the unbiased HSIC of Song et al. 2012), which also keeps a sample that is drawn twice from
-    being compared with itself.
-    """
-    k, m = _centred_gram(a), _centred_gram(b)
-    weights = np.ones((1, len(k))) if weights is None else np.vstack([np.ones(len(k)), weights])
-    km, kk, mm = (((weights @ p) * weights).sum(1) for p in (k * m, k * k, m * m))
-    values = km / np.sqrt(np.maximum(kk * mm, 1e-24))
-    rng = np.random.default_rng(seed)
-    orders = (rng.permutation(len(k)) for _ in range(shuffled))
-    null = np.array([(k * m[np.ix_(o, o)]).sum() for o in orders]) / np.sqrt(kk[0] * mm[0] + 1e-24)
-    return values[0], values[1:], null
-
-
-def _centred_gram(x: np.ndarray) -> np.ndarray:
-    n = len(x)
-    if n < 4:
-        raise ValueError(f"{n} samples hold both kinds; CKA needs at least 4: raise the limit")
-    x = x - x.mean(0)
-    gram = x @ x.T
-    np.fill_diagonal(gram, 0)
-    row = gram.sum(0) / (n - 2)
-    gram += gram.sum() / ((n - 1) * (n - 2)) - row - row[:, None]
-    np.fill_diagonal(gram, 0)
-    return gram
-
-
-def convergence_layer(curve: np.ndarray, falling: bool = True) -> np.ndarray:
-    """The layer by which half of all convergence is done, interpolated between layers.
-
-    curve [..., layer + 1], embeddings first; falling means that smaller is more converged. The
-    whole is the furthest the curve ever gets from its start in the converging direction, so a
-    later divergence does not count; NaN where it never converges.
-    """
-    gain = (curve[..., :1] - curve) * (1 if falling else -1)
-    gain = np.maximum.accumulate(gain, axis=-1)
-    half = gain[..., -1:] / 2
-    after = (gain >= half).argmax(-1)[..., None]
-    before = (after - 1).clip(0)
-    low, high = (np.take_along_axis(gain, i, -1) for i in (before, after))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        at = before + (half - low) / (high - low)
-    return np.where(half > 0, at, np.nan)[..., 0]
+    if method not in ("tsne", "pca"):
+        raise ValueError(f"unknown projection {method!r}; use tsne or pca")
+    n = len(states.tokens)
+    shown = np.sort(np.random.default_rng(draw).permutation(n)[:n_tokens])
+    panels = []
+    for layer in layers:
+        x = states.hidden[layer, shown]
+        for seed in seeds if method == "tsne" else (0,):
+            if method == "tsne":
+                wide = min(perplexity, (len(x) - 1) / 3)
+                xy = TSNE(perplexity=wide, init="random", random_state=seed).fit_transform(x)
+            else:
+                xy = PCA(2, svd_solver="full").fit_transform(x)
+            panel = states.tokens.loc[shown, ["sample", "kind"]].assign(x=xy[:, 0], y=xy[:, 1])
+            panel.insert(0, "token", shown)
+            panels.append(panel.assign(method=method, layer=layer, seed=seed))
+    table = pd.concat(panels, ignore_index=True)
+    return table[["method", "layer", "seed", "token", "sample", "kind", "x", "y"]]

@@ -7,8 +7,10 @@ from its config and tokenizer, and every way into its forward pass is the one co
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import inspect
+import io
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import soundfile
 import torch
 import transformers
 from torch import nn
@@ -65,6 +68,8 @@ class MLLM:
         self.tokenizer.padding_side = "left"  # generation continues the last column
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        if not getattr(self.processor, "chat_template", None):  # Phi-4's reaches its tokenizer only
+            self.processor.chat_template = getattr(self.tokenizer, "chat_template", None)
         if self.layers is None:
             self.layers = _find_layers(self.model)
         if self.activations is None:
@@ -75,6 +80,9 @@ class MLLM:
                 "cannot tell the layers apart; give each layer its own and pass activations=[...]"
             )
         self.text_config = self.model.config.get_text_config(decoder=True)
+        for module in self.model.modules():
+            if type(module).__name__ == "Phi4MultimodalAudioEmbedding":
+                _embed_clips_alone(module)
         self.model.eval().requires_grad_(False)
 
     @property
@@ -84,7 +92,12 @@ class MLLM:
     @property
     def n_neurons(self) -> int:
         """Neurons per decoder layer, the MLP's intermediate size."""
-        size = self.text_config.intermediate_size
+        size = getattr(self.text_config, "intermediate_size", None)
+        if size is None:
+            raise ValueError(
+                f"{self.name}: its text config has no intermediate_size; set "
+                "mllm.text_config.intermediate_size to the number of neurons of a layer"
+            )
         return size[0] if isinstance(size, list) else size
 
     @property
@@ -97,6 +110,8 @@ class MLLM:
         media = {kind: _placeholder_id(self.model.config, kind) for kind in MEDIA}
         ids = {kind: [] if id_ is None else [id_] for kind, id_ in media.items()}
         added = self.tokenizer.added_tokens_decoder
+        if not isinstance(added, dict):  # mistral-common: all_special_ids has them all
+            added = {}
         special = {i for i, token in added.items() if token.special}
         special |= set(self.tokenizer.all_special_ids)
         return {"special": sorted(special - set(media.values())), **ids}
@@ -129,7 +144,7 @@ class MLLM:
                 f"{self.name} has no placeholder token for {missing[0]} (it takes {self.kinds}); "
                 f"use benchmarks without {missing[0]}"
             )
-        if not getattr(self.processor, "chat_template", None):
+        if not self.processor.chat_template:
             return sample.prompt
         multimodal = self.processor is not self.tokenizer
         content = [*media, {"type": "text", "text": sample.prompt}] if multimodal else sample.prompt
@@ -140,29 +155,69 @@ class MLLM:
     def encode(self, samples: Iterable) -> transformers.BatchFeature:
         """Left-padded model inputs for the samples, on the model's device; ids [batch, token]."""
         samples = list(samples)
-        text = [self.chat(s) for s in samples]  # refuses media that the model does not take
-        media = {
-            key: [getattr(s, kind) for s in samples if getattr(s, kind) is not None]
-            for kind, key in zip(MEDIA, ("images", "videos", "audio"), strict=True)
-        }
-        media = {key: items for key, items in media.items() if items}
-        if "audio" in media:
-            self._check_audio(media["audio"])
-            media["sampling_rate"] = self.processor.feature_extractor.sampling_rate
-        # A template that opens with a token must not get the tokenizer's own one on top of it.
-        bos = self.tokenizer.bos_token
-        kwargs = {"add_special_tokens": False} if bos and text[0].startswith(bos) else {}
-        batch = self.processor(text=text, padding=True, return_tensors="pt", **media, **kwargs)
+        text = [self.chat(s) for s in samples]
+        clips = [s.audio for s in samples if s.audio is not None]
+        if clips:
+            self._check_audio(clips)
+        if self._renders_itself:
+            batch = self.processor.apply_chat_template(
+                [self._spoken(s) for s in samples], return_tensors="pt"
+            )
+        else:
+            kwargs = {"audio": clips, "sampling_rate": self._extractor.sampling_rate} if clips else {}
+            for kind, key in (("image", "images"), ("video", "videos")):
+                # One list per prompt: some processors take a flat one to be one prompt's.
+                media = [[m] if (m := getattr(s, kind)) is not None else [] for s in samples]
+                if any(media):
+                    kwargs[key] = media
+            if "videos" in kwargs:
+                kwargs["do_sample_frames"] = False  # a sample's frames are sampled already
+            # A template that opens with a token must not get the tokenizer's own one on top of it.
+            if (bos := self.tokenizer.bos_token) and text[0].startswith(bos):
+                kwargs["add_special_tokens"] = False
+            try:
+                batch = self.processor(text=text, padding=True, return_tensors="pt", **kwargs)
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.name}: its {type(self.processor).__name__} cannot put these "
+                    f"{len(samples)} samples in one batch ({error}); use batch_size=1, or media of "
+                    "one shape (videos of as many frames)"
+                ) from error
         if not batch["attention_mask"][:, -1].all():
             raise ValueError(f"{self.name}: the processor padded on the right; set it to the left")
-        batch = transformers.BatchFeature(batch)  # what a tokenizer alone returns takes no dtype
+        batch = transformers.BatchFeature(dict(batch))
         return batch.to(self.device, dtype=self.model.dtype)  # only floating inputs change dtype
 
+    @property
+    def _renders_itself(self) -> bool:
+        """Whether the processor has no template but makes ids from conversations (Voxtral's)."""
+        return (
+            self.processor is not self.tokenizer
+            and not self.processor.chat_template
+            and "apply_chat_template" in vars(type(self.processor))
+        )
+
+    def _spoken(self, sample) -> list[dict]:
+        """The sample as a conversation whose audio is base64 WAV, as mistral-common takes it."""
+        content = [{"type": "text", "text": sample.prompt}]
+        if sample.audio is not None:
+            wav = io.BytesIO()
+            rate = self._extractor.sampling_rate
+            soundfile.write(wav, sample.audio, rate, format="WAV", subtype="FLOAT")
+            encoded = base64.b64encode(wav.getvalue()).decode()
+            content.insert(0, {"type": "audio", "base64": encoded})
+        return [{"role": "user", "content": content}]
+
+    @property
+    def _extractor(self):
+        """The processor's audio part, which most families call feature_extractor."""
+        return getattr(self.processor, "feature_extractor", None) or self.processor.audio_processor
+
     def _check_audio(self, clips: list) -> None:
-        extractor = self.processor.feature_extractor
-        rate, window = extractor.sampling_rate, getattr(extractor, "n_samples", None)
+        rate, window = self._extractor.sampling_rate, getattr(self._extractor, "n_samples", None)
         longest, shortest = max(map(len, clips)), min(map(len, clips))
-        if window and longest > window:
+        cuts = getattr(self.processor, "audio_kwargs", {}).get("truncation", True)
+        if cuts and window and longest > window:
             raise ValueError(
                 f"{self.name}: an audio clip of {longest / rate:.2f} s exceeds the encoder's window "
                 f"of {window / rate:.0f} s and would be cut silently; split or drop it"
@@ -172,14 +227,33 @@ class MLLM:
                 f"{self.name}: an audio clip of {shortest / rate:.3f} s; needs >= 0.1 s"
             )
 
+    @torch.inference_mode()
+    def encode_media(self, batch) -> dict:
+        """The batch with pictures and clips already through their tower, which is never silenced.
+
+        Worth it where the same prompts are run many times. Models that take no `mm_encoder_outputs`
+        (a transformers argument) get the batch back as it is.
+        """
+        batch, seen = dict(batch), {}
+        if "mm_encoder_outputs" not in self._arguments:
+            return batch
+        for kind in ("image", "video"):
+            tower = getattr(self.model.base_model, f"get_{kind}_features", None)
+            names = [k for k in inspect.signature(tower).parameters if k in batch] if tower else []
+            if pixels := [k for k in names if k.startswith("pixel")]:
+                seen[kind] = tower(**{k: batch[k] for k in names}, return_dict=True)
+                for k in pixels:
+                    del batch[k]
+        return batch | {"mm_encoder_outputs": seen} if seen else batch
+
     def forward(self, batch):
         """The prompt's forward pass (prefill), with logits of the last token only."""
-        return self.model(**batch, use_cache=False, **self._last_logit)
+        last = {"logits_to_keep": 1} if "logits_to_keep" in self._arguments else {}
+        return self.model(**batch, use_cache=False, **last)
 
     @cached_property
-    def _last_logit(self) -> dict[str, int]:
-        takes = inspect.signature(self.model.forward).parameters
-        return {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+    def _arguments(self) -> frozenset[str]:
+        return frozenset(inspect.signature(self.model.forward).parameters)
 
     @torch.inference_mode()
     def generate(self, batch, max_new_tokens: int = 32) -> list[str]:
@@ -195,6 +269,8 @@ class MLLM:
             top_p=None,
             top_k=None,
             pad_token_id=self.tokenizer.pad_token_id,
+            # A part of a larger model (Omni's thinker) has no generation settings of its own.
+            eos_token_id=self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id,
         )
         new = tokens[:, batch["input_ids"].shape[1] :]
         return [t.strip() for t in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
@@ -331,30 +407,70 @@ def load(
     return MLLM(model, processor, name)
 
 
+_DESCRIBE = (
+    "describe it with minerlib.MLLM(model, processor, name, layers=[the decoder layers], "
+    "activations=[the activation module of each])"
+)
+
+
 def _find_layers(model: nn.Module) -> Sequence[nn.Module]:
-    decoder = model.get_decoder()
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = model if get_decoder is None else get_decoder()
     layers = getattr(decoder, "layers", None)
-    if layers is None or not len(layers):
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise ValueError(
             f"{type(model).__name__}: looked for decoder layers in get_decoder().layers, found "
-            f"{type(decoder).__name__} with {[n for n, _ in decoder.named_children()]}; "
-            "describe it with minerlib.model.MLLM(model, processor, name, layers=[...], activations=[...])"
+            f"{type(decoder).__name__} with {[n for n, _ in decoder.named_children()]}; {_DESCRIBE}"
         )
     return layers
 
 
 def _find_activation(i: int, layer: nn.Module) -> nn.Module:
-    """The activation module of a layer's gated MLP, found by name beside a down projection."""
-    for mlp in layer.modules():
-        for name in _ACTIVATION_NAMES:
-            activation = getattr(mlp, name, None)
-            if isinstance(activation, nn.Module) and hasattr(mlp, "down_proj"):
-                return activation
+    """The activation module of a layer's only gated MLP, found by name beside a down projection."""
+    found = [
+        (mlp, activation)
+        for mlp in layer.modules()
+        for name in _ACTIVATION_NAMES
+        if isinstance(activation := getattr(mlp, name, None), nn.Module)
+        and hasattr(mlp, "down_proj")
+    ]
+    # Experts fused into one module hold their projections as bare parameters.
+    if len(found) == 1 and isinstance(found[0][0].down_proj, nn.Module):
+        return found[0][1]
+    experts = f" in {len(found)} MLPs or fused experts" if found else ""
     raise ValueError(
-        f"decoder layer {i} ({type(layer).__name__}): looked for a module with down_proj and one of "
-        f"{_ACTIVATION_NAMES}, found {sorted({n for n, _ in layer.named_modules() if n})}; describe "
-        "it with minerlib.model.MLLM(model, processor, name, layers=[...], activations=[...])"
+        f"decoder layer {i} ({type(layer).__name__}): looked for one gated MLP, a module with "
+        f"down_proj and one of {_ACTIVATION_NAMES}; found{experts} "
+        f"{sorted({n for n, _ in layer.named_modules() if n})}; {_DESCRIBE}"
     )
+
+
+def _embed_clips_alone(embed: nn.Module) -> None:
+    """Make this Phi-4-multimodal audio embedding treat each prompt as if it were alone.
+
+    In transformers 5.23 its encoder adds the padding mask to the attention logits as 0 and 1, so
+    that clips of different lengths see padding, and one image in a batch changes the projection of
+    every clip in it.
+    """
+    forward, config = embed.forward, embed.config
+
+    def alone(input_ids, inputs_embeds, audio_input_features, audio_embed_sizes, **kwargs):
+        audio = input_ids == config.audio_config.audio_token_id
+        image = input_ids == config.vision_config.image_token_id
+        frames = kwargs.get("audio_attention_mask")
+        rows = list(inputs_embeds.split(1))
+        for clip, b in enumerate(audio.any(1).nonzero().flatten().tolist()):
+            stop = None if frames is None else int(frames[clip].sum())
+            rows[b] = forward(
+                input_ids[b : b + 1],
+                rows[b],
+                audio_input_features[clip : clip + 1, :stop],
+                audio_embed_sizes[clip : clip + 1],
+                audio_projection_mode="vision" if image[b].any() else "speech",
+            )
+        return torch.cat(rows)
+
+    embed.forward = alone
 
 
 def _placeholder_id(config, kind: str) -> int | None:

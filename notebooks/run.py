@@ -4,11 +4,14 @@
     python notebooks/run.py model=Qwen/Qwen2-VL-7B-Instruct dtype=bfloat16 limit=500
     python notebooks/run.py params="ratio=0.05 seed=1"       # the same as ratio=0.05 seed=1
 
-Arguments are NAME=VALUE, names in any case, values YAML. `model` takes one or more models and `run`
-the folder that holds a folder for each; any other name is a parameter of the notebooks and reaches
-those that declare it. An executed notebook is not executed again while it is newer than the
-notebook, minerlib, the model and the data and its parameters are the same, so a run that was
-stopped picks up where it stopped.
+Arguments are NAME=VALUE, names in any case, values YAML. `model` takes one or more models; `run` is
+the folder that holds a folder for each, `runs` if not given. Any other name is a parameter of the
+notebooks and reaches those that declare it. An executed notebook is not executed again while it is
+newer than the notebook, minerlib, the model and the data and its parameters are the same, so a run
+that was stopped picks up where it stopped.
+
+Several models on a machine without accelerator run side by side and share its cores, for small
+models gain little from more threads.
 """
 
 from __future__ import annotations
@@ -16,13 +19,16 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import papermill
+import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,24 +69,44 @@ def finished(output: Path, parameters: dict, inputs: Sequence[Path]) -> bool:
     return bool(whole) and run["parameters"] == parameters and output.stat().st_mtime > newest
 
 
+def side_by_side(models: Sequence[str], arguments: Sequence[str]) -> None:
+    """Run each model in a process of its own, with an equal share of the cores."""
+    threads = str(max(1, (os.cpu_count() or 1) // len(models)))
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MINER_PROGRESS": "0"}
+    processes = {
+        model: subprocess.Popen(
+            [sys.executable, ROOT / "notebooks/run.py", *arguments, f"model={model}"],
+            env=environment,
+        )
+        for model in models
+    }
+    if failed := [model for model, process in processes.items() if process.wait()]:
+        raise SystemExit(f"the workbook failed for {', '.join(failed)}; see above")
+
+
 def main(arguments: Sequence[str]) -> None:
     given = parse(arguments)
     models = given.pop("model", MODELS).split()
-    runs = Path(given.pop("run", "runs"))
-    parameters = {name: value(text) for name, text in given.items()}
-
     os.chdir(ROOT)  # so that the paths that Papermill records are relative ones
-    notebooks = {path: declared(path) for path in sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))}
+    if len(models) > 1 and not torch.cuda.is_available():
+        return side_by_side(models, [f"{name}={text}" for name, text in given.items()])
+    runs = given.pop("run", None)
+    parameters = {name: value(text) for name, text in given.items()}
+    notebooks = {
+        path: declared(path) for path in sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
+    }
     if unknown := set(parameters) - set().union(*notebooks.values()):
         known = sorted(set().union(*notebooks.values()) | {"run"})
         raise SystemExit(f"no notebook has the parameter {', '.join(sorted(unknown))}; use {known}")
 
     shared = [*Path("minerlib").glob("*.py"), *Path("data/benchmarks").rglob("*.parquet")]
     for model in models:
-        run_dir = runs / Path(model).name
+        run_dir = Path(runs or "runs", Path(model).name)
         folder = run_dir / "notebooks"
         folder.mkdir(parents=True, exist_ok=True)
-        everything = {**parameters, "model": model, "run_dir": run_dir.as_posix()}
+        everything = {**parameters, "model": model}
+        if runs:  # else the notebooks' own default, with which the shipped models refresh figures/
+            everything["run_dir"] = run_dir.as_posix()
         weights = [path for path in Path(model).glob("*") if path.is_file()]
         for notebook, names in notebooks.items():
             output = folder / notebook.name
@@ -89,13 +115,22 @@ def main(arguments: Sequence[str]) -> None:
                 print(f"{output}: up to date", flush=True)
                 continue
             print(f"{output}", flush=True)
+            start = time.perf_counter()
             try:
                 papermill.execute_notebook(
-                    notebook, output, chosen, kernel_name="python3", cwd=ROOT
+                    notebook,
+                    output,
+                    chosen,
+                    kernel_name="python3",
+                    cwd=ROOT,
+                    progress_bar=os.environ.get("MINER_PROGRESS") != "0",
                 )
             except Exception as error:
                 reason = str(error).strip().splitlines()[-1]
-                raise SystemExit(f"{notebook} failed for {model}: {reason}\nsee {output}") from error
+                raise SystemExit(
+                    f"{notebook} failed for {model}: {reason}\nsee {output}"
+                ) from error
+            print(f"{output}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

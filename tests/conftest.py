@@ -126,5 +126,7 @@ def footprints(mllm: MLLM) -> tuple:
     from minerlib import model as model_module
 
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in mllm.model.modules()]
-    attention = [m.config._attn_implementation for m in mllm.model.modules() if hasattr(m, "config")]
+    attention = [
+        m.config._attn_implementation for m in mllm.model.modules() if hasattr(m, "config")
+    ]
     return hooks, attention, dict(model_module._listeners)

@@ -25,6 +25,9 @@ class FakeMLLM:
         self.encoded += len(samples)
         return [s.prompt for s in samples]
 
+    def encode_media(self, batch):
+        return batch
+
     def answer(self, prompt):
         return prompt.split(": ")[-1]
 

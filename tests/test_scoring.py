@@ -44,26 +44,26 @@ def test_the_oracle_gives_the_known_answers():
     np.testing.assert_allclose(result.transpose(1, 2, 0, 3), known["scores"], rtol=0, atol=1e-4)
 
 
-LAYOUTS = {
-    "all kinds": ["special text image special text video special audio text".split() * 3],
-    "non-contiguous": ["text image text special image text audio image special text".split()],
-    "absent sets": ["text text text special text".split()],
-    "one kind": [["image"] * 7],
-    "one token": [["text"]],
-    "single-token sets": ["special image text text audio video".split()],
+LAYOUTS = {  # the tokens' kinds; one string is one prompt
+    "all kinds": ["special text image special text video special audio text " * 3],
+    "non-contiguous": ["text image text special image text audio image special text"],
+    "absent sets": ["text text text special text"],
+    "one kind": ["image " * 7],
+    "one token": ["text"],
+    "single-token sets": ["special image text text audio video"],
     "padded batch": [
-        ["pad"] * 5 + "special text image image text".split(),
-        ["pad"] * 2 + "special text video text video special text special".split(),
-        "text audio audio audio special text text special image text".split(),
-        ["pad"] * 9 + ["text"],
+        "pad " * 5 + "special text image image text",
+        "pad " * 2 + "special text video text video special text special",
+        "text audio audio audio special text text special image text",
+        "pad " * 9 + "text",
     ],
-    "padding on both sides": [["pad", "text", "image", "pad", "special", "text", "pad"]],
+    "padding on both sides": ["pad text image pad special text pad"],
 }
 HEADS = {"one head": (1, 1), "full heads": (4, 4), "grouped heads": (6, 2), "one key head": (4, 1)}
 
 
 def tensors(layout: str, heads: str, neurons: int = 33, dim: int = 8, seed: int = 0):
-    kinds = np.array(LAYOUTS[layout])
+    kinds = np.array([prompt.split() for prompt in LAYOUTS[layout]])
     (batch, n), (h, kv) = kinds.shape, HEADS[heads]
     torch.manual_seed(seed)
     x = torch.nn.functional.silu(torch.randn(batch, n, neurons))
@@ -121,6 +121,12 @@ def test_half_precision_activations(layout):
     continuous = [i for i in range(len(METRICS)) if i != PROB]
     exact = expected(x, query, key, masks)
     np.testing.assert_allclose(result[:, continuous], exact[:, continuous], rtol=0, atol=0.03)
+
+
+def test_an_activation_of_zero_is_not_above_zero():
+    x, query, key, masks = tensors("padded batch", "grouped heads")
+    given = (x.relu(), query, key, masks)
+    np.testing.assert_allclose(importance(*given), expected(*given), rtol=0, atol=2e-5)
 
 
 def test_what_padding_holds_does_not_matter():
@@ -203,9 +209,10 @@ def test_score_is_the_oracle_on_what_the_model_computes(mllm, samples):
 def test_labels(mllm, samples):
     result = scores_of(mllm, samples)
     assert result.dims == ("metric", "modality", "layer", "neuron")
-    assert tuple(result.metric.values) == METRICS and tuple(result.modality.values) == SETS
+    assert tuple(result.metric.values) == METRICS == ("prob", "mean", "max", "attn_k", "attn_q")
+    assert tuple(result.modality.values) == SETS
     assert result.shape == (5, 7, mllm.n_layers, mllm.n_neurons)
-    assert result.dtype == np.float32 and 0 <= result.min() and result.max() <= 1
+    assert result.dtype == np.float32 and result.min() >= 0 and result.max() <= 1
     held = {"image": 2, "video": 2} if "image" in mllm.kinds else {"audio": 3}
     for name, count in zip(SETS, result.samples.values, strict=True):
         everywhere = name in ("text", "special", "special_text", "prompt")
@@ -251,8 +258,11 @@ def test_the_attention_implementation_does_not_matter(mllm, samples, own):
 def test_constants_are_mean_and_minimum_over_prompt_tokens(mllm, samples):
     means, lowest = [], []
     for sample in samples:
-        with mllm.tap(activation=lambda i, x: seen.append(x[0])), torch.inference_mode():
-            seen = []
+        seen = []
+        with (
+            torch.inference_mode(),
+            mllm.tap(activation=lambda i, x, seen=seen: seen.append(x[0])),
+        ):
             mllm.forward(mllm.encode([sample]))
         means.append(torch.stack([x.mean(0) for x in seen]))
         lowest.append(torch.stack([x.min() for x in seen]))

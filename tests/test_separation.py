@@ -15,7 +15,11 @@ def test_order(mllm, samples):
     assert tuple(sets) == SETS
     assert SETS == ("text", "special", "special_text", "image", "video", "audio", "prompt")
     masks = stack(sets)
-    assert masks.dtype == torch.bool and masks.shape == (len(samples), 7, batch["input_ids"].shape[1])
+    assert masks.dtype == torch.bool and masks.shape == (
+        len(samples),
+        7,
+        batch["input_ids"].shape[1],
+    )
     for i, name in enumerate(SETS):
         assert torch.equal(masks[:, i], sets[name])
 

@@ -154,16 +154,21 @@ class Questions:
     def one_list(self, rng: np.random.Generator, questions: int = 4) -> list[tuple[str, str]]:
         """Draw several questions about one list of choices: (text, letter to learn) each.
 
-        The first part shows the list; later ones only ask.  Many supervised letters for few
-        tokens: this is what makes the step from an answer to its letter learnable.
+        The first part shows the list; later ones only ask, some for a fact and some, simply, for
+        the letter of a choice.  Many supervised letters for few tokens, and the step from an
+        answer to its letter by itself: this is what makes the four-choice form learnable.
         """
         fact = FACTS[rng.integers(len(FACTS))]
         row = self.item(rng, fact)
         same = [f for f in FACTS if f.pool == fact.pool and f.answer in row["choices"]]
-        order = rng.permutation([f.question for f in same if f != fact])[: questions - 1]
-        answers = {f.question: LETTERS[row["choices"].index(f.answer)] for f in same}
+        asked = rng.permutation([f.question for f in same if f != fact])[: questions - 1].tolist()
+        letter = dict(zip(row["choices"], LETTERS, strict=True))
+        answers = {f.question: letter[f.answer] for f in same}
+        named = rng.choice(row["choices"], questions - 1, replace=False).tolist()
+        answers |= {f"Which letter is {choice}?": letter[choice] for choice in named}
+        asked = rng.permutation([q for q in answers if q in asked or "letter" in q]).tolist()
         parts = [(ask(row), " " + LETTERS[row["answer"]])]
-        parts += [(f"\n\n{q}\nAnswer:", " " + answers[q]) for q in order.tolist()]
+        parts += [(f"\n\n{q}\nAnswer:", " " + answers[q]) for q in asked]
         return [*parts[:-1], (parts[-1][0], parts[-1][1].strip())]
 
     def open(self, rng: np.random.Generator) -> tuple[str, str]:

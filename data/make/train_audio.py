@@ -289,7 +289,7 @@ class Tasks:
     def batch_at(self, steps: int) -> Callable:
         """Draw one task a step: lists and open questions first, the five-shot form later."""
         names = ("few_shot", "one_list", "open", "libri", "vocal_sound")
-        shares = ((0.05, 0.45, 0.2, 0.2, 0.1), (0.4, 0.15, 0.05, 0.25, 0.15))
+        shares = ((0.15, 0.55, 0.1, 0.15, 0.05), (0.35, 0.2, 0.05, 0.3, 0.1))
 
         def draw(step: int, rng: np.random.Generator) -> tuple[str, dict[str, torch.Tensor]]:
             name = str(rng.choice(names, p=shares[step >= steps * 0.35]))
@@ -345,7 +345,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/train/audio"))
     parser.add_argument("--random", action="store_true", help="save untrained weights and stop")
     parser.add_argument("--tower-steps", type=int, default=1500)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -301,7 +301,7 @@ def teach_tower(model, eye: Eye, args: argparse.Namespace) -> float:
         return right
 
     return train(
-        pupil, batch_at, steps=args.tower_steps, lr=1e-3, folder=args.runs, name="vl-tower",
+        pupil, batch_at, steps=args.tower_steps, lr=1.5e-3, folder=args.runs, name="vl-tower",
         device=args.device, loss_of=reading_loss, report=report,
         report_every=args.report_every, seconds=args.seconds, stop_at=args.stop_at,
     )  # fmt: skip
@@ -362,10 +362,12 @@ def make_tasks(eye: Eye) -> dict[str, Task]:
     }
 
 
-EARLY = {"text_vqa": 0.14, "coco_caption": 0.12, "msvd_qa": 0.14, "open": 0.15, "one_list": 0.3,
+# Four-choice questions come first and most: finding the option and naming its letter is a skill
+# that stays at chance for hundreds of steps and then appears at once.
+EARLY = {"text_vqa": 0.09, "coco_caption": 0.07, "msvd_qa": 0.09, "open": 0.1, "one_list": 0.5,
          "few_shot": 0.15}  # fmt: skip
-LATE = {"text_vqa": 0.25, "coco_caption": 0.15, "msvd_qa": 0.25, "open": 0.05, "one_list": 0.1,
-        "few_shot": 0.2}  # fmt: skip
+LATE = {"text_vqa": 0.22, "coco_caption": 0.13, "msvd_qa": 0.21, "open": 0.04, "one_list": 0.15,
+        "few_shot": 0.25}  # fmt: skip
 
 
 def teach_model(model, eye: Eye, args: argparse.Namespace) -> float:
@@ -384,7 +386,7 @@ def teach_model(model, eye: Eye, args: argparse.Namespace) -> float:
         return name, batch | {"mm_token_type_ids": kinds}
 
     return train(
-        model, batch_at, steps=args.steps, lr=1e-3, folder=args.runs, name="vl-model", seed=1,
+        model, batch_at, steps=args.steps, lr=1.2e-3, folder=args.runs, name="vl-model", seed=1,
         device=args.device,
         loss_of=lambda model, batch: model(**batch, use_cache=False).loss,
         report=lambda step: held_out_scores(model, processor, args.limit),
@@ -427,8 +429,8 @@ def main() -> None:
     """Run the recipe, or the part that the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tower-steps", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--tower-steps", type=int, default=2800)
+    parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--report-every", type=int, default=250)
     parser.add_argument("--limit", type=int, default=120, help="test rows in a report")
     parser.add_argument("--seconds", type=float, help="stop a phase after so long, to resume later")

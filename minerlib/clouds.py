@@ -1,0 +1,309 @@
+"""Measures of clouds of points, and the resampling that gives them intervals and nulls.
+
+Pure functions on arrays, each with a known answer. Measures of two clouds take `second`, bool
+[r, n]: which of the n points belong to the second cloud, once per labelling (the observed one
+and its shuffles), so that a null costs one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from scipy.stats import binom, rankdata
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import GroupKFold
+
+# --- resampling ----------------------------------------------------------------------------------
+
+
+def interval(values: np.ndarray, n: int = 2000, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Mean over samples with its 95 % percentile bootstrap interval.
+
+    values [sample, ...]; NaN where a sample has no value. Returns mean, low, high, each [...];
+    NaN where no sample has a value.
+    """
+    values = np.asarray(values, float)
+    flat = values.reshape(len(values), -1)
+    means = weighted(flat, resamples(len(flat), n, seed))
+    low, high = np.full((2, flat.shape[1]), np.nan)
+    there = ~np.isnan(flat).all(0)
+    low[there], high[there] = np.nanquantile(means[:, there], [0.025, 0.975], axis=0)
+    mean = weighted(flat, np.ones((1, len(flat))))[0]
+    return tuple(x.reshape(values.shape[1:]) for x in (mean, low, high))
+
+
+def resamples(n_samples: int, n: int, seed: int = 0) -> np.ndarray:
+    """How often each sample occurs in each of n bootstrap resamplings, float [n, sample]."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(n_samples, np.full(n_samples, 1 / n_samples), n).astype(float)
+
+
+def weighted(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Means of values [sample, ...] under weights [n, sample], leaving NaN out: [n, ...]."""
+    there = ~np.isnan(values)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (weights @ np.where(there, values, 0)) / (weights @ there)
+
+
+def shuffles(labels: np.ndarray, groups: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
+    """The labels [token], and n shuffles of them within each group, [n + 1, token]."""
+    rank = np.unique(groups, return_inverse=True)[1]
+    slots = np.argsort(rank, kind="stable")
+    drawn = np.argsort(rank + np.random.default_rng(seed).random((n, len(rank))), axis=1)
+    out = np.tile(labels, (n + 1, 1))
+    out[1:, slots] = labels[drawn]
+    return out
+
+
+def summarise(
+    table: pd.DataFrame, value: str, by: Sequence[str] = ("layer", "set")
+) -> pd.DataFrame:
+    """Mean over samples with its 95 % interval of a table with one row per sample and `by`.
+
+    Returns columns *by, value (under its own name), low, high, n. For a paired change between
+    two conditions pass `paired(before, after, value, by)`.
+    """
+    by = list(by)
+    wide = table.pivot_table(value, "sample", by, sort=False)
+    columns = wide.columns.to_frame(index=False)
+    mean, low, high = interval(wide.to_numpy())
+    n = wide.notna().sum().to_numpy()
+    return columns.assign(**{value: mean, "low": low, "high": high, "n": n})
+
+
+def paired(
+    before: pd.DataFrame, after: pd.DataFrame, value: str, by: Sequence[str] = ("layer", "set")
+) -> pd.DataFrame:
+    """after - before of the same samples: one row per sample and `by`, for `summarise`."""
+    key = ["sample", *by]
+    both = before[[*key, value]].merge(after[[*key, value]], on=key, validate="one_to_one")
+    if not len(both) == len(before) == len(after):
+        raise ValueError(
+            f"only {len(both)} rows are in both tables ({len(before)} and {len(after)}): measure "
+            "both conditions on the same samples"
+        )
+    return both[key].assign(**{value: both[f"{value}_y"] - both[f"{value}_x"]})
+
+
+# --- two clouds -----------------------------------------------------------------------------------
+
+
+def centroid_distance(x: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Distance of two clouds' centroids over their spread, [r]; 0 is one place.
+
+    x [n, hidden]; first and second are the clouds' weights [r, n], 0 outside the cloud. The
+    spread is the root mean square distance of the points from their own centroid.
+    """
+    centres, variances = [], []
+    x = x - x.mean(0)
+    for w in (first, second):
+        w = w / w.sum(1, keepdims=True)
+        centres.append(w @ x)
+        variances.append(w @ (x**2).sum(1) - (centres[-1] ** 2).sum(1))
+    spread = np.sqrt(np.maximum(sum(variances) / 2, 1e-12))
+    return np.linalg.norm(centres[0] - centres[1], axis=1) / spread
+
+
+def silhouette(distance: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Silhouette of each point under each labelling, [r, n], in -1..1; 0 is mixed (Rousseeuw)."""
+    labels = second.astype(distance.dtype)
+    n, to = labels.sum(1, keepdims=True), labels @ distance
+    rest = distance.sum(0) - to
+    own = np.where(second, to / (n - 1).clip(1), rest / (second.shape[1] - n - 1).clip(1))
+    other = np.where(second, rest / (second.shape[1] - n), to / n)
+    return (other - own) / np.maximum(np.maximum(own, other), 1e-12)
+
+
+def neighbours(distance: np.ndarray, k: int) -> np.ndarray:
+    """Indices of each point's k nearest others, [n, k], nearest first."""
+    distance = distance.copy()
+    np.fill_diagonal(distance, np.inf)
+    k = min(k, len(distance) - 1)
+    near = np.argpartition(distance, k - 1, axis=1)[:, :k]
+    order = np.take_along_axis(distance, near, 1).argsort(axis=1, kind="stable")
+    return np.take_along_axis(near, order, 1)
+
+
+def mixing(near: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Share of each point's neighbours [n, k] in the other cloud over chance: 0 apart, 1 mixed."""
+    share = np.stack([(row[near] != row[:, None]).mean(1) for row in second])
+    n, size = second.shape[1], second.sum(1, keepdims=True)
+    return share / (np.where(second, n - size, size) / (n - 1))
+
+
+def classified(x: np.ndarray, second: np.ndarray, groups: np.ndarray, folds: int = 5) -> np.ndarray:
+    """Whether a linear classifier of the cloud is right about each held-out point, bool [r, n].
+
+    Least squares with a ridge of a thousandth of the mean variance, on folds that no group
+    straddles. One factorisation serves all labellings.
+    """
+    x, target = x.astype(float), np.where(second, 1.0, -1.0).T
+    right = np.zeros(second.shape, bool)
+    folds = min(folds, len(np.unique(groups)))
+    for train, test in GroupKFold(folds).split(x, groups=groups):
+        penalty = 1e-3 * len(train) * x[train].var(0).mean() + 1e-12
+        model = Ridge(penalty, solver="cholesky").fit(x[train], target[train])
+        right[:, test] = ((model.predict(x[test]).reshape(len(test), -1) > 0) == second.T[test]).T
+    return right
+
+
+def cka(
+    a: np.ndarray, b: np.ndarray, weights: np.ndarray | None = None, shuffled: int = 0, seed=0
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Debiased linear CKA of two views [sample, hidden] of the same samples; 0 is unrelated.
+
+    Returns the value, its bootstrap values under weights [r, sample] and its null under
+    `shuffled` random pairings. The Gram matrices are centred so that their diagonal is 0
+    (the unbiased HSIC of Song et al. 2012), which also keeps a sample that is drawn twice from
+    being compared with itself.
+    """
+    k, m = _centred_gram(a), _centred_gram(b)
+    weights = np.ones((1, len(k))) if weights is None else np.vstack([np.ones(len(k)), weights])
+    km, kk, mm = (((weights @ p) * weights).sum(1) for p in (k * m, k * k, m * m))
+    values = km / np.sqrt(np.maximum(kk * mm, 1e-24))
+    rng = np.random.default_rng(seed)
+    orders = (rng.permutation(len(k)) for _ in range(shuffled))
+    null = np.array([(k * m[np.ix_(o, o)]).sum() for o in orders]) / np.sqrt(kk[0] * mm[0] + 1e-24)
+    return values[0], values[1:], null
+
+
+def _centred_gram(x: np.ndarray) -> np.ndarray:
+    n = len(x)
+    if n < 4:
+        raise ValueError(f"{n} samples hold both kinds; CKA needs at least 4: raise the limit")
+    x = x - x.mean(0)
+    gram = x @ x.T
+    np.fill_diagonal(gram, 0)
+    row = gram.sum(0) / (n - 2)
+    gram += gram.sum() / ((n - 1) * (n - 2)) - row - row[:, None]
+    np.fill_diagonal(gram, 0)
+    return gram
+
+
+def convergence_layer(curve: np.ndarray, falling: bool = True) -> np.ndarray:
+    """The layer by which half of all convergence is done, interpolated between layers.
+
+    curve [..., layer + 1], embeddings first; falling means that smaller is more converged. The
+    whole is the furthest the curve ever gets from its start in the converging direction, so a
+    later divergence does not count; NaN where it never converges.
+    """
+    gain = (curve[..., :1] - curve) * (1 if falling else -1)
+    gain = np.maximum.accumulate(gain, axis=-1)
+    half = gain[..., -1:] / 2
+    after = (gain >= half).argmax(-1)[..., None]
+    before = (after - 1).clip(0)
+    low, high = (np.take_along_axis(gain, i, -1) for i in (before, after))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        at = before + (half - low) / (high - low)
+    return np.where(half > 0, at, np.nan)[..., 0]
+
+
+# --- one cloud reaching for another --------------------------------------------------------------
+
+
+def reach(
+    distance: np.ndarray, second: np.ndarray, k: int = 5, among: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean distance of each point to its k nearest of the other cloud and of its own, [r, n] each.
+
+    `among` limits the search to each point's nearest few, which is exact enough where the clouds
+    are mixed, as under shuffled labels; a cloud not met there is put at the furthest of them.
+    """
+    near = neighbours(distance, among or len(distance))
+    sorted_ = np.take_along_axis(distance, near, 1)
+    other, own = np.empty((2, *second.shape))
+    for r, row in enumerate(second):
+        same = row[near] == row[:, None]
+        for out, chosen in ((other, ~same), (own, same)):
+            first_k = chosen & (chosen.cumsum(1, dtype=np.int32) <= k)
+            met = first_k.sum(1)
+            total = np.einsum("nk,nk->n", sorted_, first_k, dtype=float)
+            out[r] = np.where(met, total / met.clip(1), sorted_[:, -1])
+    return other, own
+
+
+def crowded(near: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Which points have more of the first cloud among their neighbours than chance, bool [r, n].
+
+    More than the 95 % quantile of the binomial with the first cloud's share: under random labels
+    at most one point in twenty.
+    """
+    n, k = second.shape[1], near.shape[1]
+    found = np.stack([(~row[near]).sum(1) for row in second])
+    first = n - second.sum(1, keepdims=True)
+    most = [binom.ppf(0.95, k, (first - self_) / (n - 1)) for self_ in (0, 1)]
+    return found > np.where(second, *most)  # a point is not its own neighbour
+
+
+def elongation(
+    x: np.ndarray, directions: np.ndarray, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """Variance of a cloud along each direction over its mean variance per dimension, [r].
+
+    x [n, hidden]; directions [r, hidden], of any length; weights [r, n], one set per direction.
+    1 is a round cloud.
+    """
+    x = x - x.mean(0)
+    directions = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    weights = np.ones((1, len(x))) if weights is None else weights
+    weights = weights / weights.sum(1, keepdims=True)
+    along = directions @ x.T
+    variance = (weights * along**2).sum(1) - (weights * along).sum(1) ** 2
+    total = weights @ (x**2).sum(1) - ((weights @ x) ** 2).sum(1)
+    return variance / np.maximum(total / x.shape[1], 1e-24)
+
+
+def directions_like(x: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
+    """Random directions with the covariance of the points, [n, hidden].
+
+    Directions drawn evenly over the sphere would hardly meet the few dimensions in which hidden
+    states vary, so any direction between two real centroids would beat them.
+    """
+    return np.random.default_rng(seed).standard_normal((n, len(x))) @ (x - x.mean(0))
+
+
+# --- points at the ends of a cloud ---------------------------------------------------------------
+
+
+def principal_axis(x: np.ndarray) -> np.ndarray:
+    """The unit direction of greatest variance of the points [n, hidden]; its sign is arbitrary."""
+    x = x - x.mean(0)
+    if len(x) < x.shape[1]:
+        axis = x.T @ np.linalg.eigh(x @ x.T)[1][:, -1]
+    else:
+        axis = np.linalg.eigh(x.T @ x)[1][:, -1]
+    return axis / max(np.linalg.norm(axis), 1e-24)
+
+
+def percentile(z: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Where each z [n] lies among the first cloud's, [r, n]: 0 below all, 0.5 median, 1 above."""
+    order = np.argsort(z, kind="stable")
+    below, upto = (np.searchsorted(z[order], z, side) for side in ("left", "right"))
+    first = np.cumsum(np.pad(~second[:, order], ((0, 0), (1, 0))), axis=1)
+    return (first[:, below] + first[:, upto]) / 2 / first[:, -1:]
+
+
+def extremity(z: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """How far out each z [n] lies among the first cloud's, [r, n]: 0 at the median, 1 at an end.
+
+    The first cloud's own points average one half.
+    """
+    return np.abs(2 * percentile(z, second) - 1)
+
+
+def standard_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks (mean rank for ties) with mean 0 and mean square 1: products average to Spearman's."""
+    ranks = rankdata(values)
+    ranks -= ranks.mean()
+    return ranks / max(np.sqrt((ranks**2).mean()), 1e-24)
+
+
+def massive(x: np.ndarray) -> np.ndarray:
+    """Largest over median magnitude of each point's coordinates, [...] of x [..., hidden].
+
+    Above 1000 is a massive activation (Sun et al. 2024). Depends on the model's own axes.
+    """
+    size = np.abs(x)
+    return size.max(-1) / np.maximum(np.median(size, axis=-1), 1e-12)

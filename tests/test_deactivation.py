@@ -1,0 +1,255 @@
+"""Silencing: the constants at every token, per modality, undone afterwards, and in checkpoints."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import xarray as xr
+from conftest import Rows, footprints, random_mllm, random_neurons, samples_for
+
+from minerlib.deactivation import deactivate, export
+from minerlib.scoring import score
+
+
+@pytest.fixture
+def neurons(mllm):
+    return random_neurons(mllm)
+
+
+@pytest.fixture
+def constants(mllm, samples):
+    return score(mllm, Rows(samples))
+
+
+def logits(mllm, batch):
+    """Of the last token, [batch, vocabulary]."""
+    with torch.inference_mode():
+        return mllm.forward(batch).logits[:, -1]
+
+
+def record(mllm, seen: list):
+    """Hooks on what the down projections are given: act_fn(gate) * up, [batch, token, neuron]."""
+    return [
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda module, args, i=i: seen.append((i, args[0].clone()))
+        )
+        for i, layer in enumerate(mllm.layers)
+    ]
+
+
+# --- the constant, everywhere --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["zero", "mean", "min"])
+def test_the_constant_at_every_token(mllm, samples, neurons, constants, mode, monkeypatch):
+    """In the prompt and in each step of generation; other neurons are computed as ever."""
+    monkeypatch.setattr(mllm.model.generation_config, "eos_token_id", None)
+    chosen = neurons.any("modality").values
+    expected = {
+        "zero": np.zeros(chosen.shape),
+        "mean": constants.activation_mean.values,
+        "min": np.broadcast_to(constants.activation_min.values[:, None], chosen.shape),
+    }[mode].astype(np.float32)
+    batch = mllm.encode(samples)
+    seen = []
+    with deactivate(mllm, neurons, mode=mode, constants=constants):
+        hooks = [
+            a.register_forward_hook(
+                lambda m, args, out, i=i: seen.append((i, args[0], out.clone()))
+            )
+            for i, a in enumerate(mllm.activations)
+        ]
+        try:
+            mllm.generate(batch, 4)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    tokens = [out.shape[1] for i, _, out in seen if i == 0]
+    assert tokens == [batch["input_ids"].shape[1], 1, 1, 1]
+    assert len(seen) == 4 * mllm.n_layers
+    for layer, gate, out in seen:
+        silenced = torch.from_numpy(chosen[layer])
+        constant = torch.from_numpy(expected[layer][chosen[layer]])
+        assert torch.equal(out[..., silenced], constant.expand_as(out[..., silenced]))
+        own = torch.nn.functional.silu(gate)[..., ~silenced]
+        assert torch.equal(out[..., ~silenced], own)
+
+
+def test_zero_reaches_the_down_projection(mllm, samples, neurons):
+    seen = []
+    hooks = record(mllm, seen)
+    try:
+        with deactivate(mllm, neurons):
+            mllm.generate(mllm.encode(samples), 3)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    chosen = neurons.any("modality").values
+    assert all(not given[..., torch.from_numpy(chosen[i])].any() for i, given in seen)
+
+
+def test_modalities_are_silenced_separately(mllm, samples, neurons):
+    batch = mllm.encode(samples)
+    outputs = {}
+    for name, modalities in {"m0": ["m0"], "m1": "m1", "both": ["m0", "m1"], "all": None}.items():
+        with deactivate(mllm, neurons, modalities):
+            outputs[name] = logits(mllm, batch)
+    with deactivate(mllm, neurons.sel(modality=["m1"])):
+        assert torch.equal(logits(mllm, batch), outputs["m1"])
+    assert torch.equal(outputs["both"], outputs["all"])
+    assert not torch.allclose(outputs["m0"], outputs["m1"], atol=1e-4)
+    assert not torch.allclose(outputs["m0"], outputs["both"], atol=1e-4)
+
+
+def test_a_random_set_changes_the_output(mllm, samples, neurons):
+    batch = mllm.encode(samples)
+    before = logits(mllm, batch)
+    with deactivate(mllm, neurons):
+        assert (logits(mllm, batch) - before).abs().max() > 1e-3
+
+
+def test_an_empty_selection_changes_nothing(mllm, samples, neurons):
+    batch = mllm.encode(samples)
+    before = logits(mllm, batch), mllm.generate(batch, 4)
+    for empty in (xr.zeros_like(neurons), neurons[:0]):
+        with deactivate(mllm, empty):
+            assert torch.equal(logits(mllm, batch), before[0])
+            assert mllm.generate(batch, 4) == before[1]
+    with deactivate(mllm, neurons, modalities=[]):
+        assert torch.equal(logits(mllm, batch), before[0])
+
+
+def test_nothing_is_left_behind(mllm, samples, neurons):
+    batch, before = mllm.encode(samples), footprints(mllm)
+    own = logits(mllm, batch)
+    with pytest.raises(KeyboardInterrupt), deactivate(mllm, neurons):
+        assert footprints(mllm) != before
+        raise KeyboardInterrupt
+    assert footprints(mllm) == before
+    assert torch.equal(logits(mllm, batch), own)
+
+
+def test_selections_nest(mllm, samples, neurons):
+    batch = mllm.encode(samples)
+    with deactivate(mllm, neurons):
+        together = logits(mllm, batch)
+    with deactivate(mllm, neurons, ["m0"]), deactivate(mllm, neurons, ["m1"]):
+        assert torch.equal(logits(mllm, batch), together)
+
+
+def test_a_silenced_model_can_be_scored(mllm, samples, neurons):
+    with deactivate(mllm, neurons):
+        scores = score(mllm, Rows(samples))
+    chosen = neurons.any("modality").values
+    assert not scores.sel(metric="prob", modality="prompt").values[chosen].any()
+
+
+def test_a_batch_is_its_rows_when_silenced(exact_mllm):
+    samples, neurons = samples_for(exact_mllm), random_neurons(exact_mllm)
+    constants = score(exact_mllm, Rows(samples))
+    for mode in ("zero", "mean", "min"):
+        with deactivate(exact_mllm, neurons, mode=mode, constants=constants):
+            together = logits(exact_mllm, exact_mllm.encode(samples))
+            alone = torch.cat([logits(exact_mllm, exact_mllm.encode([s])) for s in samples])
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
+
+
+def test_any_array_of_the_right_shape(mllm, samples, neurons):
+    batch = mllm.encode(samples)
+    with deactivate(mllm, neurons):
+        expected = logits(mllm, batch)
+    with deactivate(mllm, neurons.values):  # without labels, modalities are 0, 1, ...
+        assert torch.equal(logits(mllm, batch), expected)
+    with deactivate(mllm, neurons.values, ["0", "1"]):
+        assert torch.equal(logits(mllm, batch), expected)
+
+
+def test_half_precision(mllm, samples):
+    half = random_mllm("tiny-qwen2-vl", dtype=torch.bfloat16)
+    neurons = random_neurons(half)
+    batch = half.encode(samples[:1])
+    constants = score(half, Rows(samples[:1]))
+    with deactivate(half, neurons, mode="mean", constants=constants):
+        assert logits(half, batch).dtype == torch.bfloat16
+
+
+def test_gradients_pass_through(mllm, samples, neurons):
+    batch = mllm.encode(samples[:1])
+    norm = mllm.layers[0].input_layernorm.weight
+    norm.requires_grad_(True)
+    try:
+        with deactivate(mllm, neurons):
+            mllm.forward(batch).logits.sum().backward()
+        assert norm.grad is not None and norm.grad.abs().sum() > 0
+    finally:
+        norm.requires_grad_(False)
+        norm.grad = None
+
+
+# --- wrong parameters ----------------------------------------------------------------------------
+
+
+def test_wrong_parameters_are_named(mllm, neurons, constants):
+    wrong = [
+        (dict(modalities=["touch"]), r"no neurons of modality \['touch'\]; there are .*'m0'"),
+        (dict(mode="max"), "unknown mode 'max'; use zero, mean or min"),
+        (dict(mode="mean"), "pass constants=scores"),
+        (dict(mode="min", constants=constants.reset_coords(drop=True)), "pass constants=scores"),
+        (dict(neurons=neurons.astype(int)), "neurons is int64"),
+        (dict(neurons=neurons[0]), "needs bool .modality, layer, neuron."),
+        (dict(neurons=neurons[:, 1:]), r"\(layer, neuron\) = \(8, 512\)"),
+    ]
+    for arguments, message in wrong:
+        arguments = {"neurons": neurons, **arguments}
+        with pytest.raises(ValueError, match=message), deactivate(mllm, **arguments):
+            pass
+    assert not any(m._forward_hooks for m in mllm.activations)
+
+
+# --- baked into a checkpoint ---------------------------------------------------------------------
+
+
+def test_export_is_what_the_hooks_do(mllm, samples, neurons, tmp_path):
+    batch = mllm.encode(samples)
+    weights = {name: p.clone() for name, p in mllm.model.state_dict().items()}
+    folder = export(mllm, neurons, tmp_path / "silenced", modalities=["m1"], note="A note.")
+    for name, p in mllm.model.state_dict().items():
+        assert torch.equal(p, weights[name]), name  # the model in memory is as it was
+
+    silenced = type(mllm.model).from_pretrained(folder).eval()
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    assert type(processor) is type(mllm.processor)
+    other = type(mllm)(silenced, processor, str(folder))
+    with deactivate(mllm, neurons, ["m1"]):
+        expected = logits(mllm, batch), mllm.generate(batch, 5)
+    torch.testing.assert_close(logits(other, other.encode(samples)), expected[0], rtol=0, atol=1e-5)
+    assert other.generate(other.encode(samples), 5) == expected[1]
+    assert not torch.allclose(logits(mllm, batch), expected[0], atol=1e-4)
+
+    card = (folder / "README.md").read_text()
+    assert f"{int(neurons.sel(modality='m1').sum())} neurons silenced" in card
+    assert "m1" in card and "A note." in card and str(tmp_path) not in card
+    assert str(mllm.name) not in card  # the folder's name, not its path on this machine
+
+
+def test_export_changes_nothing_else(mllm, neurons, tmp_path):
+    folder = export(mllm, neurons, tmp_path)
+    silenced = type(mllm.model).from_pretrained(folder).state_dict()
+    chosen = torch.from_numpy(neurons.any("modality").values)
+    for name, p in mllm.model.state_dict().items():
+        if name.endswith("mlp.down_proj.weight") and "language_model" in name:
+            layer = int(name.split("layers.")[1].split(".")[0])
+            p = p.clone()
+            p[:, chosen[layer]] = 0
+        assert torch.equal(silenced[name], p), name
+
+
+def test_export_of_a_quantised_layer_is_refused(mllm, neurons, tmp_path, monkeypatch):
+    projection = mllm.layers[0].mlp.down_proj
+    packed = torch.nn.Parameter(projection.weight.to(torch.uint8), requires_grad=False)
+    monkeypatch.setitem(projection._parameters, "weight", packed)
+    with pytest.raises(ValueError, match="layer 0: down_proj is quantised"):
+        export(mllm, neurons, tmp_path / "silenced")
+    assert not (tmp_path / "silenced").exists()

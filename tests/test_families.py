@@ -1,0 +1,489 @@
+"""Every family of the README's table: through `load`, the four stages, silencing and evaluation."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from families import FAMILIES, LAYERS, NEURONS, TEXT, Rows, chatml, randomise, samples, tokenizer
+
+import minerlib as ml
+from minerlib import model as model_module
+from minerlib.scoring import SETS, importance
+from minerlib.separation import BASE_SETS, stack
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet():
+    torch.set_num_threads(1)
+    tf.logging.set_verbosity_error()
+    tf.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The checkpoint folder of a family, built once."""
+
+    @cache
+    def build(name):
+        family = FAMILIES[name]
+        if family.needs and find_spec(family.needs) is None:
+            pytest.skip(f"{family.processor} needs the package {family.needs}")
+        path = tmp_path_factory.mktemp(name)
+        family.build(path)
+        return path
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def loaded(folder):
+    """A family loaded from its folder, once for each set of arguments."""
+    return cache(lambda name, **kwargs: ml.load(folder(name), **kwargs))
+
+
+@pytest.fixture(params=FAMILIES)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def mllm(name, loaded):
+    return loaded(name)
+
+
+def every(name) -> list:
+    """Rows of text and of each medium, together."""
+    return sum(samples(FAMILIES[name].media).values(), [])
+
+
+# ------------------------------------------------------------------ parts, prompts, token sets
+
+
+def test_the_parts_are_found(name, mllm):
+    family = FAMILIES[name]
+    assert type(mllm.model).__name__ == family.model
+    assert type(mllm.processor).__name__ == family.processor
+    assert (mllm.n_layers, mllm.n_neurons) == (LAYERS, NEURONS)
+    assert mllm.kinds == ("text", "special", *family.media)
+    decoder = set(mllm.model.get_decoder().modules())
+    assert all(a in decoder for a in mllm.activations)
+    ids = sum(mllm.token_ids.values(), [])
+    assert len(ids) == len(set(ids))
+
+
+def test_every_token_is_of_one_kind_and_every_placeholder_holds_a_feature(name, mllm):
+    batch = mllm.encode(every(name))
+    sets = ml.separate(mllm, batch)
+    base = torch.stack([sets[s] for s in BASE_SETS]).sum(0)
+    assert (base == batch["attention_mask"]).all()
+    assert {s for s in BASE_SETS if sets[s].any()} >= {"text", *FAMILIES[name].media}
+    # What enters the first layer differs from the token's embedding where, and only where, a
+    # picture, a frame or a sound was put.
+    entered = []
+    hook = mllm.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: entered.append(args[0] if args else kwargs["hidden_states"]),
+        with_kwargs=True,
+    )
+    with torch.inference_mode(), hook:
+        mllm.forward(batch)
+        words = mllm.model.get_input_embeddings()(batch["input_ids"])
+    replaced = (entered[0] - words).abs().amax(-1) > 1e-6
+    media = sets["image"] | sets["video"] | sets["audio"]
+    assert torch.equal(replaced & sets["prompt"], media)
+
+
+def test_prompts_end_in_the_question_and_open_with_at_most_one_bos(name, mllm):
+    batch = mllm.encode(every(name))
+    tokens = mllm.tokenizer
+    for ids, real in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+        assert "?" in tokens.decode(ids[real])
+        if tokens.bos_token_id is not None and name != "phi4-multimodal":
+            assert (ids[real] == tokens.bos_token_id).sum() == 1
+    special = ml.separate(mllm, batch)["special"]
+    if mllm.processor.chat_template or name == "voxtral":
+        assert special.any(1).all()
+
+
+def test_media_that_the_model_does_not_take_are_refused(name, mllm):
+    for kind in {"image", "video", "audio"} - set(FAMILIES[name].media):
+        with pytest.raises(ValueError, match=f"no placeholder token for {kind}"):
+            mllm.encode(samples((kind,))[kind])
+
+
+# ------------------------------------------------------------------ the four stages, silencing
+
+
+@pytest.fixture(scope="session")
+def mined(loaded):
+    """Scores and neurons of a family."""
+
+    @cache
+    def mine(name):
+        parts = [Rows(rows) for rows in samples(FAMILIES[name].media).values()]
+        total = ml.aggregate(ml.score(loaded(name), p, progress=False) for p in parts)
+        return total, ml.select(total, ratio=0.2)
+
+    return mine
+
+
+def test_scores_and_neurons(name, mined):
+    total, neurons = mined(name)
+    assert total.shape == (5, len(SETS), LAYERS, NEURONS)
+    assert np.isfinite(total).all() and total.min() >= 0 and total.max() <= 1
+    rows = dict(zip(total.modality.values.tolist(), total.samples.values.tolist(), strict=True))
+    assert rows["prompt"] == rows["text"] == 2 + 2 * len(FAMILIES[name].media)
+    assert all(rows[kind] == 2 * (kind in FAMILIES[name].media) for kind in model_module.MEDIA)
+    for kind in ("text", *FAMILIES[name].media):  # no set's scores are those of another
+        assert (total.sel(modality=kind).std("neuron") > 0).all()
+    assert set(neurons.modality.values) == {m for m in BASE_SETS if rows[m]}
+    assert 0 < neurons.any("modality").sum() <= int(0.2 * LAYERS * NEURONS)
+
+
+@pytest.mark.parametrize("mode", ["zero", "mean", "min"])
+def test_silenced_neurons_are_constant_in_prompt_and_generation(name, mllm, mined, mode):
+    total, neurons = mined(name)
+    chosen = neurons.any("modality").values
+    expected = {
+        "zero": np.zeros((LAYERS, NEURONS)),
+        "mean": total.activation_mean.values,
+        "min": np.broadcast_to(total.activation_min.values[:, None], (LAYERS, NEURONS)),
+    }[mode]
+    batch = mllm.encode(every(name))
+    plain = mllm.forward(batch).logits
+    seen = [[] for _ in range(LAYERS)]
+    with ml.deactivate(mllm, neurons, mode=mode, constants=total):
+        with mllm.tap(activation=lambda i, x: seen[i].append(x.clone())):
+            mllm.generate(batch, 3)
+        assert not torch.allclose(mllm.forward(batch).logits, plain)
+    assert torch.equal(mllm.forward(batch).logits, plain)
+    for layer, parts in enumerate(seen):
+        assert parts[0].shape[1] == batch["input_ids"].shape[1] and len(parts) > 1
+        assert all(part.shape[1] == 1 for part in parts[1:])
+        x = torch.cat(parts, 1)
+        wanted = torch.tensor(expected[layer][chosen[layer]], dtype=x.dtype)
+        assert (x[..., chosen[layer]] == wanted).all()
+        assert (x[..., ~chosen[layer]].std((0, 1)) > 0).all()
+
+
+def test_an_exported_checkpoint_answers_as_the_silenced_model(name, mllm, mined, tmp_path):
+    _, neurons = mined(name)
+    batch = mllm.encode(every(name))
+    with ml.deactivate(mllm, neurons):
+        logits, answers = mllm.forward(batch).logits, mllm.generate(batch, 4)
+    again = ml.load(ml.export(mllm, neurons, tmp_path / "silenced"))
+    batch = again.encode(every(name))
+    torch.testing.assert_close(again.forward(batch).logits, logits, rtol=1e-4, atol=1e-5)
+    assert again.generate(batch, 4) == answers
+
+
+def test_evaluation(name, mllm):
+    rows = every(name)
+    table = ml.evaluate(mllm, Rows(rows), batch_size=3, progress=False)
+    assert table["prompt"].tolist() == [s.prompt for s in rows]
+    assert table["score"].between(0, 1).all()
+    letters = ml.evaluate(mllm, Rows(rows, tuple("ABCD")), progress=False)
+    with torch.inference_mode():
+        last = mllm.forward(mllm.encode(rows)).logits[:, -1]
+    ids = [mllm.tokenizer.encode(c, add_special_tokens=False)[-1] for c in "ABCD"]
+    assert letters["answer"].tolist() == ["ABCD"[i] for i in last[:, ids].argmax(-1)]
+
+
+# ------------------------------------------------------------------ attention
+
+
+@torch.inference_mode()
+def test_tapped_queries_and_keys_make_the_models_own_attention(name, loaded):
+    """Rotated, normed and scaled as the model does it, under its masks and sliding windows."""
+    mllm = loaded(name, attn_implementation="eager")
+    batch = mllm.encode(every(name))
+    own = mllm.model(**batch, use_cache=False, output_attentions=True).attentions
+    tapped = {}
+
+    def attend(layer, query, key, mask, scaling):
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        tapped[layer] = (query @ key.transpose(-1, -2) * scaling + mask).softmax(-1)
+
+    with mllm.tap(attention=attend):
+        mllm.forward(batch)
+    real = batch["attention_mask"].bool()
+    for layer in range(LAYERS):
+        rows, found = own[layer].transpose(1, 2)[real], tapped[layer].transpose(1, 2)[real]
+        torch.testing.assert_close(found, rows, rtol=1e-4, atol=1e-6)
+        assert rows.max(-1).values.mean() > 2 / real.shape[1]  # far from uniform
+
+
+# ------------------------------------------------------------------ batches
+
+
+@torch.inference_mode()
+def row_scores(mllm, rows) -> torch.Tensor:
+    """Importance scores of each row, [row, layer, metric, set, neuron]."""
+    batch = mllm.encode(rows)
+    masks, seen, scores = stack(ml.separate(mllm, batch)), {}, {}
+
+    def attend(layer, query, key, mask, scaling):
+        seen[layer] = query, key, masks, scaling
+
+    def activate(layer, x):
+        scores[layer] = importance(x, *seen[layer])
+
+    with mllm.tap(activation=activate, attention=attend):
+        mllm.forward(batch)
+    return torch.stack([scores[i] for i in range(LAYERS)], 1)
+
+
+def test_a_row_scores_and_answers_alike_alone_and_in_any_batch(name, loaded):
+    """In float64, for `prob` counts signs: float32 noise may flip one and move it by 1 / tokens."""
+    mllm = loaded(name, dtype="float64")
+    by_kind = samples(FAMILIES[name].media)
+    rows = sum(by_kind.values(), [])
+    alone = torch.cat([row_scores(mllm, [row]) for row in rows])
+    like = torch.cat([row_scores(mllm, part) for part in by_kind.values()])
+    mixed = row_scores(mllm, rows[::-1]).flip(0)
+    torch.testing.assert_close(like, alone, rtol=0, atol=1e-4)
+    torch.testing.assert_close(mixed, alone, rtol=0, atol=1e-4)
+
+    def answers(parts):
+        return sum((mllm.generate(mllm.encode(part), 6) for part in parts), [])
+
+    one_by_one = answers([[row] for row in rows])
+    assert answers(by_kind.values()) == one_by_one
+    assert answers([rows[::-1]])[::-1] == one_by_one
+
+
+def test_batch_size_does_not_change_scores(name, loaded):
+    mllm = loaded(name, dtype="float64")
+    one, many = (ml.score(mllm, Rows(every(name)), batch_size=n, progress=False) for n in (1, 99))
+    np.testing.assert_allclose(one, many, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(one.activation_min, many.activation_min, atol=1e-6)
+
+
+def test_videos_of_different_lengths_in_one_llava_batch_are_refused(loaded):
+    mllm, rows = loaded("llava-onevision"), samples(("video",))["video"]
+    short = type(rows[0])(**{**vars(rows[0]), "video": rows[0].video[:2]})
+    with pytest.raises(ValueError, match="use batch_size=1, or media of one shape"):
+        mllm.encode([short, rows[1]])
+    assert len(mllm.encode([short])["input_ids"]) == 1
+
+
+def test_phi4_audio_still_needs_its_workaround(folder, loaded):
+    """When transformers masks the padding of clips, `_embed_clips_alone` can go."""
+    plain = tf.Phi4MultimodalForCausalLM.from_pretrained(folder("phi4-multimodal"))
+    mllm, rows = loaded("phi4-multimodal"), samples(("audio",))["audio"]
+    together, alone = mllm.encode(rows), mllm.encode(rows[:1])
+    with torch.inference_mode():
+        for model, same in ((plain, False), (mllm.model, True)):
+            a, b = model(**together).logits[0, -1], model(**alone).logits[0, -1]
+            assert torch.allclose(a, b, atol=1e-4) == same
+
+
+# ------------------------------------------------------------------ single families
+
+
+def test_the_full_omni_model_is_mined_in_its_thinker_and_stops(folder, loaded):
+    mllm, rows = loaded("qwen2.5-omni"), samples()["text"]
+    whole = tf.Qwen2_5OmniForConditionalGeneration.from_pretrained(folder("qwen2.5-omni"))
+    assert whole.has_talker and not hasattr(mllm.model, "talker")
+    assert mllm.model.generation_config.eos_token_id is None
+    batch = mllm.encode(rows)
+    first = mllm.forward(batch).logits[0, -1].argmax().item()
+    own = mllm.tokenizer.eos_token
+    try:
+        mllm.tokenizer.eos_token = mllm.tokenizer.convert_ids_to_tokens(first)
+        assert mllm.generate(mllm.encode(rows[:1]), 8) == [""]
+    finally:
+        mllm.tokenizer.eos_token = own
+
+
+def test_frames_are_not_sampled_twice(loaded):
+    mllm, row = loaded("qwen3-vl"), samples(("video",))["video"][0]
+    assert mllm.processor.video_processor.do_sample_frames
+    video = np.repeat(row.video, 8, 0)  # 32 frames, of which 2 a second would leave few
+    many = type(row)(**{**vars(row), "video": video})
+    grid = mllm.encode([many])["video_grid_thw"]
+    assert grid[0, 0] == 16  # pairs of frames
+
+
+def test_clips_beyond_the_encoders_window(folder, loaded):
+    row = samples(("audio",))["audio"][0]
+
+    def lasting(seconds):
+        return type(row)(**{**vars(row), "audio": np.zeros(int(16000 * seconds), np.float32)})
+
+    with pytest.raises(ValueError, match="2.50 s exceeds the encoder's window of 2 s"):
+        loaded("qwen2-audio").encode([lasting(2.5)])
+    with pytest.raises(ValueError, match=r"0.050 s; needs >= 0.1 s"):
+        loaded("qwen2-audio").encode([lasting(0.05)])
+    folder("voxtral")
+    sets = ml.separate(loaded("voxtral"), loaded("voxtral").encode([lasting(31)]))
+    assert sets["audio"].sum() == 2 * 375  # two windows of 30 s, each of them whole
+
+
+# ------------------------------------------------------------------ families nobody listed
+
+
+class ToyConfig(tf.LlamaConfig):
+    model_type = "toy"
+
+
+class ToyMLP(torch.nn.Module):
+    """A gated MLP with names of its own."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.w1, self.w3 = torch.nn.Linear(width, inner), torch.nn.Linear(width, inner)
+        self.w2, self.squash = torch.nn.Linear(inner, width), torch.nn.SiLU()
+
+    def forward(self, x):
+        return self.w2(self.squash(self.w1(x)) * self.w3(x))
+
+
+class ToyForCausalLM(tf.LlamaForCausalLM):
+    config_class = ToyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        if config.own_names:
+            for layer in self.model.layers:
+                layer.mlp = ToyMLP(config)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    tf.AutoConfig.register("toy", ToyConfig, exist_ok=True)
+    tf.AutoModelForCausalLM.register(ToyConfig, ToyForCausalLM, exist_ok=True)
+
+    @cache
+    def build(own_names):
+        tokens = tokenizer(["<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>")
+        tokens.chat_template = chatml({})
+        model = ToyForCausalLM(ToyConfig(**TEXT, vocab_size=len(tokens), own_names=own_names))
+        randomise(model)
+        path = tmp_path_factory.mktemp("toy")
+        model.save_pretrained(path)
+        tokens.save_pretrained(path)
+        return path
+
+    return build
+
+
+def test_an_unknown_family_with_gated_mlps_just_works(toy):
+    mllm = ml.load(toy(own_names=False))
+    assert type(mllm.model) is ToyForCausalLM
+    scores = ml.score(mllm, Rows(samples()["text"]), progress=False)
+    with ml.deactivate(mllm, ml.select(scores, ratio=0.1)):
+        assert len(mllm.generate(mllm.encode(samples()["text"]), 3)) == 2
+
+
+def test_a_family_with_other_names_says_what_was_sought_and_is_described_by_hand(toy, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        ml.load(toy(own_names=True))
+    for words in ("decoder layer 0 (LlamaDecoderLayer)", "down_proj", "act_fn", "mlp.squash",
+                  "minerlib.MLLM(model, processor, name, layers=", "activations="):  # fmt: skip
+        assert words in str(caught.value)
+
+    model = ToyForCausalLM.from_pretrained(toy(own_names=True))
+    tokens = tf.AutoTokenizer.from_pretrained(toy(own_names=True))
+    activations = [layer.mlp.squash for layer in model.model.layers]
+    mllm = ml.MLLM(model, tokens, "toy", activations=activations)
+    scores = ml.score(mllm, Rows(samples()["text"]), progress=False)
+    neurons = ml.select(scores, ratio=0.1)
+    batch = mllm.encode(samples()["text"])
+    with ml.deactivate(mllm, neurons):
+        silenced = mllm.forward(batch).logits
+    assert not torch.allclose(silenced, mllm.forward(batch).logits)
+    with pytest.raises(ValueError, match="no down_proj beside the activation"):
+        ml.export(mllm, neurons, tmp_path / "toy")
+
+
+def test_a_model_without_decoder_layers_says_so(toy):
+    model = ToyForCausalLM.from_pretrained(toy(own_names=False))
+    tokens = tf.AutoTokenizer.from_pretrained(toy(own_names=False))
+    model.get_decoder = lambda: torch.nn.ModuleDict({"blocks": torch.nn.ModuleList()})
+    with pytest.raises(ValueError, match=r"get_decoder\(\).layers, found ModuleDict.*'blocks'"):
+        ml.MLLM(model, tokens, "toy")
+    del model.get_decoder
+    model.config.intermediate_size = None
+    with pytest.raises(ValueError, match="set mllm.text_config.intermediate_size"):
+        _ = ml.MLLM(model, tokens, "toy").n_neurons
+
+
+def test_layers_that_share_an_activation_are_refused(toy):
+    model = ToyForCausalLM.from_pretrained(toy(own_names=False))
+    tokens = tf.AutoTokenizer.from_pretrained(toy(own_names=False))
+    shared = torch.nn.SiLU()
+    for layer in model.model.layers:
+        layer.mlp.act_fn = shared
+    with pytest.raises(ValueError, match="2 decoder layers share activation modules"):
+        ml.MLLM(model, tokens, "toy")
+
+
+def test_experts_are_no_gated_mlp():
+    config = tf.Qwen3MoeConfig(
+        **TEXT, head_dim=16, vocab_size=300, num_experts=2, moe_intermediate_size=8
+    )
+    with pytest.raises(ValueError, match="in 1 MLPs or fused experts"):
+        ml.MLLM(tf.Qwen3MoeForCausalLM(config), tokenizer([]), "experts")
+
+
+# ------------------------------------------------------------------ load
+
+
+def test_arguments_reach_transformers(folder, monkeypatch):
+    path, calls = folder("qwen2-vl"), {}
+
+    def spy(cls):
+        own = cls.from_pretrained.__func__
+
+        def called(klass, *args, **kwargs):
+            calls[cls.__name__] = kwargs
+            kwargs = {k: v for k, v in kwargs.items() if k != "quantization_config"}
+            return own(klass, *args, **kwargs)
+
+        monkeypatch.setattr(cls, "from_pretrained", classmethod(called))
+
+    for cls in (tf.AutoConfig, tf.AutoProcessor, tf.Qwen2VLForConditionalGeneration):
+        spy(cls)
+    quantised = tf.BitsAndBytesConfig(load_in_8bit=True)
+    mllm = ml.load(
+        str(path),
+        dtype="bfloat16",
+        revision="v1",
+        device_map={"": "cpu"},
+        attn_implementation="eager",
+        quantization_config=quantised,
+        processor_kwargs={"min_pixels": 256, "max_pixels": 512},
+    )
+    asked = calls["Qwen2VLForConditionalGeneration"]
+    assert asked["dtype"] is torch.bfloat16 and asked["device_map"] == {"": "cpu"}
+    assert asked["attn_implementation"] == "eager" and asked["quantization_config"] is quantised
+    assert {c["revision"] for c in calls.values()} == {"v1"}
+    assert calls["AutoProcessor"]["max_pixels"] == 512
+    assert mllm.model.dtype == torch.bfloat16
+    assert mllm.text_config._attn_implementation == "eager"
+
+
+def test_pixels_are_bounded(folder):
+    rows = samples(("image",))["image"]
+    few, many = (
+        ml.load(folder("qwen2-vl"), processor_kwargs={"min_pixels": n, "max_pixels": n * 2})
+        for n in (16 * 16, 48 * 48)
+    )
+    count = [ml.separate(m, m.encode(rows))["image"].sum(1) for m in (few, many)]
+    assert (count[0] <= 8).all() and (count[1] >= 30).all()
+
+
+def test_a_folder_that_is_not_there_is_named():
+    with pytest.raises(FileNotFoundError, match="no model folder 'data/models/none'"):
+        ml.load("data/models/none")
+
+
+def test_the_fingerprint_names_the_files(name, mllm, folder):
+    assert set(mllm.fingerprint) >= {"config.json", "model.safetensors"}
+    assert mllm.fingerprint == ml.load(folder(name)).fingerprint

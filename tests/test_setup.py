@@ -1,0 +1,164 @@
+"""The environment is described once: lock, conda file and pyproject agree, and are installed."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
+import yaml
+from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+NOT_LOCKED = {"bench"}
+NEEDED = [
+    Requirement(line)
+    for lines in (PROJECT["dependencies"], *(v for k, v in EXTRAS.items() if k not in NOT_LOCKED))
+    for line in lines
+]
+
+
+def lines(text: str) -> list[str]:
+    stripped = (line.split("#")[0].strip() for line in text.splitlines())
+    return [line for line in stripped if line]
+
+
+def pins() -> dict[str, str]:
+    """requirements.lock as {canonical name: version}."""
+    locked = {}
+    for line in lines((ROOT / "requirements.lock").read_text()):
+        match = re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.]+)", line)
+        assert match, f"requirements.lock: {line!r} is not a plain name==version"
+        name = canonicalize_name(match[1])
+        assert name not in locked, f"requirements.lock: {name} twice"
+        locked[name] = match[2]
+    return locked
+
+
+@pytest.mark.parametrize("requirement", NEEDED, ids=lambda r: r.name)
+def test_the_lock_satisfies_pyproject(requirement):
+    pinned = pins().get(canonicalize_name(requirement.name))
+    assert pinned, f"{requirement.name} is not in requirements.lock"
+    assert requirement.specifier.contains(pinned), f"{requirement} but {pinned} is locked"
+
+
+def test_the_lock_is_what_is_installed():
+    wrong = {}
+    for name, pinned in pins().items():
+        try:
+            installed = version(name)
+        except PackageNotFoundError:
+            installed = None
+        if installed is None or installed.split("+")[0] != pinned:
+            wrong[name] = (pinned, installed)
+    assert not wrong, f"{{name: (locked, installed)}}: {wrong}"
+
+
+def test_conda_installs_the_lock():
+    """environment.yml names the lock itself, so its pins cannot differ; any it adds must agree."""
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    (pip,) = (part["pip"] for part in environment["dependencies"] if isinstance(part, dict))
+    assert pip == ["-r requirements.lock", "-e ."]
+    conda = {
+        part.split("=")[0]: part for part in environment["dependencies"] if isinstance(part, str)
+    }
+    assert conda.keys() == {"python", "pip", "make"}
+    python = conda["python"].split("=")[1]
+    assert python == "3.11"
+    assert PROJECT["requires-python"] == ">=3.11,<3.12"
+    makefile = (ROOT / "Makefile").read_text()
+    assert f"python{python}" in makefile and "-r requirements.lock" in makefile
+
+
+def test_torch_and_torchvision_are_a_pair():
+    """torchvision 0.N belongs to torch 2.(N-15); both come from the same registry, in one call."""
+    torch, torchvision = pins()["torch"], pins()["torchvision"]
+    assert int(torchvision.split(".")[1]) == int(torch.split(".")[1]) + 15
+    exact = {r.name: str(r.specifier) for r in NEEDED}
+    assert exact["torch"] == f"=={torch}" and exact["torchvision"] == f"=={torchvision}"
+
+
+def test_comparison_libraries_are_not_in_the_environment():
+    named = {Requirement(line).name for line in EXTRAS["bench"]}
+    assert {"nnsight", "transformer-lens", "pyvene"} <= named
+    assert not named & {r.name for r in NEEDED}
+    assert not {canonicalize_name(n) for n in named} & pins().keys()
+
+
+def test_every_import_is_declared():
+    """minerlib imports nothing that pyproject leaves to another package to bring."""
+    import ast
+    import sys
+    from importlib.metadata import packages_distributions
+
+    declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    providers = packages_distributions()
+    missing = set()
+    for file in (ROOT / "minerlib").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            else:
+                continue
+            for name in {n.split(".")[0] for n in names} - sys.stdlib_module_names - {"minerlib"}:
+                if not declared & {canonicalize_name(d) for d in providers.get(name, [])}:
+                    missing.add((file.name, name))
+    assert not missing
+
+
+def test_nothing_of_this_machine_in_the_set_up():
+    files = (
+        "pyproject.toml requirements.lock environment.yml Makefile .ci/run .pre-commit-config.yaml"
+    )
+    for name in files.split():
+        text = (ROOT / name).read_text()
+        assert not re.search(
+            r"index-url|find-links|https?://|file:|/(home|root|work|tmp)/", text
+        ), name
+
+
+def test_the_face():
+    package = importlib.import_module("minerlib")
+    assert version("minerlib") == PROJECT["version"]
+    for name in package.__all__:
+        assert hasattr(package, name), name
+
+
+def test_citation_and_licence():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"] == "MIT"
+    assert (ROOT / "LICENSE").read_text().startswith("MIT License")
+
+
+def test_the_whole_project_fits_its_budget():
+    """data/ at most 60 MB."""
+    size = sum(f.stat().st_size for f in (ROOT / "data").rglob("*") if f.is_file())
+    assert size <= 60e6
+
+
+def test_make_knows_its_targets():
+    for target in ("env", "workbook", "test", "test-fast", "lint", "data"):
+        done = subprocess.run(
+            ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_make_passes_parameters_on():
+    """Also those with spaces and quotes, which a recipe could tear apart."""
+    given = ["MODEL=a b", "LIMIT=8", "WEIGHTS={mean: 0.5, max: 0.5}", "PARAMS=ratio=0.05 seed=1"]
+    done = subprocess.run(
+        ["make", "-n", "workbook", *given], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    call = next(line for line in done.stdout.splitlines() if "notebooks/run.py" in line)
+    for name in ("MODEL", "LIMIT", "WEIGHTS", "PARAMS"):
+        assert f'{name}="${name}"' in call
