@@ -26,8 +26,8 @@ def aggregate(scores: Iterable[xr.DataArray]) -> xr.DataArray:
         else:
             if plain.sizes != total.sizes:
                 raise ValueError(
-                    f"scores of {array.attrs.get('benchmark')!r} have sizes {dict(plain.sizes)}, the "
-                    f"others {dict(total.sizes)}: they are of different models"
+                    f"scores of {array.attrs.get('benchmark')!r} have sizes {dict(plain.sizes)}, "
+                    f"the others {dict(total.sizes)}: they are of different models"
                 )
             total, occurs, samples = (
                 total + plain * present,

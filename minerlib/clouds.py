@@ -190,8 +190,7 @@ def convergence_layer(curve: np.ndarray, falling: bool = True) -> np.ndarray:
     later divergence does not count; NaN where it never converges.
     """
     gain = (curve[..., :1] - curve) * (1 if falling else -1)
-    gain = np.maximum.accumulate(gain, axis=-1)
-    half = gain[..., -1:] / 2
+    half = gain.max(-1, keepdims=True) / 2
     after = (gain >= half).argmax(-1)[..., None]
     before = (after - 1).clip(0)
     low, high = (np.take_along_axis(gain, i, -1) for i in (before, after))

@@ -16,8 +16,9 @@ What reaches the last prompt token is measured per sample, so that conditions co
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -33,20 +34,24 @@ _BLOCK = 2**19  # attention logits at a time: about what stays in a cache
 _GPU_BLOCK = 2**26
 
 
-def visible(mask: torch.Tensor | None, real: torch.Tensor) -> torch.Tensor:
+def visible(
+    mask: torch.Tensor | None, real: torch.Tensor, queries: int | None = None
+) -> torch.Tensor:
     """Which keys each query sees, bool [batch, query, key], from the mask the model's kernel got.
 
     mask is bool (True is seen) or additive [batch, 1 or head, query, key]; None or two dimensions
-    mean causal attention over the real tokens, bool [batch, token].
+    mean causal attention over the real tokens, bool [batch, token]. The queries are the last
+    `queries` tokens (default all).
     """
     batch, n = real.shape
+    queries = queries or n
     if mask is None or mask.ndim == 2:
-        seen = torch.ones(n, n, dtype=torch.bool, device=real.device).tril()
+        seen = torch.ones(queries, n, dtype=torch.bool, device=real.device).tril(n - queries)
     elif mask.dtype == torch.bool:
         seen = mask[:, 0]
     else:
         seen = mask[:, 0] > torch.finfo(mask.dtype).min / 2
-    return seen.expand(batch, n, n) & real[:, None]
+    return seen.expand(batch, queries, n) & real[:, None]
 
 
 def attention_rows(
@@ -258,8 +263,38 @@ def _sources(mllm: MLLM, batch) -> tuple[list[str], torch.Tensor]:
 
 def _log_probability(mllm: MLLM, batch, answers: torch.Tensor) -> torch.Tensor:
     """Log-probability of each prompt's answer token, [batch] float32."""
-    logits = mllm.forward(batch).logits[:, -1].float()
-    return logits.log_softmax(-1).gather(1, answers.to(logits.device)[:, None])[:, 0]
+    return _of(mllm.forward(batch).logits[:, -1], answers)
+
+
+def _of(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    log_p = logits.float().log_softmax(-1)
+    return log_p.gather(1, answers.to(log_p.device)[:, None])[:, 0]
+
+
+def _last_step(mllm: MLLM, batch, answers: torch.Tensor) -> tuple[torch.Tensor, Callable]:
+    """The answers' log-probability, and a function that recomputes it for the last token alone.
+
+    It runs over the cached keys and values of the tokens before, which nothing done to the last
+    token can change.
+    """
+    settings = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "use_cache": True}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    settings |= {"pad_token_id": mllm.tokenizer.pad_token_id}
+    out = mllm.model.generate(**batch, **settings)  # generate knows every family's positions
+    cache, before = out.past_key_values, _of(out.logits[0], answers)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+
+    def step() -> torch.Tensor:
+        cache.crop(-1)
+        done = mllm.model.generate(**inputs, past_key_values=cache, **settings)
+        return _of(done.logits[0], answers)
+
+    if (step() - before).abs().max() > (0.3 if torch.finfo(mllm.model.dtype).eps > 1e-5 else 1e-3):
+        raise RuntimeError(
+            f"{mllm.name}: the last token's logits over cached keys differ from those of the whole "
+            "prompt; call with cache=False"
+        )
+    return before, step
 
 
 def _bias(mask: torch.Tensor | None, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -392,6 +427,7 @@ def knockout(
     sets: Sequence[str] | None = None,
     window: int | None = None,
     layers: Sequence[int] | None = None,
+    cache: bool = True,
     batch_size: int = 8,
     progress: bool | None = None,
 ) -> pd.DataFrame:
@@ -399,8 +435,9 @@ def knockout(
 
     For each set, and each centre in `layers` (default all), the last token's attention to the
     set's tokens is cut in the `window` layers around it (default a fifth of the layers); what is
-    left is renormalised by the softmax. The last token always sees itself. One forward pass per
-    set and centre.
+    left is renormalised by the softmax. The last token always sees itself. Each set and centre
+    costs a step of the last token over cached keys and values, or with cache=False a forward
+    pass of the prompt.
 
     Returns
     -------
@@ -419,7 +456,11 @@ def knockout(
     for first, batch in batches(mllm, bench, batch_size, progress, "knockout"):
         names, members = _sources(mllm, batch)
         real, answer = members.any(1), answers[first : first + len(members)]
-        before = _log_probability(mllm, batch, answer)
+        if cache:
+            before, run = _last_step(mllm, batch, answer)
+        else:
+            run = partial(_log_probability, mllm, batch, answer)
+            before = run()
         for s, name in enumerate(names[:-1]):
             cut = members[:, s]
             held = cut.any(1).nonzero()[:, 0].tolist()
@@ -427,7 +468,8 @@ def knockout(
                 continue
 
             def block(layer, query, key, mask, scaling, cut=cut, real=real):
-                bias = _bias(mask, visible(mask, real.to(query.device)), query.dtype).clone()
+                seen = visible(mask, real.to(query.device), query.shape[2])
+                bias = _bias(mask, seen, query.dtype).clone()
                 lowest = torch.finfo(bias.dtype).min
                 bias[:, :, -1].masked_fill_(cut.to(bias.device)[:, None], lowest)
                 return bias
@@ -436,7 +478,7 @@ def knockout(
                 low = centre - window // 2
                 within = range(max(low, 0), min(low + window, mllm.n_layers))
                 with mllm.tap(attention=block, layers=within):
-                    after = _log_probability(mllm, batch, answer)
+                    after = run()
                 parts += [
                     (first + b, centre, name, float(before[b]), float(after[b])) for b in held
                 ]

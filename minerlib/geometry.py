@@ -110,7 +110,7 @@ def hidden_states(
         ]
         row = torch.from_numpy(np.repeat(np.arange(len(parts)), [len(p) for p in parts]))
         table = pd.concat(parts, ignore_index=True)
-        column = torch.from_numpy(table.pop("column").to_numpy())
+        column = torch.from_numpy(table.pop("column").to_numpy(copy=True))
         kept = [None] * (mllm.n_layers + 1)
 
         def keep(layer, h, kept=kept, row=row, column=column):

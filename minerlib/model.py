@@ -76,8 +76,8 @@ class MLLM:
             self.activations = [_find_activation(i, layer) for i, layer in enumerate(self.layers)]
         if len(set(map(id, self.activations))) < len(self.layers):
             raise ValueError(
-                f"{self.name}: {len(self.layers)} decoder layers share activation modules, so a hook "
-                "cannot tell the layers apart; give each layer its own and pass activations=[...]"
+                f"{self.name}: {len(self.layers)} decoder layers share activation modules, so a "
+                "hook cannot tell the layers apart; give each its own and pass activations=[...]"
             )
         self.text_config = self.model.config.get_text_config(decoder=True)
         for module in self.model.modules():
@@ -164,7 +164,9 @@ class MLLM:
                 [self._spoken(s) for s in samples], return_tensors="pt"
             )
         else:
-            kwargs = {"audio": clips, "sampling_rate": self._extractor.sampling_rate} if clips else {}
+            kwargs = (
+                {"audio": clips, "sampling_rate": self._extractor.sampling_rate} if clips else {}
+            )
             for kind, key in (("image", "images"), ("video", "videos")):
                 # One list per prompt: some processors take a flat one to be one prompt's.
                 media = [[m] if (m := getattr(s, kind)) is not None else [] for s in samples]
@@ -219,8 +221,8 @@ class MLLM:
         cuts = getattr(self.processor, "audio_kwargs", {}).get("truncation", True)
         if cuts and window and longest > window:
             raise ValueError(
-                f"{self.name}: an audio clip of {longest / rate:.2f} s exceeds the encoder's window "
-                f"of {window / rate:.0f} s and would be cut silently; split or drop it"
+                f"{self.name}: an audio clip of {longest / rate:.2f} s exceeds the encoder's "
+                f"window of {window / rate:.0f} s and would be cut silently; split or drop it"
             )
         if shortest < 0.1 * rate:
             raise ValueError(

@@ -93,7 +93,7 @@ def by_layer(
         x = part["layer"] + (i - (len(groups) - 1) / 2) * 0.06
         error = None
         if "low" in part:
-            error = (part[value] - part["low"], part["high"] - part[value])
+            error = np.maximum([part[value] - part["low"], part["high"] - part[value]], 0)
         ax.errorbar(
             x,
             part[value],
@@ -153,7 +153,8 @@ def heat(matrix: pd.DataFrame, ax: Axes, *, low=0.0, high=1.0, fmt=".2f", cmap="
 def densities(scores: xr.DataArray, ax: Axes) -> None:
     """Distribution of one metric over all neurons, one outlined violin per modality."""
     names = scores.modality.values.tolist()
-    violins = ax.violinplot([scores.sel(modality=m).values.ravel() for m in names], showextrema=False)
+    values = [scores.sel(modality=m).values.ravel() for m in names]
+    violins = ax.violinplot(values, showextrema=False)
     for body, name in zip(violins["bodies"], names, strict=True):
         body.set(facecolor=COLOURS[name], edgecolor="black", hatch=HATCHES[name], alpha=0.7, lw=0.5)
     ax.set(xticks=range(1, len(names) + 1), xticklabels=names, ylim=(0, 1))
@@ -164,7 +165,7 @@ def intervals(table: pd.DataFrame, ax: Axes, *, label: str, hue: str | None = No
     y = np.arange(len(table))[::-1]
     colours = ["#222222"] * len(table) if hue is None else table[hue].tolist()
     for yi, colour, (_, row) in zip(y, colours, table.iterrows(), strict=True):
-        error = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
+        error = np.maximum([[row["mean"] - row["low"]], [row["high"] - row["mean"]]], 0)
         ax.errorbar(row["mean"], yi, xerr=error, fmt="o", color=colour, capsize=2, lw=1.2)
     ax.set(yticks=y, yticklabels=table[label], ylim=(-0.6, len(table) - 0.4))
     ax.grid(axis="x", lw=0.4)

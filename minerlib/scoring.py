@@ -252,8 +252,8 @@ def add_batch(mllm: MLLM, batch, sums: _Sums) -> None:
             sums.minimum[layer] = torch.full((), float("inf"), device=x.device, dtype=x.dtype)
         if layer not in weights:
             raise RuntimeError(
-                f"{mllm.name}: layer {layer}'s attention did not go through transformers' attention "
-                "interface, so its queries and keys are unknown"
+                f"{mllm.name}: layer {layer}'s attention did not go through transformers' "
+                "attention interface, so its queries and keys are unknown"
             )
         raw = metrics(x, *weights.pop(layer), masks_on(x.device), runs_, sums.minimum[layer])
         sums.scores[layer] = sums.scores[layer] + normalise(raw).sum(0)

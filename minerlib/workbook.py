@@ -9,7 +9,7 @@ wb.answers(neurons)                             # one row per sample, cached
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import pandas as pd
 import transformers
 import xarray as xr
 import yaml
+from tqdm.auto import tqdm
 
 import minerlib
 from minerlib.aggregation import aggregate
@@ -136,8 +137,8 @@ class Workbook:
             bench = benchmark(name, source=str(ROOT / source))
         if self.limit + self.eval_limit > len(bench):
             raise ValueError(
-                f"limit={self.limit} and eval_limit={self.eval_limit}: {name} has {len(bench)} rows, "
-                "and rows for mining and for evaluation must not overlap; lower one of them"
+                f"limit={self.limit} and eval_limit={self.eval_limit}: {name} has {len(bench)} "
+                "rows, and rows for mining and for evaluation must not overlap; lower one of them"
             )
         return bench
 
@@ -259,6 +260,11 @@ class Workbook:
             f"benchmarks: {', '.join(self.names)}; rows each: {self.limit} to mine, "
             f"{self.eval_limit} others to evaluate"
         )
+
+
+def bar(items: Iterable, desc: str) -> Iterable:
+    """A progress bar that leaves nothing in a notebook's output; off with MINER_PROGRESS=0."""
+    return tqdm(items, desc=desc, leave=False, disable=os.environ.get("MINER_PROGRESS") == "0")
 
 
 def _whole(name: str, value, least: int) -> None:

@@ -110,6 +110,7 @@ def gemma_tokenizer() -> tf.PreTrainedTokenizerBase:
     return tf.GemmaTokenizer(
         vocab={piece: i for i, piece in enumerate(pieces)},
         merges=[],
+        add_bos_token=True,  # which the template writes too
         extra_special_tokens=["<start_of_turn>", "<end_of_turn>"],
         model_specific_special_tokens={
             "boi_token": "<start_of_image>",
@@ -122,7 +123,7 @@ def gemma_tokenizer() -> tf.PreTrainedTokenizerBase:
 def template(placeholders: dict[str, str], start: str, end: str, system: str = "", bos="") -> str:
     """A chat template: turns between `start` and `end`, media as placeholders before the text."""
     parts = "".join(
-        "{%% %s part.type == '%s' %%}{{ '%s' }}" % (word, kind, text)
+        f"{{% {word} part.type == '{kind}' %}}{{{{ '{text}' }}}}"
         for word, (kind, text) in zip(["if", "elif", "elif"], placeholders.items(), strict=False)
     )
     parts += "{% elif part.type == 'text' %}" if parts else "{% if part.type == 'text' %}"

@@ -219,15 +219,39 @@ def test_a_notebook_gets_what_it_declares(run, executed):
     assert executed[-1] == ("01_two", {"run_dir": "elsewhere/tiny"})
 
 
-def test_every_model_gets_every_notebook(run, executed):
+def test_every_model_gets_every_notebook(run, executed, monkeypatch):
+    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: True)  # else side by side
     run.main(["model=models/tiny owner/big"])
     assert [name for name, _ in executed] == ["00_one", "01_two"] * 2
     assert {p.parent.parent.name for p in Path("runs").rglob("*.ipynb")} == {"tiny", "big"}
 
 
+def test_models_run_side_by_side_on_cpus(run, executed, monkeypatch):
+    """A process for each model with all arguments; one that fails is named at the end."""
+    calls = []
+
+    class Process:
+        def __init__(self, command, env):
+            calls.append((command[2:], env["OMP_NUM_THREADS"]))
+            self.failed = command[-1] == "model=owner/big"
+
+        def wait(self):
+            return int(self.failed)
+
+    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(run.subprocess, "Popen", Process)
+    monkeypatch.setattr(run.os, "cpu_count", lambda: 6)
+    with pytest.raises(SystemExit, match="failed for owner/big; see above"):
+        run.main(["model=models/tiny owner/big", "weights={mean: 1}"])
+    assert calls == [
+        (["weights={mean: 1}", f"model={model}"], "3") for model in ("models/tiny", "owner/big")
+    ]
+    assert not executed
+
+
 def test_an_unknown_parameter_is_an_error(run, executed):
     with pytest.raises(SystemExit, match=r"no notebook has the parameter limits; .*'limit'"):
-        run.main(["limits=8"])
+        run.main(["model=models/tiny", "limits=8"])
     assert not executed
 
 
