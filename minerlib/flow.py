@@ -147,8 +147,8 @@ def attention_between(
     kinds = list(mllm.kinds)
     mass, null, _ = _masses(mllm, bench, batch_size, progress)
     share, low, high = interval(mass)
-    uniform = interval(null, n=1)[0]
     held = (~np.isnan(mass)).sum(0)
+    uniform = np.nansum(null, axis=0) / held.clip(1)
     rows = [
         (layer, q, k, *(float(x[layer, i, j]) for x in (share, low, high, uniform)), n)
         for layer in range(mllm.n_layers)
@@ -427,7 +427,7 @@ def knockout(
     sets: Sequence[str] | None = None,
     window: int | None = None,
     layers: Sequence[int] | None = None,
-    cache: bool = True,
+    cache: bool | None = None,
     batch_size: int = 8,
     progress: bool | None = None,
 ) -> pd.DataFrame:
@@ -437,7 +437,8 @@ def knockout(
     set's tokens is cut in the `window` layers around it (default a fifth of the layers); what is
     left is renormalised by the softmax. The last token always sees itself. Each set and centre
     costs a step of the last token over cached keys and values, or with cache=False a forward
-    pass of the prompt.
+    pass of the prompt (the default for models with other than full attention, whose cache cannot
+    step back).
 
     Returns
     -------
@@ -446,6 +447,8 @@ def knockout(
     """
     _needs_dense_masks(mllm)
     answers = _answers(mllm, bench, answers)
+    if cache is None:
+        cache = set(getattr(mllm.text_config, "layer_types", None) or ()) <= {"full_attention"}
     window = max(1, round(mllm.n_layers / 5)) if window is None else window
     if not 1 <= window <= mllm.n_layers:
         raise ValueError(f"window={window}: give 1 to {mllm.n_layers} layers")

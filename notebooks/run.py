@@ -87,17 +87,17 @@ def side_by_side(models: Sequence[str], arguments: Sequence[str]) -> None:
 def main(arguments: Sequence[str]) -> None:
     given = parse(arguments)
     models = given.pop("model", MODELS).split()
-    os.chdir(ROOT)  # so that the paths that Papermill records are relative ones
-    if len(models) > 1 and not torch.cuda.is_available():
-        return side_by_side(models, [f"{name}={text}" for name, text in given.items()])
     runs = given.pop("run", None)
     parameters = {name: value(text) for name, text in given.items()}
+    os.chdir(ROOT)  # so that the paths that Papermill records are relative ones
     notebooks = {
         path: declared(path) for path in sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
     }
     if unknown := set(parameters) - set().union(*notebooks.values()):
         known = sorted(set().union(*notebooks.values()) | {"run"})
         raise SystemExit(f"no notebook has the parameter {', '.join(sorted(unknown))}; use {known}")
+    if len(models) > 1 and not torch.cuda.is_available():
+        return side_by_side(models, [a for a in arguments if not a.lower().startswith("model=")])
 
     shared = [*Path("minerlib").glob("*.py"), *Path("data/benchmarks").rglob("*.parquet")]
     for model in models:

@@ -81,7 +81,7 @@ def test_every_form_of_mask_says_the_same():
 
 
 def test_a_hand_made_flow():
-    """Four tokens; the sharp third attends to the first, the fourth to itself, the second evenly."""
+    """Of four tokens the third attends to the first, the fourth to itself, the second evenly."""
     key = 30 * torch.eye(4)[None]
     query = torch.zeros(2, 4, 4)  # two heads share one key head
     query[:, 2, 0] = query[:, 3, 3] = 10
@@ -213,7 +213,7 @@ def test_last_token_flow_against_autograd_on_eager_attention(name):
     total = found.groupby(["sample", "layer"])[["attention", "uniform"]].sum()
     np.testing.assert_allclose(total, 1, atol=1e-5)
     quick = ordered(flow.last_token_flow(sdpa(name), bench, answers, saliency=False))
-    np.testing.assert_allclose(quick["attention"], found["attention"], atol=1e-6)
+    np.testing.assert_allclose(quick["attention"], found["attention"], atol=1e-5)
 
 
 def test_knockout_cuts_what_it_says(name):

@@ -267,9 +267,6 @@ def qwen2_vl_7b() -> xr.DataArray:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_fast_at_the_size_of_qwen2_vl_7b(qwen2_vl_7b, strategy):
-    seconds = []
-    for _ in range(2):  # the better of two, for other work on the machine
-        start = time.perf_counter()
-        select(qwen2_vl_7b, 0.02, strategy)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) <= 1.5
+    start = time.process_time()  # other work on the machine does not count
+    select(qwen2_vl_7b, 0.02, strategy)
+    assert time.process_time() - start <= 1.5

@@ -1,0 +1,76 @@
+"""The workbook's results for both stand-ins: what `make test` has just computed into runs/.
+
+Numbers are asserted with tolerances, for other machines round otherwise, and every conclusion is
+derived anew from the numbers it rests on.
+"""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+# Average score before and after silencing 2 % with the default strategy, as committed.
+EXPECTED = {
+    "tiny-qwen2-vl": {"baseline": None, "LA_MU": None},
+    "tiny-qwen2-audio": {"baseline": 0.980, "LA_MU": 0.984},
+}
+
+
+@pytest.fixture(params=EXPECTED)
+def finding(request) -> tuple[str, dict]:
+    """The newest finding I of a stand-in's default run."""
+    files = (ROOT / "runs" / request.param).glob("finding-I-*.json")
+    files = sorted(
+        (f for f in files if not f.name.endswith("manifest.json")), key=lambda f: f.stat().st_mtime
+    )
+    assert files, f"no finding I of {request.param} in runs/: run `make workbook` first"
+    return request.param, json.loads(files[-1].read_text())
+
+
+def conditions(found: dict) -> dict[str, dict]:
+    return {row["condition"]: row for row in found["strategies"]}
+
+
+def test_the_numbers_are_the_committed_ones(finding):
+    name, found = finding
+    measured = {"baseline": found["baseline"], "LA_MU": conditions(found)["LA_MU"]["mean"]}
+    assert measured == pytest.approx(EXPECTED[name], abs=0.02)
+
+
+def test_every_strategy_and_its_null_is_there(finding):
+    _, found = finding
+    rows = conditions(found)
+    assert {"as it is", "adaptive", "LA_MU", "LU_MA", "uniform", "random, whole budget"} <= set(rows)
+    for name in {found["best"], "LA_MU"}:
+        for null in (f"random, as many as {name}", f"random, as many as {name}, same layers"):
+            assert rows[null]["neurons"] == rows[name]["neurons"]
+    assert rows["random, whole budget"]["neurons"] == rows["adaptive"]["neurons"] == 81
+
+
+def test_the_best_strategy_is_the_most_damaging(finding):
+    _, found = finding
+    rows = conditions(found)
+    means = {name: rows[name]["mean"] for name in ("adaptive", "LA_MU", "LU_MA", "uniform")}
+    assert means[found["best"]] == min(means.values())
+
+
+def test_verdicts_follow_from_the_numbers(finding):
+    _, found = finding
+    rows = conditions(found)
+    for claim in found["claims"]:
+        lowest = float(claim["random draws"].split("[")[1].split(",")[0])
+        highest = rows[claim["strategy"]]["high"]
+        # Printed to two decimals, so a verdict at the border is left to the notebook.
+        if abs(highest - lowest) > 0.01:
+            assert claim["verdict"] == ("holds" if highest < lowest else "does not hold")
+
+
+def test_silencing_everything_breaks_the_model(finding):
+    """The check that silencing works at all: a result of no effect must not be a dead hook."""
+    _, found = finding
+    whole = [dose for dose in found["doses"] if dose["ratio"] == 1 and dose["what"] != "random"]
+    assert len(whole) == 1 and whole[0]["mean"] < 0.5 * found["baseline"]
