@@ -203,23 +203,33 @@ def convergence_layer(curve: np.ndarray, falling: bool = True) -> np.ndarray:
 
 
 def reach(
-    distance: np.ndarray, second: np.ndarray, k: int = 5, among: int | None = None
+    distance: np.ndarray, second: np.ndarray, k: int = 5, near: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean distance of each point to its k nearest of the other cloud and of its own, [r, n] each.
 
-    `among` limits the search to each point's nearest few, which is exact enough where the clouds
-    are mixed, as under shuffled labels; a cloud not met there is put at the furthest of them.
+    Exact, with O(n^2) work per labelling; with `near`, each point's nearest others from
+    `neighbours`, the search is limited to these, which suffices where the clouds are mixed, as
+    under shuffled labels. A cloud that is not met is put at the furthest of them.
     """
-    near = neighbours(distance, among or len(distance))
-    sorted_ = np.take_along_axis(distance, near, 1)
+    if near is None:
+        candidates = distance.copy()
+        np.fill_diagonal(candidates, np.inf)
+    else:
+        candidates = np.take_along_axis(distance, near, 1)
     other, own = np.empty((2, *second.shape))
     for r, row in enumerate(second):
-        same = row[near] == row[:, None]
+        same = (row if near is None else row[near]) == row[:, None]
         for out, chosen in ((other, ~same), (own, same)):
-            first_k = chosen & (chosen.cumsum(1, dtype=np.int32) <= k)
-            met = first_k.sum(1)
-            total = np.einsum("nk,nk->n", sorted_, first_k, dtype=float)
-            out[r] = np.where(met, total / met.clip(1), sorted_[:, -1])
+            if near is None:
+                of = np.where(chosen, candidates, np.inf)
+                first = np.partition(of, min(k, of.shape[1]) - 1, axis=1)[:, :k]
+                counted = np.isfinite(first)
+                first[~counted] = 0
+            else:  # sorted: the first k of the chosen
+                first, counted = candidates, chosen & (chosen.cumsum(1, dtype=np.int32) <= k)
+            met = counted.sum(1)
+            total = np.einsum("nk,nk->n", first, counted, dtype=float)
+            out[r] = np.where(met, total / met.clip(1), first[:, -1])
     return other, own
 
 

@@ -60,8 +60,9 @@ def probing(
             distance = pairwise_distances(x)
             rows = []
 
+            near = clouds.neighbours(distance, max(k, among))
             seen = [clouds.reach(distance, r.second[:1], nearest)]
-            seen.append(clouds.reach(distance, r.second[1:], nearest, among))
+            seen.append(clouds.reach(distance, r.second[1:], nearest, near[:, :among]))
             other, own = (np.concatenate(side) for side in zip(*seen, strict=True))
             per = np.stack([r.by_sample(side, r.second) for side in (other, own)])
             drawn = clouds.weighted(per[:, 0].T, r.draws)
@@ -69,7 +70,7 @@ def probing(
             ratio, ratio_draws = mean[0] / mean[1], drawn[:, 0] / drawn[:, 1]
             rows.append(table_row("reach", ratio[0], ratio_draws, ratio[1:], greater=False))
 
-            crowd = clouds.crowded(clouds.neighbours(distance, k), r.second)
+            crowd = clouds.crowded(near[:, :k], r.second)
             rows.append(r.row("probes", crowd, r.second))
 
             cloud, text = x[r.own], x[~r.own]

@@ -186,6 +186,8 @@ def test_evaluation(name, mllm):
     table = ml.evaluate(mllm, Rows(rows), batch_size=3, progress=False)
     assert table["prompt"].tolist() == [s.prompt for s in rows]
     assert table["score"].between(0, 1).all()
+    prepared = ml.prepare(mllm, Rows(rows), batch_size=3, progress=False)
+    assert ml.evaluate(mllm, prepared, progress=False).equals(table)
     letters = ml.evaluate(mllm, Rows(rows, tuple("ABCD")), progress=False)
     with torch.inference_mode():
         last = mllm.forward(mllm.encode(rows)).logits[:, -1]

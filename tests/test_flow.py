@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import MODELS, Rows, footprints, random_mllm, random_neurons, samples_for
 
-from minerlib import flow
+from minerlib import flow, last_token
 from minerlib.clouds import paired, summarise
 from minerlib.deactivation import deactivate
 from minerlib.geometry import hidden_states
@@ -93,7 +93,7 @@ def test_a_hand_made_flow():
     torch.testing.assert_close(mass, expected, equal_nan=True)
     expected = torch.tensor([[1, 0, nan], [7 / 12, 5 / 12, nan], [nan, nan, nan]])
     torch.testing.assert_close(even, expected, equal_nan=True)
-    heads = flow.last_row(query[None], key[None], seen[None, -1])
+    heads = last_token.last_row(query[None], key[None], seen[None, -1])
     torch.testing.assert_close(heads, torch.tensor([0.0, 0, 0, 1]).expand(1, 2, 4))
 
 
@@ -149,7 +149,7 @@ def test_a_uniform_model_is_its_own_null(name):
     table = flow.attention_within(mllm, bench)
     np.testing.assert_allclose(table["share"], table["uniform"], atol=1e-6)
     np.testing.assert_allclose(flow.attention_sinks(mllm, bench)["collected"], 1, atol=1e-5)
-    last = flow.last_token_flow(mllm, bench, saliency=False)
+    last = last_token.last_token_flow(mllm, bench, saliency=False)
     np.testing.assert_allclose(last["attention"], last["uniform"], atol=1e-6)
 
 
@@ -177,8 +177,8 @@ def test_sinks_by_hand(name):
 def test_last_token_flow_against_autograd_on_eager_attention(name):
     """Saliency |sum over heads of A dL/dA| by the definition, from a batch with padding."""
     bench = rows_of(sdpa(name))
-    answers = flow.answer_tokens(sdpa(name), bench)
-    found = ordered(flow.last_token_flow(sdpa(name), bench, answers, batch_size=3))
+    answers = last_token.answer_tokens(sdpa(name), bench)
+    found = ordered(last_token.last_token_flow(sdpa(name), bench, answers, batch_size=3))
     rows = []
     for s, sample in enumerate(bench):
         batch = eager(name).encode([sample])
@@ -212,7 +212,7 @@ def test_last_token_flow_against_autograd_on_eager_attention(name):
     np.testing.assert_allclose(found["saliency"], expected["saliency"], atol=1e-3 * size, rtol=1e-2)
     total = found.groupby(["sample", "layer"])[["attention", "uniform"]].sum()
     np.testing.assert_allclose(total, 1, atol=1e-5)
-    quick = ordered(flow.last_token_flow(sdpa(name), bench, answers, saliency=False))
+    quick = ordered(last_token.last_token_flow(sdpa(name), bench, answers, saliency=False))
     np.testing.assert_allclose(quick["attention"], found["attention"], atol=1e-5)
 
 
@@ -228,7 +228,7 @@ def test_knockout_cuts_what_it_says(name):
     ]
     try:
         settings = {"sets": [medium], "layers": [3], "cache": False}
-        table = flow.knockout(mllm, bench, window=3, **settings)
+        table = last_token.knockout(mllm, bench, window=3, **settings)
     finally:
         for hook in hooks:
             hook.remove()
@@ -250,7 +250,7 @@ def test_knockout_over_cached_keys_is_the_same(name):
     bench = rows_of(mllm)
     settings = {"layers": [0, 5], "window": 2}
     tables = [
-        ordered(flow.knockout(mllm, bench, cache=cache, batch_size=size, **settings))
+        ordered(last_token.knockout(mllm, bench, cache=cache, batch_size=size, **settings))
         for cache, size in ((False, 1), (True, 3))
     ]
     keys = ["sample", "layer", "set"]
@@ -265,8 +265,8 @@ def test_knockout_over_cached_keys_is_the_same(name):
 def test_logit_lens_ends_in_the_models_own_answer(name):
     mllm = sdpa(name)
     bench = rows_of(mllm)
-    answers = flow.answer_tokens(mllm, bench, "model")
-    table = flow.logit_lens(mllm, bench, answers, batch_size=2)
+    answers = last_token.answer_tokens(mllm, bench, "model")
+    table = last_token.logit_lens(mllm, bench, answers, batch_size=2)
     assert table["layer"].max() == mllm.n_layers and len(table) == len(bench) * (mllm.n_layers + 1)
     last = table[table["layer"] == mllm.n_layers].sort_values("sample")
     assert (last["rank"] == 0).all()
@@ -276,19 +276,21 @@ def test_logit_lens_ends_in_the_models_own_answer(name):
     states = hidden_states(mllm, bench, tokens_per_kind=None, equal=False)
     ends = (states.tokens["position"] == states.tokens["length"] - 1).to_numpy()
     texts = [mllm.tokenizer.decode([i]) for i in answers]
-    assert [best[0] for best in flow.read(mllm, states.hidden[-1, ends], 2)] == texts
+    assert [best[0] for best in last_token.read(mllm, states.hidden[-1, ends], 2)] == texts
 
 
 def test_answer_tokens(mllm, samples):
-    ids = flow.answer_tokens(mllm, samples)
+    ids = last_token.answer_tokens(mllm, samples)
     for id_, sample in zip(ids, samples, strict=True):
         assert mllm.tokenizer.encode(sample.references[0])[0] == id_
     generated = mllm.model.generate(**mllm.encode(samples), max_new_tokens=1, do_sample=False)
-    np.testing.assert_array_equal(flow.answer_tokens(mllm, samples, "model"), generated[:, -1])
+    np.testing.assert_array_equal(
+        last_token.answer_tokens(mllm, samples, "model"), generated[:, -1]
+    )
     with pytest.raises(ValueError, match="reference or model"):
-        flow.answer_tokens(mllm, samples, "truth")
+        last_token.answer_tokens(mllm, samples, "truth")
     with pytest.raises(ValueError, match="4 samples|5 samples"):
-        flow.logit_lens(mllm, samples, ids[:2])
+        last_token.logit_lens(mllm, samples, ids[:2])
 
 
 # --- together with silencing, and without traces -------------------------------------------------
@@ -298,12 +300,12 @@ def test_everything_composes_with_silencing(name):
     """Silencing changes every measure, and nothing remains of it or of the measuring."""
     mllm = sdpa(name)
     bench = rows_of(mllm)
-    answers = flow.answer_tokens(mllm, bench, "model")
+    answers = last_token.answer_tokens(mllm, bench, "model")
     before_footprints = footprints(mllm)
     measures = {
-        "saliency": lambda: flow.last_token_flow(mllm, bench, answers),
-        "blocked": lambda: flow.knockout(mllm, bench, answers, layers=[2]),
-        "probability": lambda: flow.logit_lens(mllm, bench, answers),
+        "saliency": lambda: last_token.last_token_flow(mllm, bench, answers),
+        "blocked": lambda: last_token.knockout(mllm, bench, answers, layers=[2]),
+        "probability": lambda: last_token.logit_lens(mllm, bench, answers),
     }
     for column, measure in measures.items():
         free = measure()
@@ -318,15 +320,15 @@ def test_everything_composes_with_silencing(name):
 
 def test_errors_name_the_way_out(mllm, samples, monkeypatch):
     with pytest.raises(ValueError, match="window=0"):
-        flow.knockout(mllm, samples, window=0)
+        last_token.knockout(mllm, samples, window=0)
     with pytest.raises(ValueError, match="no sets"):
-        flow.knockout(mllm, samples, sets=["smell"])
+        last_token.knockout(mllm, samples, sets=["smell"])
     before = footprints(mllm)
-    monkeypatch.setattr(flow, "last_row", lambda *args: 1 / 0)
+    monkeypatch.setattr(last_token, "last_row", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        flow.last_token_flow(mllm, samples)
+        last_token.last_token_flow(mllm, samples)
     assert footprints(mllm) == before
     monkeypatch.setattr(mllm.text_config, "_attn_implementation_internal", "flash_attention_2")
-    for measure in (flow.knockout, flow.last_token_flow):
+    for measure in (last_token.knockout, last_token.last_token_flow):
         with pytest.raises(ValueError, match="sdpa"):
             measure(mllm, samples)

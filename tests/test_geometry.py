@@ -201,6 +201,11 @@ def test_reach_by_hand():
     np.testing.assert_allclose(other, [[3, 2, 2, 3.5]])
     np.testing.assert_allclose(own, [[1, 1, 1.5, 1.5]])
     np.testing.assert_allclose(clouds.reach(distance, second, 2)[0], [[3.75, 2.75, 2.5, 4]])
+    x, second = RNG(0).standard_normal((60, 3)), RNG(1).random((4, 60)) < 0.5
+    distance = pairwise_distances(x)
+    near = clouds.neighbours(distance, 40)
+    exact, quick = clouds.reach(distance, second, 5), clouds.reach(distance, second, 5, near)
+    np.testing.assert_allclose(exact, quick)
 
 
 def test_elongation_is_variance_over_mean_variance():

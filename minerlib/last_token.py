@@ -1,0 +1,367 @@
+"""What reaches the last prompt token, from which the answer is read (paper finding III).
+
+Attention and saliency by source set, attention knockout and the logit lens, each measured per
+sample, so that conditions compare in pairs:
+
+    answers = answer_tokens(mllm, bench, "model")          # before anything is silenced
+    before = last_token_flow(mllm, bench, answers)
+    with deactivate(mllm, neurons, ["image"]):
+        after = last_token_flow(mllm, bench, answers)
+    summarise(paired(before, after, "saliency"), "saliency")
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+
+from minerlib.flow import visible
+from minerlib.geometry import batches, residual_stream
+from minerlib.model import MLLM
+from minerlib.separation import separate
+
+
+def answer_tokens(
+    mllm: MLLM,
+    bench,
+    target: Literal["reference", "model"] = "reference",
+    *,
+    batch_size: int = 8,
+    progress: bool | None = None,
+) -> np.ndarray:
+    """The token id that answers each sample, int [sample]: what the other functions follow.
+
+    The first token of the most frequent reference, or the model's own first answer token; take
+    the latter outside `deactivate`, so that every condition follows the same token.
+    """
+    if target == "reference":
+        common = [Counter(sample.references).most_common(1)[0][0] for sample in bench]
+        ids = [mllm.tokenizer.encode(text, add_special_tokens=False) for text in common]
+        if empty := [i for i, id_ in enumerate(ids) if not id_]:
+            raise ValueError(f"samples {empty[:5]} have an empty reference; use target='model'")
+        return np.array([id_[0] for id_ in ids])
+    if target != "model":
+        raise ValueError(f"unknown target {target!r}; use reference or model")
+    with torch.inference_mode():
+        parts = [
+            mllm.forward(batch).logits[:, -1].argmax(-1).cpu().numpy()
+            for _, batch in batches(mllm, bench, batch_size, progress, "answers")
+        ]
+    return np.concatenate(parts)
+
+
+def _answers(mllm, bench, answers) -> torch.Tensor:
+    answers = answer_tokens(mllm, bench) if answers is None else np.asarray(answers)
+    if answers.shape != (len(bench),):
+        raise ValueError(
+            f"answers has shape {answers.shape}, but there are {len(bench)} samples; take it from "
+            "answer_tokens(mllm, bench)"
+        )
+    return torch.from_numpy(answers.astype(np.int64))
+
+
+def _sources(mllm: MLLM, batch) -> tuple[list[str], torch.Tensor]:
+    """Names and members of the last token's sources, bool [batch, source, token].
+
+    The base sets without the last token, and that token by itself (`last`).
+    """
+    base = separate(mllm, batch)
+    sets = torch.stack([base[k] for k in mllm.kinds] + [base["prompt"]], 1)
+    sets[:, :-1, -1] = False
+    sets[:, -1, :-1] = False
+    return [*mllm.kinds, "last"], sets
+
+
+def _log_probability(mllm: MLLM, batch, answers: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each prompt's answer token, [batch] float32."""
+    return _of(mllm.forward(batch).logits[:, -1], answers)
+
+
+def _of(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    log_p = logits.float().log_softmax(-1)
+    return log_p.gather(1, answers.to(log_p.device)[:, None])[:, 0]
+
+
+def _last_step(mllm: MLLM, batch, answers: torch.Tensor) -> tuple[torch.Tensor, Callable]:
+    """The answers' log-probability, and a function that recomputes it for the last token alone.
+
+    It runs over the cached keys and values of the tokens before, which nothing done to the last
+    token can change.
+    """
+    settings = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "use_cache": True}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    settings |= {"pad_token_id": mllm.tokenizer.pad_token_id}
+    out = mllm.model.generate(**batch, **settings)  # generate knows every family's positions
+    cache, before = out.past_key_values, _of(out.logits[0], answers)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+
+    def step() -> torch.Tensor:
+        cache.crop(-1)
+        done = mllm.model.generate(**inputs, past_key_values=cache, **settings)
+        return _of(done.logits[0], answers)
+
+    if (step() - before).abs().max() > (0.3 if torch.finfo(mllm.model.dtype).eps > 1e-5 else 1e-3):
+        raise RuntimeError(
+            f"{mllm.name}: the last token's logits over cached keys differ from those of the whole "
+            "prompt; call with cache=False"
+        )
+    return before, step
+
+
+def _bias(mask: torch.Tensor | None, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The mask as additive, [batch, 1 or head, query, key]; no row is all -inf, so none is NaN."""
+    if mask is not None and mask.ndim == 4 and mask.dtype != torch.bool:
+        return mask.expand(len(seen), *mask.shape[1:])
+    lowest = torch.finfo(dtype).min
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, lowest)[:, None]
+
+
+def _needs_dense_masks(mllm: MLLM) -> None:
+    kind = mllm.text_config._attn_implementation
+    if "flash" in kind or "flex" in kind:
+        raise ValueError(
+            f"{mllm.name} runs {kind}, whose kernel takes no dense mask, and this changes single "
+            "entries of it; load it with attn_implementation='sdpa'"
+        )
+
+
+def _output_projection(mllm: MLLM, layer: int) -> torch.nn.Module:
+    for module in mllm.layers[layer].modules():
+        for name in ("o_proj", "out_proj"):
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise ValueError(
+        f"{mllm.name}: layer {layer} has no attention output projection o_proj or out_proj, which "
+        "the saliency needs; call with saliency=False"
+    )
+
+
+def last_row(
+    query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, scaling: float | None = None
+) -> torch.Tensor:
+    """The last token's attention per head, [batch, head, key] float32; seen bool [batch, key]."""
+    q = query[:, :, -1].float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    q = q.view(len(q), key.shape[1], -1, q.shape[-1])  # [batch, kv head, group, dim]
+    logits = (q @ key.float().transpose(-1, -2)).flatten(1, 2)
+    return logits.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
+
+
+def last_token_flow(
+    mllm: MLLM,
+    bench,
+    answers: np.ndarray | None = None,
+    *,
+    saliency: bool = True,
+    batch_size: int = 8,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """What the last prompt token draws from each source set, by layer and sample (finding III).
+
+    answers int [sample] from `answer_tokens` (default: the references). Saliency is Wang et al.'s
+    (2023) |sum over heads of A dL/dA| with A the last token's attention to one source token and L
+    the answer's negative log-probability, summed over the set's tokens. It comes from one
+    backward pass through the model's own attention kernel: a zero added to the last row of the
+    additive mask yields A (dL/dA - c) summed over heads, where c, the last token's mean of dL/dA
+    under A, equals the head's output times its gradient, read at the output projection. No
+    attention matrix is kept, only the activations that a backward pass needs: use a small batch.
+
+    Returns
+    -------
+    Columns sample, layer, set (the base sets without the last token, and `last`, the token
+    itself), tokens (in the set), attention (head-averaged; sums to 1 over the sets), uniform (the
+    same if attention were uniform over the tokens seen), saliency.
+    """
+    answers = _answers(mllm, bench, answers)
+    if saliency:
+        _needs_dense_masks(mllm)
+    parts = []
+    for first, batch in batches(mllm, bench, batch_size, progress, "last token"):
+        names, sets = _sources(mllm, batch)
+        real, rows, even, gates, outputs = sets.any(1), {}, {}, {}, {}
+
+        def attend(layer, query, key, mask, scaling, real=real, rows=rows, even=even, gates=gates):
+            seen = visible(mask, real.to(query.device))
+            rows[layer] = last_row(query, key, seen[:, -1], scaling).detach()
+            even[layer] = seen[:, -1].float()
+            if not saliency:
+                return None
+            bias = _bias(mask, seen, query.dtype)
+            gates[layer] = bias.new_zeros(len(bias), bias.shape[-1], requires_grad=True)
+            last = bias[:, :, -1:] + gates[layer][:, None, None]
+            return torch.cat([bias[:, :, :-1], last], 2)
+
+        def keep(layer, outputs=outputs):
+            def hook(module, args):
+                outputs[layer] = args[0]
+
+            return _output_projection(mllm, layer).register_forward_pre_hook(hook)
+
+        with ExitStack() as stack:
+            for layer in range(mllm.n_layers if saliency else 0):
+                stack.callback(keep(layer).remove)
+            stack.enter_context(mllm.tap(attention=attend))
+            stack.enter_context(torch.set_grad_enabled(saliency))
+            log_p = _log_probability(mllm, batch, answers[first : first + len(real)])
+        slope = _saliency(-log_p.sum(), rows, gates, outputs) if saliency else {}
+
+        for layer, row in rows.items():
+            members = sets.to(row.device).float()
+            mean, seen = row.mean(1), even[layer]
+            columns = [mean, seen / seen.sum(1, keepdim=True), *([slope[layer]] if slope else [])]
+            per_set = torch.einsum("cbn,bsn->bsc", torch.stack(columns), members).cpu().numpy()
+            count = members.sum(-1).int().cpu().numpy()
+            for b, s in np.argwhere(count):
+                parts.append((first + b, layer, names[s], count[b, s], *per_set[b, s]))
+    columns = ["sample", "layer", "set", "tokens", "attention", "uniform", "saliency"]
+    return pd.DataFrame(parts, columns=columns[: 7 if saliency else 6])
+
+
+def _saliency(loss: torch.Tensor, rows: dict, gates: dict, outputs: dict) -> dict:
+    """|sum over heads of A dL/dA| of the last token, [batch, token] float32 by layer."""
+    wanted = [*gates.values(), *(outputs[layer] for layer in gates)]
+    grads = torch.autograd.grad(loss, wanted)
+    found = {}
+    for layer, gate, slope in zip(gates, grads, grads[len(gates) :], strict=False):
+        a = rows[layer]
+        heads = [x[:, -1].detach().float().view(*a.shape[:2], -1) for x in (outputs[layer], slope)]
+        mean = (heads[0] * heads[1]).sum(-1, keepdim=True)  # of dL/dA under A, [batch, head, 1]
+        found[layer] = (gate.float() + (a * mean).sum(1)).abs()
+    return found
+
+
+@torch.inference_mode()
+def knockout(
+    mllm: MLLM,
+    bench,
+    answers: np.ndarray | None = None,
+    *,
+    sets: Sequence[str] | None = None,
+    window: int | None = None,
+    layers: Sequence[int] | None = None,
+    cache: bool | None = None,
+    batch_size: int = 8,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """The answer's probability when the last token may not look at a set (Geva et al. 2023).
+
+    For each set, and each centre in `layers` (default all), the last token's attention to the
+    set's tokens is cut in the `window` layers around it (default a fifth of the layers); what is
+    left is renormalised by the softmax. The last token always sees itself. Each set and centre
+    costs a step of the last token over cached keys and values, or with cache=False a forward
+    pass of the prompt (the default for models with other than full attention, whose cache cannot
+    step back).
+
+    Returns
+    -------
+    Columns sample, layer (the centre), set, probability (nothing cut), blocked (cut), loss
+    (probability - blocked), log_loss (the same of log-probabilities).
+    """
+    _needs_dense_masks(mllm)
+    answers = _answers(mllm, bench, answers)
+    if cache is None:
+        cache = set(getattr(mllm.text_config, "layer_types", None) or ()) <= {"full_attention"}
+    window = max(1, round(mllm.n_layers / 5)) if window is None else window
+    if not 1 <= window <= mllm.n_layers:
+        raise ValueError(f"window={window}: give 1 to {mllm.n_layers} layers")
+    centres = range(mllm.n_layers) if layers is None else layers
+    if unknown := set(sets or ()) - set(mllm.kinds):
+        raise ValueError(f"{mllm.name} has no sets {sorted(unknown)}; there are {mllm.kinds}")
+    parts = []
+    for first, batch in batches(mllm, bench, batch_size, progress, "knockout"):
+        names, members = _sources(mllm, batch)
+        real, answer = members.any(1), answers[first : first + len(members)]
+        if cache:
+            before, run = _last_step(mllm, batch, answer)
+        else:
+            run = partial(_log_probability, mllm, batch, answer)
+            before = run()
+        for s, name in enumerate(names[:-1]):
+            cut = members[:, s]
+            held = cut.any(1).nonzero()[:, 0].tolist()
+            if not held or (sets is not None and name not in sets):
+                continue
+
+            def block(layer, query, key, mask, scaling, cut=cut, real=real):
+                seen = visible(mask, real.to(query.device), query.shape[2])
+                bias = _bias(mask, seen, query.dtype).clone()
+                lowest = torch.finfo(bias.dtype).min
+                bias[:, :, -1].masked_fill_(cut.to(bias.device)[:, None], lowest)
+                return bias
+
+            for centre in centres:
+                low = centre - window // 2
+                within = range(max(low, 0), min(low + window, mllm.n_layers))
+                with mllm.tap(attention=block, layers=within):
+                    after = run()
+                parts += [
+                    (first + b, centre, name, float(before[b]), float(after[b])) for b in held
+                ]
+    table = pd.DataFrame(parts, columns=["sample", "layer", "set", "before", "after"])
+    before, after = table.pop("before"), table.pop("after")
+    table["probability"], table["blocked"] = np.exp(before), np.exp(after)
+    table["loss"] = table["probability"] - table["blocked"]
+    table["log_loss"] = before - after
+    return table
+
+
+def unembed(mllm: MLLM, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits float32 [..., vocabulary] of hidden states [..., hidden]: final norm, then lm_head.
+
+    A model's own scaling or capping of its logits is left out.
+    """
+    decoder = mllm.model.get_decoder()
+    names = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+    norm = next((getattr(decoder, n) for n in names if hasattr(decoder, n)), None)
+    head = mllm.model.get_output_embeddings()
+    if norm is None or head is None:
+        raise ValueError(f"{mllm.name}: found no final norm among {names}, or no output embeddings")
+    return head(norm(hidden.to(head.weight.device, head.weight.dtype))).float()
+
+
+@torch.inference_mode()
+def read(mllm: MLLM, hidden: np.ndarray, top: int = 1) -> list[list[str]]:
+    """The `top` tokens that the logit lens reads in each hidden state [n, hidden], best first."""
+    hidden = torch.from_numpy(np.asarray(hidden, np.float32))
+    best = torch.cat([unembed(mllm, part).topk(top, -1)[1].cpu() for part in hidden.split(256)])
+    return [[mllm.tokenizer.decode([i]) for i in row] for row in best.tolist()]
+
+
+@torch.inference_mode()
+def logit_lens(
+    mllm: MLLM,
+    bench,
+    answers: np.ndarray | None = None,
+    *,
+    batch_size: int = 8,
+    progress: bool | None = None,
+) -> pd.DataFrame:
+    """How far the answer can be read at the last prompt token, by layer (the logit lens).
+
+    Returns
+    -------
+    Columns sample, layer (0 the embeddings, i after the i-th layer), probability,
+    log_probability and rank (0 the most probable token) of the answer token.
+    """
+    answers = _answers(mllm, bench, answers)
+    parts = []
+    for first, batch in batches(mllm, bench, batch_size, progress, "logit lens"):
+        answer = answers[first : first + len(batch["input_ids"])]
+
+        def lens(layer, h, first=first, answer=answer):
+            log_p = unembed(mllm, h[:, -1]).log_softmax(-1)
+            own = log_p.gather(1, answer.to(log_p.device)[:, None])
+            rank, own = (log_p > own).sum(1).tolist(), own[:, 0].tolist()
+            for b, (p, r) in enumerate(zip(own, rank, strict=True)):
+                parts.append((first + b, layer, np.exp(p), p, r))
+
+        with residual_stream(mllm, lens):
+            mllm.forward(batch)
+    columns = ["sample", "layer", "probability", "log_probability", "rank"]
+    return pd.DataFrame(parts, columns=columns)
