@@ -1,9 +1,9 @@
 """minerlib: find, silence and study modality-specific neurons in multimodal language models.
 
 The modules in the order in which data passes through them: model, benchmarks, separation,
-scoring, aggregation, selection, deactivation, metrics, evaluation; clouds, geometry, semantics, flow
-and last_token measure hidden states and attention; artifacts keeps results, plots draws them, and
-workbook is what the notebooks open with.
+scoring, aggregation, selection, deactivation, metrics, evaluation; clouds, geometry, semantics,
+flow and last_token measure hidden states and attention; artifacts keeps results, plots draws
+them, and workbook is what the notebooks open with.
 """
 
 from minerlib.aggregation import aggregate
