@@ -72,7 +72,11 @@ def finished(output: Path, parameters: dict, inputs: Sequence[Path]) -> bool:
 def side_by_side(models: Sequence[str], arguments: Sequence[str]) -> None:
     """Run each model in a process of its own, with an equal share of the cores."""
     threads = str(max(1, (os.cpu_count() or 1) // len(models)))
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "MINER_PROGRESS": "0"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": threads,
+        "MINER_PROGRESS": "0",
+        "MINER_SIDE_BY_SIDE": "1",
+    }
     processes = {
         model: subprocess.Popen(
             [sys.executable, ROOT / "notebooks/run.py", *arguments, f"model={model}"],
@@ -86,9 +90,10 @@ def side_by_side(models: Sequence[str], arguments: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     given = parse(arguments)
-    models = given.pop("model", MODELS).split()
-    runs = given.pop("run", None)
-    parameters = {name: value(text) for name, text in given.items()}
+    models = given.get("model", MODELS).split()
+    labels = [Path(model).name for model in models]
+    runs = given.get("run")
+    parameters = {n: value(text) for n, text in given.items() if n not in ("model", "run")}
     os.chdir(ROOT)  # so that the paths that Papermill records are relative ones
     notebooks = {
         path: declared(path) for path in sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -96,41 +101,57 @@ def main(arguments: Sequence[str]) -> None:
     if unknown := set(parameters) - set().union(*notebooks.values()):
         known = sorted(set().union(*notebooks.values()) | {"run"})
         raise SystemExit(f"no notebook has the parameter {', '.join(sorted(unknown))}; use {known}")
+    # A notebook with the parameter `runs` gathers what all models left: it comes once and last.
+    last = {path: names for path, names in notebooks.items() if "runs" in names}
+    each = {path: names for path, names in notebooks.items() if path not in last}
     if len(models) > 1 and not torch.cuda.is_available():
-        return side_by_side(models, [a for a in arguments if not a.lower().startswith("model=")])
+        side_by_side(models, [a for a in arguments if not a.lower().startswith("model=")])
+        models = []
 
     shared = [*Path("minerlib").glob("*.py"), *Path("data/benchmarks").rglob("*.parquet")]
     for model in models:
         run_dir = Path(runs or "runs", Path(model).name)
-        folder = run_dir / "notebooks"
-        folder.mkdir(parents=True, exist_ok=True)
         everything = {**parameters, "model": model}
         if runs:  # else the notebooks' own default, with which the shipped models refresh figures/
             everything["run_dir"] = run_dir.as_posix()
         weights = [path for path in Path(model).glob("*") if path.is_file()]
-        for notebook, names in notebooks.items():
-            output = folder / notebook.name
-            chosen = {name: everything[name] for name in everything if name in names}
-            if finished(output, chosen, [notebook, *shared, *weights]):
-                print(f"{output}: up to date", flush=True)
-                continue
-            print(f"{output}", flush=True)
-            start = time.perf_counter()
-            try:
-                papermill.execute_notebook(
-                    notebook,
-                    output,
-                    chosen,
-                    kernel_name="python3",
-                    cwd=ROOT,
-                    progress_bar=os.environ.get("MINER_PROGRESS") != "0",
-                )
-            except Exception as error:
-                reason = str(error).strip().splitlines()[-1]
-                raise SystemExit(
-                    f"{notebook} failed for {model}: {reason}\nsee {output}"
-                ) from error
-            print(f"{output}: {time.perf_counter() - start:.0f} s", flush=True)
+        execute(each, run_dir / "notebooks", everything, [*shared, *weights], f"for {model}")
+    if "MINER_SIDE_BY_SIDE" not in os.environ:
+        everything = {**parameters, "runs": runs or "runs", "models": labels}
+        found = [*shared, *Path(runs or "runs").glob("*/finding-*.json")]
+        execute(last, Path(runs or "runs", "notebooks"), everything, found, "over all models")
+
+
+def execute(
+    notebooks: dict[Path, set[str]],
+    folder: Path,
+    everything: dict[str, Any],
+    inputs: Sequence[Path],
+    what: str,
+) -> None:
+    """Execute notebooks into a folder, each with the parameters that it declares."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for notebook, names in notebooks.items():
+        output = folder / notebook.name
+        chosen = {name: everything[name] for name in everything if name in names}
+        if finished(output, chosen, [notebook, *inputs]):
+            print(f"{output}: up to date", flush=True)
+            continue
+        print(f"{output}", flush=True)
+        start = time.perf_counter()
+        try:
+            papermill.execute_notebook(
+                notebook,
+                output,
+                chosen,
+                kernel_name="python3",
+                cwd=ROOT,
+                progress_bar=os.environ.get("MINER_PROGRESS") != "0",
+            )
+        except Exception as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise SystemExit(f"{notebook} failed {what}: {reason}\nsee {output}") from error
+        print(f"{output}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

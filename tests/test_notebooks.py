@@ -22,6 +22,11 @@ NEEDED = (
     "03_score_aggregation",
     "04_neuron_selection",
     "05_two_percent_deactivation",
+    "06_lower_layer_convergence",
+    "07_last_token_flow",
+    "08_semantic_probing",
+    "09_semantic_telomeres",
+    "10_scorecard",
 )
 ABSOLUTE_PATH = re.compile(
     r"(?<![\w.~:/-])/(home|root|work|tmp|Users|mnt|opt|usr|var)/|\b[A-Z]:\\\\?\w"
@@ -32,8 +37,7 @@ EMBEDDED = re.compile(r"base64,[A-Za-z0-9+/=\s]+")  # pictures and sounds: rando
 # --- as committed --------------------------------------------------------------------------------
 
 
-def test_the_first_six_are_there():
-    """Fails until each has been written: the tests below cover only what exists."""
+def test_all_are_there():
     assert not set(NEEDED) - {path.stem for path in NOTEBOOKS}
 
 
@@ -226,6 +230,14 @@ def test_every_model_gets_every_notebook(run, executed, monkeypatch):
     assert {p.parent.parent.name for p in Path("runs").rglob("*.ipynb")} == {"tiny", "big"}
 
 
+def test_a_notebook_over_all_runs_comes_once_and_last(run, executed, monkeypatch):
+    monkeypatch.setattr(run.torch.cuda, "is_available", lambda: True)
+    write("00_all", "runs = 'runs'\nmodels = None", "print(runs, models)")
+    run.main(["model=models/tiny owner/big", "run=elsewhere"])
+    assert [name for name, _ in executed] == ["00_one", "01_two"] * 2 + ["00_all"]
+    assert executed[-1] == ("00_all", {"runs": "elsewhere", "models": ["tiny", "big"]})
+
+
 def test_models_run_side_by_side_on_cpus(run, executed, monkeypatch):
     """A process for each model with all arguments; one that fails is named at the end."""
     calls = []
@@ -242,9 +254,9 @@ def test_models_run_side_by_side_on_cpus(run, executed, monkeypatch):
     monkeypatch.setattr(run.subprocess, "Popen", Process)
     monkeypatch.setattr(run.os, "cpu_count", lambda: 6)
     with pytest.raises(SystemExit, match="failed for owner/big; see above"):
-        run.main(["model=models/tiny owner/big", "weights={mean: 1}"])
+        run.main(["model=models/tiny owner/big", "ratio={mean: 1}"])
     assert calls == [
-        (["weights={mean: 1}", f"model={model}"], "3") for model in ("models/tiny", "owner/big")
+        (["ratio={mean: 1}", f"model={model}"], "3") for model in ("models/tiny", "owner/big")
     ]
     assert not executed
 
