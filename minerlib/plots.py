@@ -147,6 +147,7 @@ def heat(matrix: pd.DataFrame, ax: Axes, *, low=0.0, high=1.0, fmt=".2f", cmap="
         annot_kws={"fontsize": 7},
     )
     ax.tick_params(length=0)
+    ax.tick_params(axis="y", rotation=0)
     ax.set(xlabel="", ylabel="")
 
 
