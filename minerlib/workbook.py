@@ -204,9 +204,8 @@ class Workbook:
 
     @cached_property
     def _prepared(self) -> dict[str, Prepared]:
-        bar = os.environ.get("MINER_PROGRESS") != "0"
         return {
-            name: prepare(self.mllm, bench, self.batch_size, bar)
+            name: prepare(self.mllm, bench, self.batch_size)
             for name, bench in self.evaluation.items()
         }
 
