@@ -2,6 +2,7 @@
 #     make workbook                          every notebook, for both shipped models, into runs/
 #     make workbook MODEL=Qwen/Qwen2-VL-7B-Instruct DTYPE=bfloat16 LIMIT=500
 #     make test                              pytest and nbval; test-fast takes under two minutes
+#     make bench                             how fast it is, beside its floors and other libraries
 #     make data                              make the benchmarks and train the models again
 # MODEL, RUN and every notebook parameter, in upper or lower case or in PARAMS="ratio=0.05 seed=1",
 # go to the workbook.
@@ -13,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 TESTING := HF_HUB_OFFLINE=1 MINER_PROGRESS=0 OMP_NUM_THREADS=1
 GIVEN = $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
 
-.PHONY: env workbook test test-fast lint data
+.PHONY: env workbook test test-fast lint bench data
 
 env: $(INSTALLED)
 
@@ -38,6 +39,11 @@ test-fast: env
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# SECTIONS="scoring memory" measures those alone. Nothing else should run.
+bench: env
+	$(BIN)/python -m pip install -q -c requirements.lock -e ".[bench]"
+	$(BIN)/python -m bench $(SECTIONS)
 
 data: env
 	$(BIN)/python -m data.make.knowledge

@@ -161,7 +161,7 @@ def normalise(values: torch.Tensor) -> torch.Tensor:
     return (values - low) / torch.where(high > low, high - low, 1)
 
 
-class _Sums:
+class Sums:
     """Running sums of one benchmark's scores; per layer, on that layer's device."""
 
     def __init__(self, n_layers: int):
@@ -212,7 +212,7 @@ def score(
     """
     if len(bench) == 0:
         raise ValueError(f"benchmark {bench.name!r} has no rows to score; raise its limit")
-    sums = _Sums(mllm.n_layers)
+    sums = Sums(mllm.n_layers)
     key = hashlib.sha256(f"{mllm.fingerprint}{bench.fingerprint}".encode()).hexdigest()
     checkpoint = None if checkpoint is None else Path(checkpoint)
     if checkpoint is not None and checkpoint.exists():
@@ -233,7 +233,7 @@ def score(
 
 
 @torch.inference_mode()
-def add_batch(mllm: MLLM, batch, sums: _Sums) -> None:
+def add_batch(mllm: MLLM, batch, sums: Sums) -> None:
     """Run the prompts once and add their normalised scores to the sums."""
     masks = stack(separate(mllm, batch))
     runs_ = runs(masks)
@@ -271,7 +271,7 @@ def add_batch(mllm: MLLM, batch, sums: _Sums) -> None:
     sums.samples += masks.any(-1).sum(0).cpu()
 
 
-def _to_array(sums: _Sums, n_layers: int, name: str) -> xr.DataArray:
+def _to_array(sums: Sums, n_layers: int, name: str) -> xr.DataArray:
     samples = sums.samples.clamp(min=1)
     scores = torch.stack([s.cpu() for s in sums.scores], 2) / samples[None, :, None, None]
     mean = torch.stack([m.cpu() for m in sums.mean]) / sums.rows

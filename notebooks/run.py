@@ -21,13 +21,16 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import papermill
+import psutil
 import torch
 import yaml
 
@@ -138,20 +141,45 @@ def execute(
             print(f"{output}: up to date", flush=True)
             continue
         print(f"{output}", flush=True)
-        start = time.perf_counter()
         try:
-            papermill.execute_notebook(
-                notebook,
-                output,
-                chosen,
-                kernel_name="python3",
-                cwd=ROOT,
-                progress_bar=os.environ.get("MINER_PROGRESS") != "0",
-            )
+            with timed(folder / "timings.json", notebook.stem) as spent:
+                papermill.execute_notebook(
+                    notebook,
+                    output,
+                    chosen,
+                    kernel_name="python3",
+                    cwd=ROOT,
+                    progress_bar=os.environ.get("MINER_PROGRESS") != "0",
+                )
         except Exception as error:
             reason = str(error).strip().splitlines()[-1]
             raise SystemExit(f"{notebook} failed {what}: {reason}\nsee {output}") from error
-        print(f"{output}: {time.perf_counter() - start:.0f} s", flush=True)
+        print(f"{output}: {spent['seconds']:.0f} s, {spent['peak_memory_mib']} MiB", flush=True)
+
+
+@contextmanager
+def timed(file: Path, name: str) -> Iterator[dict]:
+    """Seconds and peak memory of a notebook's kernel, kept in a JSON file beside the others'."""
+    spent, over, start = {"peak_memory_mib": 0}, threading.Event(), time.perf_counter()
+
+    def watch() -> None:
+        here = psutil.Process()
+        while not over.wait(0.2):
+            for child in here.children(recursive=True):
+                with suppress(psutil.Error):
+                    mib = child.memory_info().rss // 2**20
+                    spent["peak_memory_mib"] = max(spent["peak_memory_mib"], mib)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield spent
+    finally:
+        over.set()
+        watcher.join()
+        spent["seconds"] = round(time.perf_counter() - start, 1)
+    known = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(known | {name: spent}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

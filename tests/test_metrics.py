@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import whisper_normalizer
+from conftest import ROOT
 from sklearn.metrics import accuracy_score
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
@@ -97,6 +98,17 @@ def test_vqa_agrees_with_slow_version():
         humans.append(list(rng.choice(close, 1 if i % 20 == 0 else 10)))
     got = metrics.vqa_accuracy(answers, humans)
     np.testing.assert_allclose(got, [slow_vqa(*case) for case in zip(answers, humans, strict=True)])
+    assert len(set(got.round(3))) >= 5
+
+
+def test_vqa_agrees_with_the_public_implementation():
+    """What lmms-eval 0.7.3 made of 500 hard cases, recorded."""
+    cases = json.loads((ROOT / "tests/parity/vqa_accuracy.json").read_text())["cases"]
+    answers, humans = ([case[key] for case in cases] for key in ("answer", "humans"))
+    normal = [metrics.normalise_answer(answer) for answer in answers]
+    assert normal == [case["normalised"] for case in cases]
+    got = metrics.vqa_accuracy(answers, humans)
+    np.testing.assert_allclose(got, [case["score"] for case in cases])
     assert len(set(got.round(3))) >= 5
 
 

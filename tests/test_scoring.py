@@ -206,6 +206,13 @@ def test_score_is_the_oracle_on_what_the_model_computes(mllm, samples):
         np.testing.assert_allclose(result.values[:, :, layer], mean, rtol=0, atol=1e-4)
 
 
+def test_the_plain_way_gives_the_same(mllm, samples, tmp_path):
+    """What `make bench` times minerlib against computes the same scores."""
+    rows = samples[1:3]  # of the same sets
+    plain = reference.plain_score(mllm, rows, tmp_path / "sums.pt", new_tokens=2)
+    np.testing.assert_allclose(scores_of(mllm, rows), plain, rtol=0, atol=1e-4)
+
+
 def test_labels(mllm, samples):
     result = scores_of(mllm, samples)
     assert result.dims == ("metric", "modality", "layer", "neuron")
@@ -311,7 +318,7 @@ def test_a_killed_run_continues_to_identical_sums(mllm, samples, tmp_path, monke
 
 def test_a_checkpoint_of_other_rows_is_refused(mllm, samples, tmp_path):
     file = tmp_path / "sums.safetensors"
-    sums = scoring._Sums(mllm.n_layers)
+    sums = scoring.Sums(mllm.n_layers)
     scoring.add_batch(mllm, mllm.encode(samples[:1]), sums)
     sums.save(file, "another")
     with pytest.raises(ValueError, match="sums.safetensors is of another model or benchmark"):

@@ -2,11 +2,13 @@
 
     python -m data.make.train_vl                 # the whole recipe; resumes where it stopped
     python -m data.make.train_vl --random        # the same model, untrained
+    python -m data.make.train_vl --last         # the last phase alone, from the saved model
     python -m data.make.train_vl --evaluate      # score the saved model on the test rows
 
-Two phases. First the vision tower is taught directly what each cell of a picture shows, as real
+Three phases. First the vision tower is taught directly what each cell of a picture shows, as real
 towers come pretrained. Then the tower rests and the language model learns to answer, the letters of
-four-choice questions among it. Test scenes and test choice lists are kept out of both.
+four-choice questions among it, and last to look things up by their colour. Test scenes and test
+choice lists are kept out of all.
 """
 
 from __future__ import annotations
@@ -35,14 +37,14 @@ from minerlib.benchmarks import REGISTRY, benchmark
 from minerlib.model import MLLM, load
 
 from . import knowledge, vision
-from .training import Row, Task, chat, collate, encode, initialise, train
+from .training import Pieces, Row, Task, chat, collate, encode, initialise, train
 
 ROOT = Path(__file__).parents[2]
 MODEL, BENCHMARKS = ROOT / "data/models/tiny-qwen2-vl", ROOT / "data/benchmarks"
 RUNS = ROOT / "runs/train"
 BATCH, HIDDEN = 64, 192
 # Rows of a step of each task: the longer the row, and the more answers in it, the fewer.
-ROWS = {"text_vqa": 32, "coco_caption": 64, "msvd_qa": 28, "open": 64, "one_list": 64,
+ROWS = {"text_vqa": 32, "crowd": 32, "coco_caption": 64, "msvd_qa": 28, "open": 64, "one_list": 64,
         "few_shot": 32}  # fmt: skip
 PATCH, MERGE = 4, 2
 SPECIAL = """
@@ -269,6 +271,7 @@ MAKERS = {
     "text_vqa": vision.sign_scene,
     "coco_caption": vision.pair_scene,
     "msvd_qa": vision.clip_scene,
+    "crowd": vision.crowd_scene,
 }
 
 
@@ -276,7 +279,7 @@ def teach_tower(model, eye: Eye, args: argparse.Namespace) -> float:
     """Phase 1; returns seconds spent."""
     pupil = Pupil(model.model.visual)
     initialise(pupil.readers, 1)
-    held_out, names = vision.held_out(), list(MAKERS)
+    held_out, names = vision.held_out(), ["text_vqa", "coco_caption", "msvd_qa"]
 
     def batch_at(step: int, rng: np.random.Generator):
         # Reading takes longest, so it gets two thirds of the steps.
@@ -329,6 +332,23 @@ def make_tasks(eye: Eye) -> dict[str, Task]:
             (prompt(name, question=q.text), q.answer) for q in questions_of(scene, rng)
         ]
 
+    def by_colour(name: str, questions_of):
+        """The shape of every colour, then questions that name a colour."""
+
+        def turns(scene: vision.Scene, rng: np.random.Generator) -> list[tuple[str, str | Pieces]]:
+            shapes = [t for t in scene.things if t.kind == "shape"]
+            told = [("Shapes:", False)]
+            for i in rng.permutation(len(shapes)):
+                told += [(f" {shapes[i].colour}", False), (f" {shapes[i].value}", True)]
+            questions = [
+                (prompt(name, question=q.text), q.answer)
+                for q in questions_of(scene, rng)
+                if {*q.text.strip("?").split()} & {*vision.COLOURS}
+            ]
+            return [("Name the shape of each color.", told), *questions]
+
+        return turns
+
     def caption(scene: vision.Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
         # The first wording is the commonest, so that the greedy answer is sure of its way.
         wording = vision.captions(scene)[rng.choice(5, p=[0.6, 0.1, 0.1, 0.1, 0.1])]
@@ -356,6 +376,8 @@ def make_tasks(eye: Eye) -> dict[str, Task]:
         "text_vqa": about("text_vqa", asked("text_vqa", vision.sign_questions), 5),
         "coco_caption": about("coco_caption", caption, 1),
         "msvd_qa": about("msvd_qa", asked("msvd_qa", vision.clip_questions), 5),
+        "crowd": about("crowd", by_colour("text_vqa", vision.sign_questions), 4),
+        "colour_clips": about("msvd_qa", by_colour("msvd_qa", vision.clip_questions), 5),
         "open": lambda rng: [open_question(rng) for _ in range(ROWS["open"])],
         "one_list": lambda rng: [letters(facts.one_list(rng)) for _ in range(ROWS["one_list"])],
         "few_shot": lambda rng: [letters(facts.few_shot(rng)) for _ in range(ROWS["few_shot"])],
@@ -368,25 +390,41 @@ EARLY = {"text_vqa": 0.09, "coco_caption": 0.07, "msvd_qa": 0.09, "open": 0.1, "
          "few_shot": 0.35}  # fmt: skip
 LATE = {"text_vqa": 0.37, "coco_caption": 0.05, "msvd_qa": 0.52, "open": 0.01, "one_list": 0.01,
         "few_shot": 0.04}  # fmt: skip
+# Last, what is learnt slowest: to ask by a colour, not for it ("what shape is red?"). Pictures of
+# four shapes, where guessing among them does not pay, and answers that follow the colour at once.
+COLOUR = {"crowd": 0.36, "colour_clips": 0.26, "text_vqa": 0.13, "msvd_qa": 0.13,
+          "coco_caption": 0.05, "open": 0.01, "one_list": 0.01, "few_shot": 0.05}  # fmt: skip
 
 
 def teach_model(model, eye: Eye, args: argparse.Namespace) -> float:
-    """Phase 2; returns seconds spent."""
+    """Phase 2, all tasks; returns seconds spent."""
+    early = round(0.45 * args.steps)
+    return _teach(model, eye, args, "vl-model", args.steps, 1.2e-3, 1,
+                  lambda step: EARLY if step < early else LATE)  # fmt: skip
+
+
+def teach_colour(model, eye: Eye, args: argparse.Namespace) -> float:
+    """Phase 3, looking things up by their colour; returns seconds spent."""
+    return _teach(model, eye, args, "vl-colour", args.colour_steps, 8e-4, 2, lambda step: COLOUR)
+
+
+def _teach(model, eye: Eye, args, name: str, steps: int, lr: float, seed: int, mix_at) -> float:
+    """Train the language model, the tower at rest, on the tasks of mix_at(step)."""
     tasks, processor = make_tasks(eye), eye.processor
     model.model.visual.requires_grad_(False)
     pad = processor.tokenizer.pad_token_id
 
     def batch_at(step: int, rng: np.random.Generator):
-        mix = EARLY if step < 0.45 * args.steps else LATE
-        name = list(mix)[rng.choice(len(mix), p=list(mix.values()))]
-        batch = collate(tasks[name](rng), pad)
+        mix = mix_at(step)
+        task = list(mix)[rng.choice(len(mix), p=list(mix.values()))]
+        batch = collate(tasks[task](rng), pad)
         kinds = torch.zeros_like(batch["input_ids"])
         kinds[batch["input_ids"] == eye.pads["image"]] = 1
         kinds[batch["input_ids"] == eye.pads["video"]] = 2
-        return name, batch | {"mm_token_type_ids": kinds}
+        return task, batch | {"mm_token_type_ids": kinds}
 
     return train(
-        model, batch_at, steps=args.steps, lr=1.2e-3, folder=args.runs, name="vl-model", seed=1,
+        model, batch_at, steps=steps, lr=lr, folder=args.runs, name=name, seed=seed,
         device=args.device,
         loss_of=lambda model, batch: model(**batch, use_cache=False).loss,
         report=lambda step: held_out_scores(model, processor, args.limit),
@@ -431,6 +469,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tower-steps", type=int, default=2800)
     parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--colour-steps", type=int, default=700)
     parser.add_argument("--report-every", type=int, default=250)
     parser.add_argument("--limit", type=int, default=120, help="test rows in a report")
     parser.add_argument("--seconds", type=float, help="stop a phase after so long, to resume later")
@@ -438,6 +477,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--runs", type=Path, default=RUNS)
     parser.add_argument("--random", action="store_true", help="save the untrained model and end")
+    parser.add_argument("--last", action="store_true", help="only phase 3, from the saved model")
     parser.add_argument("--evaluate", action="store_true", help="score the saved model and end")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -445,9 +485,12 @@ def main() -> None:
         processor = build_processor(build_tokenizer())
         model = build_model(processor.tokenizer)
         if not args.random:
-            eye = Eye(processor)
-            seconds = teach_tower(model, eye, args)
-            seconds += teach_model(model, eye, args)
+            eye, seconds = Eye(processor), 0.0
+            if args.last:
+                model.load_state_dict(load(MODEL, device="cpu").model.state_dict())
+            else:
+                seconds = teach_tower(model, eye, args) + teach_model(model, eye, args)
+            seconds += teach_colour(model, eye, args)
             print(f"trained in {seconds:.0f} s on {args.device}")
         save(model, processor)
     mllm = load(MODEL, device=args.device)

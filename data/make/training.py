@@ -55,15 +55,20 @@ def encode(tokenizer, pieces: Iterable[tuple[str, bool]]) -> tuple[list[int], li
     return ids, labels
 
 
-def chat(turns: Sequence[tuple[str, str]], media: str = "") -> list[tuple[str, bool]]:
+Pieces = list[tuple[str, bool]]  # texts, and whether they are supervised
+
+
+def chat(turns: Sequence[tuple[str, str | Pieces]], media: str = "") -> Pieces:
     """Pieces of a conversation in the models' chat format, the answers supervised.
 
-    `turns` are (prompt, answer); `media`, the placeholders, stands before the first prompt.
+    `turns` are (prompt, answer), an answer text or pieces of its own; `media`, the placeholders,
+    stands before the first prompt.
     """
     pieces = [(SYSTEM, False)]
     for prompt, answer in turns:
         head = f"<|im_start|>user\n{media}{prompt}<|im_end|>\n<|im_start|>assistant\n"
-        pieces += [(head, False), (f"{answer}<|im_end|>", True), ("\n", False)]
+        told = [(answer, True)] if isinstance(answer, str) else answer
+        pieces += [(head, False), *told, ("<|im_end|>", True), ("\n", False)]
         media = ""
     return pieces
 

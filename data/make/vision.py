@@ -223,6 +223,16 @@ def pair_scene(rng: np.random.Generator) -> Scene:
             return scene
 
 
+def crowd_scene(rng: np.random.Generator) -> Scene:
+    """A picture for training alone: four shapes."""
+
+    def draw() -> list[Thing]:
+        colours, shapes = rng.permutation(list(COLOURS)), rng.permutation(SHAPES)
+        return [_shape(rng, str(shapes[i]), str(colours[i]), 11, 14) for i in range(4)]
+
+    return _scene(rng, draw, SIDE, 1, 14)
+
+
 def clip_scene(rng: np.random.Generator) -> Scene:
     """An msvd_qa clip: one to three shapes, each with a motion of its own."""
 

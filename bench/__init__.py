@@ -1,0 +1,1 @@
+"""How close minerlib comes to its floors, as ratios within one run; see `python -m bench`."""

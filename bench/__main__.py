@@ -1,0 +1,336 @@
+"""How close minerlib comes to its floors: one table, a chart and figures/bench.json.
+
+    python -m bench                      # every section
+    python -m bench scoring memory       # these; the others keep what they last measured
+
+All speeds are ratios of two sides that alternate within one run: the median of the rounds, with
+quartiles. Run it with nothing else running. `peers` needs `pip install -e ".[bench]"`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+import xarray as xr
+from tqdm.auto import tqdm
+
+import minerlib as ml
+from minerlib import scoring
+from minerlib.selection import STRATEGIES
+
+from . import charts, peers
+from .harness import (
+    REAL,
+    ROOT,
+    TEXT,
+    alone,
+    alternate,
+    line,
+    prompt,
+    ratio,
+    real_width,
+    stand_in,
+)
+
+JSON = ROOT / "figures/bench.json"
+MODELS = tuple(TEXT)
+BENCHMARK = {"tiny-qwen2-vl": "text_vqa", "tiny-qwen2-audio": "libri"}
+SHAPES = [(320, 1), (320, 4), (1280, 1), (1280, 4)]  # tokens, batch
+NEW_TOKENS = 16
+
+
+def rows_of(name: str, limit: int) -> ml.benchmarks.Benchmark:
+    return ml.benchmark(BENCHMARK[name], source=ROOT / "data/benchmarks", limit=limit)
+
+
+@torch.inference_mode()
+def forward(mllm: ml.MLLM, batch) -> None:
+    mllm.forward(batch)
+
+
+def mine(mllm: ml.MLLM, batch) -> None:
+    scoring.add_batch(mllm, batch, scoring.Sums(mllm.n_layers))
+
+
+@torch.inference_mode()
+def generate(mllm: ml.MLLM, batch, tokens: int = NEW_TOKENS) -> None:
+    """Exactly so many greedy tokens, whatever they are."""
+    mllm.model.generate(
+        **batch,
+        do_sample=False,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        pad_token_id=mllm.tokenizer.pad_token_id,
+    )
+
+
+def two_percent(mllm: ml.MLLM, seed: int = 0) -> xr.DataArray:
+    """A random 2 % of the neurons: what silencing costs does not depend on which."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random((1, mllm.n_layers, mllm.n_neurons)) < 0.02
+    return xr.DataArray(mask, {"modality": ["random"]}, ("modality", "layer", "neuron"))
+
+
+# --- sections ------------------------------------------------------------------------------------
+
+
+def scoring_cost(rounds: int) -> list[dict]:
+    """All five metrics and all sets, over the same prompts' plain forward pass."""
+    found = []
+    for name in MODELS:
+        mllm = real_width(name)
+        for tokens, batch in SHAPES:
+            inputs = prompt(mllm, tokens, batch)
+            sides = {
+                "score": lambda mllm=mllm, inputs=inputs: mine(mllm, inputs),
+                "forward": lambda mllm=mllm, inputs=inputs: forward(mllm, inputs),
+            }
+            setting = f"{REAL[name]}, {tokens} tokens x {batch}"
+            found.append(ratio("scoring / forward", setting, alternate(sides, rounds), 1.05))
+        del mllm, sides
+        mllm = stand_in(name)
+        inputs = mllm.encode_media(mllm.encode(rows_of(name, 32)))
+        sides = {
+            "score": lambda mllm=mllm, inputs=inputs: mine(mllm, inputs),
+            "forward": lambda mllm=mllm, inputs=inputs: forward(mllm, inputs),
+        }
+        seconds = alternate(sides, 5 * rounds)
+        found.append(ratio("scoring / forward", f"{name}, 32 rows", seconds, 1.4))
+    return found
+
+
+def silencing_cost(rounds: int) -> list[dict]:
+    """Generation with 2 % silenced, by hooks or in an exported checkpoint, over plain generation."""
+    found = []
+    for name in MODELS:
+        for mllm, setting, target in (
+            (real_width(name), REAL[name], 1.02),
+            (stand_in(name), name, 1.10),
+        ):
+            tiny = target > 1.05
+            inputs = mllm.encode(rows_of(name, 8)) if tiny else prompt(mllm, 320)
+            neurons = two_percent(mllm)
+
+            def silenced(mllm=mllm, inputs=inputs, neurons=neurons):
+                with ml.deactivate(mllm, neurons):
+                    generate(mllm, inputs)
+
+            def plain(mllm=mllm, inputs=inputs):
+                generate(mllm, inputs)
+
+            seconds = alternate({"silenced": silenced, "plain": plain}, rounds * (5 if tiny else 1))
+            found.append(ratio("silenced / plain generation", setting, seconds, target))
+            if not tiny:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                exported = ml.load(ml.export(mllm, neurons, folder))
+                answers = exported.generate(inputs, 8)
+                with ml.deactivate(mllm, neurons):
+                    same = answers == mllm.generate(inputs, 8)
+
+                def baked(mllm=exported, inputs=inputs):
+                    generate(mllm, inputs)
+
+                seconds = alternate({"exported": baked, "plain": plain}, rounds * 5)
+            setting = f"{name}, {'the same' if same else 'OTHER'} answers as with hooks"
+            found.append(ratio("exported / plain generation", setting, seconds, 1.02))
+    return found
+
+
+LENGTHS = (256, 1024, 4096, 16384)
+
+
+def _footprint(tokens: int, rows: int, scored: bool) -> int:
+    """Run prompts of so many tokens once; returns the bytes of one layer's activations."""
+    mllm = real_width("tiny-qwen2-vl", hidden_size=1024, num_attention_heads=8,
+                      num_key_value_heads=2, intermediate_size=5504)  # fmt: skip
+    inputs, sums = prompt(mllm, tokens), scoring.Sums(mllm.n_layers)
+    for _ in range(rows):
+        if scored:
+            scoring.add_batch(mllm, inputs, sums)
+        else:
+            forward(mllm, inputs)
+    return tokens * mllm.n_neurons * 4
+
+
+def memory(rounds: int) -> list[dict]:
+    """Peak memory of scoring over that of a plain forward pass, each in a process of its own."""
+    found = []
+    for tokens, rows in [(n, 1) for n in LENGTHS] + [(1024, 20)]:
+        layer, plain = alone(_footprint, tokens, rows, False)
+        _, scored = alone(_footprint, tokens, rows, True)
+        accumulators = 2 * 5 * 7 * 5504 * 4
+        allowed = (2 * layer + accumulators) / 2**20
+        setting = f"hidden 1024 x 5504 neurons, {tokens} tokens" + f", {rows} rows" * (rows > 1)
+        found.append(
+            line("scoring - forward, peak memory", setting, scored - plain, "MiB", allowed,
+                 tokens=tokens, rows=rows, plain=plain, scored=scored)
+        )  # fmt: skip
+    return found
+
+
+def growth(rounds: int) -> list[dict]:
+    """How the seconds of scoring one row grow; the exponent of a fit on logarithms."""
+    size = {"hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    base = {"tokens": 512, "layers": 2, "neurons": 4096}
+    steps = {"tokens": (256, 512, 1024, 2048), "layers": (1, 2, 4, 8)}
+    steps["neurons"] = (2048, 4096, 8192, 16384)
+    found = []
+    for what, values in steps.items():
+        sides = {}
+        for value in values:
+            now = base | {what: value}
+            mllm = real_width("tiny-qwen2-vl", now["layers"], intermediate_size=now["neurons"],
+                              **size)  # fmt: skip
+            inputs = prompt(mllm, now["tokens"])
+            sides[value] = lambda mllm=mllm, inputs=inputs: mine(mllm, inputs)
+        seconds = {v: float(np.median(s)) for v, s in alternate(sides, rounds).items()}
+        slope = np.polyfit(np.log(list(seconds)), np.log(list(seconds.values())), 1)[0]
+        found.append(line("growth of scoring", f"with {what}", slope, "exponent", points=seconds))
+    mllm, seconds = stand_in("tiny-qwen2-vl"), {}
+    benches = {n: rows_of("tiny-qwen2-vl", n) for n in (32, 64, 128, 256)}
+    sides = {
+        n: lambda bench=bench: ml.score(mllm, bench, batch_size=32, progress=False)
+        for n, bench in benches.items()
+    }
+    times = alternate(sides, max(3, rounds // 2))
+    seconds = {n: float(np.median(s)) / n for n, s in times.items()}
+    slope = np.polyfit(np.log(list(seconds)), np.log(list(seconds.values())), 1)[0]
+    found.append(line("growth of scoring", "seconds per row with rows", slope, "exponent", 0.05,
+                      points=seconds))  # fmt: skip
+    return found
+
+
+def selection(rounds: int) -> list[dict]:
+    """Each strategy at the size of Qwen2-VL-7B, on one core."""
+    rng = np.random.default_rng(0)
+    sets = list(ml.separation.SETS)
+    values = rng.random((5, len(sets), 28, 18944), dtype=np.float32)
+    coords = {"metric": list(scoring.METRICS), "modality": sets}
+    coords["samples"] = ("modality", np.ones(len(sets), int))
+    scores = xr.DataArray(values, coords, ("metric", "modality", "layer", "neuron"))
+    sides = {s: lambda s=s: ml.select(scores, strategy=s) for s in STRATEGIES}
+    seconds = alternate(sides, rounds)
+    return [
+        line("selection of 2 %", f"{name}, 5 x 5 x 28 x 18944", np.median(s), "s", 0.5,
+             low=s.min(), high=s.max())
+        for name, s in seconds.items()
+    ]  # fmt: skip
+
+
+def plain_way(rounds: int) -> list[dict]:
+    """The formulas as they read, one row at a time with 128 generated tokens, over minerlib."""
+    from tests import reference
+
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in MODELS:
+            bench = rows_of(name, 8)
+            for mllm, setting in ((real_width(name, 2), REAL[name]), (stand_in(name), name)):
+                rows = bench if setting == name else bench[:1]
+                sides = {
+                    "plain": lambda mllm=mllm, rows=rows: reference.plain_score(
+                        mllm, list(rows), Path(folder, "sums.pt")
+                    ),
+                    "minerlib": lambda mllm=mllm, rows=rows: ml.score(mllm, rows, progress=False),
+                }
+                seconds = alternate(sides, 3 if setting != name else rounds)
+                setting = f"{setting}, {len(rows)} row{'s' * (len(rows) > 1)} of {bench.name}"
+                found.append(ratio("plain way / minerlib", setting, seconds))
+    return found
+
+
+def notebooks(rounds: int) -> list[dict]:
+    """Seconds and peak memory of every notebook, as the last `make workbook` left them."""
+    found, total = [], {}
+    for file in sorted((ROOT / "runs").glob("*/notebooks/timings.json")):
+        label = file.parent.parent.name
+        for name, entry in json.loads(file.read_text()).items():
+            found.append(line("notebook", f"{name}, {label}", entry["seconds"], "s",
+                              memory=entry["peak_memory_mib"]))  # fmt: skip
+            total[label] = total.get(label, 0) + entry["seconds"]
+    if not total:
+        raise SystemExit("no timings in runs/: run `make workbook` first")
+    # The models run side by side, so the workbook takes as long as the slower one.
+    found.append(line("workbook", "both stand-ins, side by side", max(total.values()), "s", 1200))
+    return found
+
+
+SECTIONS = {
+    "scoring": scoring_cost,
+    "silencing": silencing_cost,
+    "memory": memory,
+    "growth": growth,
+    "selection": selection,
+    "plain": plain_way,
+    "peers": peers.capture,
+    "notebooks": notebooks,
+}
+
+
+def machine() -> dict:
+    """What the numbers depend on."""
+    cpu = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        cpu = names[0].split(":")[1].strip() if names else cpu
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no accelerator"
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "torch": torch.__version__.split("+")[0],
+        "transformers": transformers.__version__,
+        "minerlib": version("minerlib"),
+    }
+
+
+def table(results: dict) -> pd.DataFrame:
+    """All lines of all sections, as README and terminal show them."""
+    rows = [row for name in SECTIONS for row in results.get(name, {}).get("lines", [])]
+    frame = pd.DataFrame(rows)
+    unit = frame["unit"].replace({"x": "", "exponent": ""})
+    frame["value"] = [f"{v:.3g} {u}".strip() for v, u in zip(frame["value"], unit, strict=True)]
+    frame["spread"] = [
+        f"{a:.3g} to {b:.3g}" if pd.notna(a) else "" for a, b in frame[["low", "high"]].values
+    ]
+    frame["target"] = [f"{t:.3g}" if pd.notna(t) else "" for t in frame["target"]]
+    frame["met"] = frame["met"].map({True: "yes", False: "no"}).fillna("")
+    return frame[["what", "setting", "value", "spread", "target", "met"]]
+
+
+def main() -> None:
+    """Measure, print, and write figures/bench.json and its charts."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    parser.add_argument("sections", nargs="*", metavar="section", help=", ".join(SECTIONS))
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    if unknown := set(arguments.sections) - set(SECTIONS):
+        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    results = json.loads(JSON.read_text()) if JSON.exists() else {}
+    off = os.environ.get("MINER_PROGRESS") == "0"
+    for name in tqdm(arguments.sections or SECTIONS, desc="bench", disable=off):
+        lines = SECTIONS[name](arguments.rounds)
+        results[name] = {"machine": machine(), "rounds": arguments.rounds, "lines": lines}
+        part = JSON.with_suffix(".part")  # a section that is measured is kept
+        part.write_text(json.dumps(results, indent=1) + "\n")
+        part.replace(JSON)
+        print(table({name: results[name]}).to_string(index=False), flush=True)
+    charts.draw(results, JSON.parent)
+
+
+if __name__ == "__main__":
+    main()

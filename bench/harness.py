@@ -1,0 +1,154 @@
+"""Timing two things side by side, peak memory of a process, and models of real width."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+import minerlib as ml
+
+ROOT = Path(__file__).parents[1]
+TEXT = {
+    "tiny-qwen2-vl": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+    "tiny-qwen2-audio": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+}
+"""The decoder widths of Qwen2-VL-7B and Qwen2-Audio-7B, given to the stand-ins' configs."""
+REAL = {"tiny-qwen2-vl": "Qwen2-VL-7B width", "tiny-qwen2-audio": "Qwen2-Audio-7B width"}
+
+
+def stand_in(name: str) -> ml.MLLM:
+    return ml.load(ROOT / "data/models" / name)
+
+
+def real_width(name: str, layers: int = 2, dtype=torch.float32, **text) -> ml.MLLM:
+    """A stand-in's class, tower and vocabulary around decoder layers of a 7 B model's width."""
+    folder = ROOT / "data/models" / name
+    config = transformers.AutoConfig.from_pretrained(folder)
+    sizes = TEXT[name] | {"num_hidden_layers": layers} | text
+    for key, value in sizes.items():
+        setattr(config.text_config, key, value)
+    config.text_config.layer_types = ["full_attention"] * layers
+    config.text_config.head_dim = sizes["hidden_size"] // sizes["num_attention_heads"]
+    if hasattr(config, "vision_config"):
+        config.vision_config.hidden_size = sizes["hidden_size"]
+        config.text_config.rope_parameters = {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "mrope_section": [16, 24, 24] if config.text_config.head_dim == 128 else [2, 3, 3],
+        }
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = getattr(transformers, config.architectures[0])(config)
+    model = model.to(dtype).to_empty(device="cpu")
+    block = torch.randn(2**20 - 3).to(dtype)
+    with torch.no_grad():
+        for weight in model.parameters():
+            flat = weight.view(-1)
+            scale = weight[0].numel() ** -0.5 if weight.dim() > 1 else 0
+            for part in flat.split(len(block)):
+                part.copy_(block[: len(part)] * scale) if scale else part.fill_(1)
+        for buffer in model.buffers():  # left unset by to_empty
+            buffer.zero_()
+        for module in model.modules():
+            if hasattr(module, "compute_default_rope_parameters") and hasattr(module, "inv_freq"):
+                module.inv_freq = module.compute_default_rope_parameters(module.config)[0]
+    processor = transformers.AutoProcessor.from_pretrained(folder)
+    return ml.MLLM(model, processor, str(folder))
+
+
+def prompt(mllm: ml.MLLM, tokens: int, batch: int = 1) -> dict[str, torch.Tensor]:
+    """Token ids as of a chat with one medium: a head of text, four fifths medium, a question.
+
+    Placeholders without a medium's features keep their own embedding, so that only the decoder
+    works.
+    """
+    rng = np.random.default_rng(0)
+    ids = rng.integers(300, 600, (batch, tokens))
+    medium = next(mllm.token_ids[k][0] for k in ("image", "audio") if mllm.token_ids[k])
+    special = mllm.token_ids["special"]
+    first = tokens // 10
+    ids[:, first : first + int(0.8 * tokens)] = medium
+    ids[:, [0, first - 1, first + int(0.8 * tokens), tokens - 3]] = special[1]
+    ids = torch.from_numpy(ids)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def alternate(sides: Mapping[str, Callable[[], object]], rounds: int = 7) -> dict[str, np.ndarray]:
+    """Seconds of each side per round, [round]; the order turns round by round, after a warm-up."""
+    for run in sides.values():
+        run()
+    seconds = {name: [] for name in sides}
+    for i in range(rounds):
+        for name in list(sides)[:: 1 if i % 2 else -1]:
+            start = time.perf_counter()
+            sides[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def ratio(what: str, setting: str, seconds: dict, target: float | None = None, **more) -> dict:
+    """A line of the table: the first side over the second, median of the rounds and quartiles."""
+    first, second = seconds.values()
+    rounds = first / second
+    low, high = np.quantile(rounds, [0.25, 0.75])
+    return line(what, setting, np.median(rounds), "x", target, low=low, high=high, **more) | {
+        "seconds": [float(np.median(first)), float(np.median(second))]
+    }
+
+
+def line(
+    what: str, setting: str, value: float, unit: str, target: float | None = None, **more
+) -> dict:
+    """A line of the table; `target` is the most (or with `least`, the least) that is asked for."""
+    least = more.pop("least", False)
+    met = None
+    if target is not None:
+        met = bool(value >= target) if least else bool(value <= target)
+    found = {"what": what, "setting": setting, "value": float(value), "unit": unit}
+    numbers = {k: float(v) if isinstance(v, np.floating) else v for k, v in more.items()}
+    return found | numbers | {"target": target, "met": met}
+
+
+def peak_mib() -> float:
+    """The most memory that this process has held, MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**10 if sys.platform != "darwin" else 2**20)
+
+
+def _child(function, arguments, pipe) -> None:
+    pipe.send((function(*arguments), peak_mib()))
+
+
+def alone(function: Callable, *arguments) -> tuple:
+    """What a function returns in a fresh process of its own, and that process's peak in MiB."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_child, args=(function, arguments, there))
+    process.start()
+    there.close()
+    try:
+        return here.recv()
+    except EOFError:
+        raise RuntimeError(f"{function.__name__}{arguments} died; see above") from None
+    finally:
+        process.join()

@@ -1,0 +1,141 @@
+"""Capturing every layer's neurons with other libraries, beside `MLLM.tap`, on the same model.
+
+Each way returns what it captured, so that all are seen to capture the same. A library that does not
+take the model says so in its line of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+import torch
+
+import minerlib as ml
+
+from .harness import REAL, TEXT, alone, alternate, line, prompt, ratio, real_width
+
+Way = Callable[[], list[torch.Tensor]]
+
+
+def with_minerlib(mllm: ml.MLLM, batch) -> Way:
+    def capture():
+        seen = []
+        with torch.inference_mode(), mllm.tap(activation=lambda i, x: seen.append(x)):
+            mllm.forward(batch)
+        return seen
+
+    return capture
+
+
+def with_nnsight(mllm: ml.MLLM, batch) -> Way:
+    from nnsight import NNsight
+
+    wrapped = NNsight(mllm.model)
+
+    def capture():
+        # nnsight rewrites the body of its own `with`, so no other context shares the line.
+        with torch.inference_mode():  # noqa: SIM117
+            with wrapped.trace(**batch, use_cache=False, logits_to_keep=1):
+                seen = list().save()
+                for layer in wrapped.model.language_model.layers:
+                    seen.append(layer.mlp.act_fn.output)
+        return seen
+
+    return capture
+
+
+def with_pyvene(mllm: ml.MLLM, batch) -> Way:
+    import pyvene
+
+    kept: dict[str, torch.Tensor] = {}
+    path = "model.language_model.layers[{}].mlp.act_fn.output"
+
+    def keep(name):
+        def see(base, source=None, *args, **kwargs):
+            kept[name] = base
+            return base
+
+        return see
+
+    wanted = [{"component": path.format(i), "intervention": keep(i)} for i in range(mllm.n_layers)]
+    wrapped = pyvene.IntervenableModel(wanted, model=mllm.model)
+    wrapped.disable_model_gradients()
+
+    def capture():
+        kept.clear()
+        with torch.inference_mode():
+            wrapped({**batch, "use_cache": False, "logits_to_keep": 1})
+        return [kept[i] for i in range(mllm.n_layers)]
+
+    return capture
+
+
+def with_transformer_lens(mllm: ml.MLLM, batch) -> Way:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    bridge = TransformerBridge.boot_transformers(
+        mllm.name, hf_model=mllm.model, tokenizer=mllm.tokenizer, device="cpu"
+    )
+    # It hooks the gate before its activation function and the product after it: apply the former.
+    names = [f"blocks.{i}.mlp.hook_pre" for i in range(mllm.n_layers)]
+
+    def capture():
+        with torch.inference_mode():
+            _, cache = bridge.run_with_cache(batch["input_ids"], names_filter=names)
+            return [act(cache[n]) for n, act in zip(names, mllm.activations, strict=True)]
+
+    return capture
+
+
+WAYS = {
+    "minerlib": with_minerlib,
+    "nnsight": with_nnsight,
+    "pyvene": with_pyvene,
+    "transformer-lens": with_transformer_lens,
+}
+
+
+def _footprint(model: str, tokens: int, way: str | None) -> None:
+    mllm = real_width(model)
+    batch = prompt(mllm, tokens)
+    if way is None:
+        with torch.inference_mode():
+            mllm.forward(batch)
+    else:
+        WAYS[way](mllm, batch)()
+
+
+def capture(rounds: int, tokens: int = 320) -> list[dict]:
+    """Seconds over the plain forward pass, and peak memory over its, for each way that works."""
+    found = []
+    for model in TEXT:
+        mllm = real_width(model)
+        batch = prompt(mllm, tokens)
+        truth = with_minerlib(mllm, batch)()
+        _, plain = alone(_footprint, model, tokens, None)
+
+        def forward(mllm=mllm, batch=batch):
+            with torch.inference_mode():
+                mllm.forward(batch)
+
+        for name, way in WAYS.items():
+            try:
+                label = "minerlib" if name == "minerlib" else f"{name} {version(name)}"
+                run = way(mllm, batch)
+                same = all(
+                    torch.allclose(a, b, atol=1e-4) for a, b in zip(truth, run(), strict=True)
+                )
+            except PackageNotFoundError:
+                raise SystemExit(f"{name} is missing: pip install -e '.[bench]'") from None
+            except Exception as error:  # what a library says of a model it does not take
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
+                found.append(line("capture / forward", f"{label}, {REAL[model]}: {reason}",
+                                  np.nan, "x"))  # fmt: skip
+                continue
+            seconds = alternate({name: run, "forward": forward}, rounds)
+            _, peak = alone(_footprint, model, tokens, name)
+            setting = f"{label}, {REAL[model]}, {tokens} tokens{'' if same else ', OTHER VALUES'}"
+            found.append(ratio("capture / forward", setting, seconds, memory=peak - plain))
+    return found
