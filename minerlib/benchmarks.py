@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SAMPLING_RATE = 16_000  # Hz; what the Whisper-style feature extractors of these models expect
+SAMPLING_RATE = 16_000  # Hz; what the feature extractors of all families tested here expect
 FRAMES = 16  # at most so many frames of a video, evenly spaced
 VOCAL_SOUNDS = metrics.VOCAL_SOUNDS
 SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
@@ -53,7 +53,7 @@ class Sample:
     """One prompt with its media and its reference answers.
 
     `image` is an RGB picture, `video` uint8 [frame, height, width, channel], `audio` float32
-    [time], mono at 16 kHz. `choices` are answers to be ranked by their probability as the next
+    [time], mono at the benchmark's sampling rate, 16 kHz unless asked otherwise. `choices` are answers to be ranked by their probability as the next
     token; without them the model generates. `row` is the sample's number in the whole split and
     survives slicing.
     """
@@ -131,6 +131,7 @@ class Spec:
         joined: Sequence[dict] = (),
         *,
         frames: int = FRAMES,
+        sampling_rate: int = SAMPLING_RATE,
         benchmark: str = "",
         number: int = 0,
     ) -> Sample:
@@ -138,7 +139,7 @@ class Spec:
         row = self._complete(row, joined)
         media = {}
         if self.modality != "text":
-            media[self.modality] = _DECODE[self.modality](row, frames)
+            media[self.modality] = _DECODE[self.modality](row, frames, sampling_rate)
         return Sample(
             prompt=self.prompt.format_map(row),
             references=tuple(self.references(row)),
@@ -195,13 +196,13 @@ def decode_image(value: Any) -> Image.Image:
     return Image.open(_blob(value)).convert("RGB")
 
 
-def decode_audio(value: Any) -> np.ndarray:
-    """Float32 [time], mono, resampled to 16 kHz, from encoded bytes, a path or a struct."""
+def decode_audio(value: Any, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
+    """Float32 [time], mono, resampled to a rate in Hz, from encoded bytes, a path or a struct."""
     import soundfile
     import soxr
 
     wave, rate = soundfile.read(_blob(value), dtype="float32", always_2d=True)
-    return np.ascontiguousarray(soxr.resample(wave.mean(axis=1), rate, SAMPLING_RATE))
+    return np.ascontiguousarray(soxr.resample(wave.mean(axis=1), rate, sampling_rate))
 
 
 def decode_video(value: Any, frames: int = FRAMES) -> np.ndarray:
@@ -241,10 +242,10 @@ def _video(row: Mapping[str, Any], frames: int) -> np.ndarray:
     return raw.reshape(shape)[_evenly(shape[0], frames)]
 
 
-_DECODE: dict[str, Callable[[Mapping[str, Any], int], Any]] = {
-    "image": lambda row, _: decode_image(row["image"]),
-    "audio": lambda row, _: decode_audio(row["audio"]),
-    "video": _video,
+_DECODE: dict[str, Callable[[Mapping[str, Any], int, int], Any]] = {
+    "image": lambda row, frames, rate: decode_image(row["image"]),
+    "audio": lambda row, frames, rate: decode_audio(row["audio"], rate),
+    "video": lambda row, frames, rate: _video(row, frames),
 }
 _MEDIA_COLUMNS = {"image", "audio", "video", "binary_frames"}
 
@@ -454,9 +455,14 @@ class _Rows:
     """The rows of a split, those joined to them, and the list of samples they hold."""
 
     def __init__(
-        self, name: str, source: str | os.PathLike | None, split: str | None, frames: int
+        self,
+        name: str,
+        source: str | os.PathLike | None,
+        split: str | None,
+        frames: int,
+        sampling_rate: int,
     ) -> None:
-        self.name, self.frames = name, frames
+        self.name, self.frames, self.sampling_rate = name, frames, sampling_rate
         self.spec = spec = REGISTRY[name]
         self.files, published = _locate(name, spec.hub, source, split)
         self.rows = _read(self.files)
@@ -528,7 +534,12 @@ class _Rows:
                     f"{self.spec.join.hub[0].name}, which row {number} needs"
                 )
         return self.spec.sample(
-            row, joined, frames=self.frames, benchmark=self.name, number=int(number)
+            row,
+            joined,
+            frames=self.frames,
+            sampling_rate=self.sampling_rate,
+            benchmark=self.name,
+            number=int(number),
         )
 
     def references(self, number: int) -> tuple[str, ...]:
@@ -592,9 +603,10 @@ class Benchmark(Sequence):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the data files, the samples chosen, the prompt and the frames per video."""
+        """A hash of the data files, the samples, the prompt, frames per video, sampling rate."""
+        how = (self._rows.frames, self._rows.sampling_rate)
         digest = hashlib.sha256(
-            repr((self.name, self.spec.prompt, self.spec.metric, self._rows.frames)).encode()
+            repr((self.name, self.spec.prompt, self.spec.metric, *how)).encode()
         )
         for file in self._rows.files:
             stat = file.stat()
@@ -610,6 +622,7 @@ def benchmark(
     limit: int | None = None,
     seed: int | None = None,
     frames: int = FRAMES,
+    sampling_rate: int = SAMPLING_RATE,
 ) -> Benchmark:
     """Load a benchmark by its name in `REGISTRY`, from the hub or from a folder.
 
@@ -622,6 +635,7 @@ def benchmark(
     seed : shuffles the samples, so that any slice is a random one.
     frames : at most so many evenly spaced frames of a video. Picture sizes (`min_pixels`,
         `max_pixels`) belong to the model's processor and are set when it is loaded.
+    sampling_rate : audio is resampled to so many Hz, the rate of the model's feature extractor.
     """
     if name not in REGISTRY:
         raise ValueError(
@@ -630,7 +644,7 @@ def benchmark(
         )
     if limit is not None and limit < 1:
         raise ValueError(f"limit={limit}: give a positive number, or None for all samples")
-    rows = _Rows(name, source, None if split == "test" else split, frames)
+    rows = _Rows(name, source, None if split == "test" else split, frames, sampling_rate)
     numbers = rows.keep()
     if seed is not None:
         numbers = np.random.default_rng(seed).permutation(numbers)

@@ -62,6 +62,7 @@ class MLLM:
     name: str
     layers: Sequence[nn.Module] = field(default=None, repr=False)
     activations: Sequence[nn.Module] = field(default=None, repr=False)
+    settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
@@ -123,16 +124,18 @@ class MLLM:
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """What identifies the weights: SHA-256 of a local folder's files, else the hub commit."""
-        folder = Path(self.name)
+        """What identifies weights and processor: SHA-256 of a local folder's files, else the hub
+        commit, and the processor's settings that differ from the checkpoint's.
+        """
+        folder, settings = Path(self.name), {k: str(v) for k, v in self.settings.items()}
         if not folder.is_dir():
-            return {"commit": str(getattr(self.model.config, "_commit_hash", None))}
+            return {"commit": str(getattr(self.model.config, "_commit_hash", None)), **settings}
         files = sorted(f for f in folder.iterdir() if f.suffix in {".json", ".safetensors"})
         digests = {}
         for file in files:
             with file.open("rb") as stream:
                 digests[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-        return digests
+        return digests | settings
 
     # ------------------------------------------------------------------ inputs and answers
 
@@ -406,7 +409,7 @@ def load(
     processor = transformers.AutoProcessor.from_pretrained(
         name, revision=revision, **(processor_kwargs or {})
     )
-    return MLLM(model, processor, name)
+    return MLLM(model, processor, name, settings=processor_kwargs or {})
 
 
 _DESCRIBE = (

@@ -23,9 +23,9 @@ from tqdm.auto import tqdm
 import minerlib
 from minerlib.aggregation import aggregate
 from minerlib.artifacts import Run, digest
-from minerlib.benchmarks import REGISTRY, Benchmark, benchmark
+from minerlib.benchmarks import FRAMES, REGISTRY, Benchmark, benchmark
 from minerlib.deactivation import deactivate
-from minerlib.evaluation import Prepared, evaluate, prepare
+from minerlib.evaluation import Prepared, evaluate, prepare, summarise
 from minerlib.model import MLLM, load
 from minerlib.scoring import METRICS, score
 from minerlib.selection import STRATEGIES, WEIGHTINGS, select
@@ -40,6 +40,15 @@ PAPER_BENCHMARKS = {
 }
 """The benchmarks that the paper uses for Qwen2-VL and for Qwen2-Audio."""
 
+PUBLISHED = {
+    "Qwen2-VL-7B-Instruct": {"text_vqa": 0.843},
+    "Qwen2-Audio-7B-Instruct": {"libri": 1 - 0.0359, "vocal_sound": 0.936},
+}
+"""Corpus figures of models as they are: Qwen2-VL's README (TextVQA val), lmms-eval (LibriSpeech
+test-clean with the chat template, VocalSound test)."""
+FAR = 0.05
+"""A figure further than this from the published one, beyond its interval, is far off."""
+
 
 class Workbook:
     """Validated parameters of a notebook, and what they name, loaded on first use.
@@ -50,6 +59,8 @@ class Workbook:
     limit        rows per benchmark for mining, from its start
     eval_limit   rows per benchmark for evaluation, from its end: never the mined ones
     ratio, strategy, weights, split, seed    as in `select`; weights also by name
+    min_pixels, max_pixels    bounds of a picture's size, in pixels; default: the processor's own
+    frames       at most so many evenly spaced frames of a video
     run_dir      where artefacts go; default runs/<model name>
     Relative paths are taken from the repository's root, wherever the notebook runs.
     """
@@ -69,6 +80,9 @@ class Workbook:
         seed: int = 0,
         batch_size: int = 32,
         max_new_tokens: int | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        frames: int = FRAMES,
         run_dir: str | None = None,
         device: str | None = None,
         dtype: str = "auto",
@@ -77,8 +91,12 @@ class Workbook:
         _whole("eval_limit", eval_limit, 1)
         _whole("batch_size", batch_size, 1)
         _whole("seed", seed, 0)
-        if max_new_tokens is not None:
-            _whole("max_new_tokens", max_new_tokens, 1)
+        _whole("frames", frames, 1)
+        optional = {"max_new_tokens": max_new_tokens}
+        optional |= {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        for name, value in optional.items():
+            if value is not None:
+                _whole(name, value, 1)
         if not isinstance(ratio, int | float) or not 0 < ratio <= 1:
             raise ValueError(f"ratio={ratio!r}: a share of all neurons, in (0, 1]")
         _one_of("strategy", strategy, STRATEGIES)
@@ -91,6 +109,8 @@ class Workbook:
             batch_size,
             seed,
         )
+        self.frames, self.pixels = frames, {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        self.pixels = {k: v for k, v in self.pixels.items() if v is not None}
         self.ratio, self.strategy, self.split = float(ratio), strategy, split
         self.weights = _weights(weights)
         self._names = _list(benchmarks)
@@ -111,7 +131,7 @@ class Workbook:
     def mllm(self) -> MLLM:
         local = ROOT / self.model
         name = os.path.relpath(local) if local.is_dir() else self.model
-        return load(name, device=self.device, dtype=self.dtype)
+        return load(name, device=self.device, dtype=self.dtype, processor_kwargs=self.pixels)
 
     @cached_property
     def run(self) -> Run:
@@ -132,9 +152,9 @@ class Workbook:
         if source == "auto":
             source = str(SHIPPED) if self.is_stand_in else "hub"
         if source == "hub":  # whose rows may be ordered by subject or class
-            bench = benchmark(name, seed=self.seed)
+            bench = benchmark(name, seed=self.seed, frames=self.frames)
         else:
-            bench = benchmark(name, source=str(ROOT / source))
+            bench = benchmark(name, source=str(ROOT / source), frames=self.frames)
         if self.limit + self.eval_limit > len(bench):
             raise ValueError(
                 f"limit={self.limit} and eval_limit={self.eval_limit}: {name} has {len(bench)} "
@@ -151,6 +171,22 @@ class Workbook:
     def evaluation(self) -> dict[str, Benchmark]:
         """The last `eval_limit` rows of each benchmark: what silencing is measured on."""
         return {name: self._rows(name)[-self.eval_limit :] for name in self.names}
+
+    def sanity(self) -> pd.DataFrame:
+        """The model as it is beside its published figures, one row per benchmark.
+
+        Columns benchmark, corpus (its usual figure over the evaluation rows), low, high (95 %
+        interval of the rows' mean), published, verdict: near, FAR OFF (by more than `FAR` beyond
+        the interval: check prompt, picture size and dtype before mining), or none published.
+        """
+        table = summarise(self.answers())[["benchmark", "corpus", "low", "high"]]
+        table = table[table["benchmark"] != "average"]
+        known = PUBLISHED.get(self.label, {})
+        table["published"] = table["benchmark"].map(known)
+        beyond = (table["corpus"] - table["published"]).abs() - (table["high"] - table["low"]) / 2
+        table["verdict"] = np.where(beyond > FAR, "FAR OFF", "near")
+        table.loc[table["published"].isna(), "verdict"] = "none published"
+        return table.reset_index(drop=True)
 
     # ------------------------------------------------------------------ the stages' artefacts
 
@@ -198,7 +234,14 @@ class Workbook:
             "split": self.split,
             "seed": self.seed,
         }
-        return select(self.total() if total is None else total, **(chosen | other))
+        neurons = select(self.total() if total is None else total, **(chosen | other))
+        if not other and not neurons.any():
+            raise ValueError(
+                f"ratio={self.ratio}: a budget of {neurons.attrs['budget']} of "
+                f"{neurons.sizes['layer'] * neurons.sizes['neuron']} neurons leaves none for "
+                f"each share that {self.strategy} makes of it; raise ratio, or take adaptive"
+            )
+        return neurons
 
     # ------------------------------------------------------------------ silencing, measured
 

@@ -13,7 +13,11 @@ from families import FAMILIES, LAYERS, NEURONS, TEXT, Rows, chatml, randomise, s
 
 import minerlib as ml
 from minerlib import model as model_module
+from minerlib.flow import attention_between
+from minerlib.geometry import CONVERGENCE, convergence, hidden_states
+from minerlib.last_token import answer_tokens, knockout, last_token_flow, logit_lens
 from minerlib.scoring import SETS, importance
+from minerlib.semantics import probing, telomeres
 from minerlib.separation import BASE_SETS, stack
 
 
@@ -193,6 +197,45 @@ def test_evaluation(name, mllm):
         last = mllm.forward(mllm.encode(rows)).logits[:, -1]
     ids = [mllm.tokenizer.encode(c, add_special_tokens=False)[-1] for c in "ABCD"]
     assert letters["answer"].tolist() == ["ABCD"[i] for i in last[:, ids].argmax(-1)]
+
+
+# ------------------------------------------------------------------ the findings' measures
+
+
+def test_the_findings_are_measured_on_every_family(name, mllm, mined):
+    rows, media = every(name), FAMILIES[name].media
+    states = hidden_states(mllm, 2 * rows, batch_size=3, progress=False)
+    assert states.hidden.shape[0] == LAYERS + 1 and np.isfinite(states.hidden).all()
+    few = {"n_boot": 20, "n_null": 20}
+    special = {"special"} & {*states.tokens["kind"]}  # llama's test tokenizer has no chat template
+    for kind in (*media[:1], *special):
+        curves, layers = convergence(states, ("text", kind), **few)
+        assert curves["layer"].nunique() == LAYERS + 1 and len(layers) == len(CONVERGENCE)
+    for kind in media:
+        assert probing(states, (kind,), **few)["layer"].nunique() == LAYERS + 1
+    if special:
+        assert telomeres(states, **few)["layer"].nunique() == LAYERS + 1
+
+    within = attention_between(mllm, rows, batch_size=3, progress=False)
+    assert np.isfinite(within.select_dtypes("number").dropna()).all(axis=None)
+    answers = answer_tokens(mllm, rows)
+    flow = last_token_flow(mllm, rows, answers, batch_size=3, progress=False)
+    shares = flow.groupby(["sample", "layer"])["attention"].sum()
+    np.testing.assert_allclose(shares, 1, atol=1e-4)
+    assert flow["saliency"].gt(0).any()
+    lens = logit_lens(mllm, rows, answers, batch_size=3, progress=False)
+    cut = knockout(mllm, rows, answers, window=1, batch_size=3, progress=False)
+    assert {"text", *media} <= set(cut["set"])
+    with torch.inference_mode():
+        last = mllm.forward(mllm.encode(rows)).logits[:, -1].float().softmax(-1)
+    expected = last[range(len(rows)), answers].numpy()
+    top = cut.drop_duplicates("sample").sort_values("sample")["probability"]
+    np.testing.assert_allclose(top, expected, rtol=1e-3, atol=1e-6)
+    end = lens[lens["layer"] == LAYERS]["probability"]
+    np.testing.assert_allclose(end, expected, rtol=1e-3, atol=1e-6)
+    with ml.deactivate(mllm, mined(name)[1]):
+        silenced = logit_lens(mllm, rows, answers, batch_size=3, progress=False)
+    assert not np.allclose(silenced["probability"], lens["probability"])
 
 
 # ------------------------------------------------------------------ attention
