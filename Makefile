@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 TESTING := HF_HUB_OFFLINE=1 MINER_PROGRESS=0 OMP_NUM_THREADS=1
 GIVEN = $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
 
-.PHONY: env workbook test test-fast lint bench data
+.PHONY: env workbook notebooks test test-fast lint bench data
 
 env: $(INSTALLED)
 
@@ -27,14 +27,19 @@ $(INSTALLED): requirements.lock
 workbook: env
 	$(BIN)/python notebooks/run.py $(foreach v,$(filter-out PYTHON,$(GIVEN)),$(v)="$$$(v)")
 
+# Execute the committed notebooks in place, after a change that is meant to change their outputs.
+notebooks: env
+	$(TESTING) $(BIN)/python notebooks/run.py
+	$(TESTING) $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/[0-9]*.ipynb
+
 # The notebooks that nbval executes find the artefacts that the workbook has just made.
 test: env
 	$(TESTING) $(BIN)/python notebooks/run.py
-	$(TESTING) $(BIN)/python -m pytest tests notebooks \
+	$(TESTING) $(BIN)/python -m pytest tests notebooks -n 2 --dist loadfile \
 		--nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg
 
 test-fast: env
-	$(TESTING) $(BIN)/python -m pytest tests -m "not slow"
+	$(TESTING) $(BIN)/python -m pytest tests -n 2 --dist loadfile -m "not slow"
 
 lint: env
 	$(BIN)/ruff check .

@@ -110,7 +110,7 @@ def scoring_cost(rounds: int) -> list[dict]:
 
 
 def silencing_cost(rounds: int) -> list[dict]:
-    """Generation with 2 % silenced, by hooks or in an exported checkpoint, over plain generation."""
+    """Generation with 2 % silenced by hooks, or in an exported checkpoint, over a plain one's."""
     found = []
     for name in MODELS:
         for mllm, setting, target in (

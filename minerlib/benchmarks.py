@@ -53,9 +53,9 @@ class Sample:
     """One prompt with its media and its reference answers.
 
     `image` is an RGB picture, `video` uint8 [frame, height, width, channel], `audio` float32
-    [time], mono at the benchmark's sampling rate, 16 kHz unless asked otherwise. `choices` are answers to be ranked by their probability as the next
-    token; without them the model generates. `row` is the sample's number in the whole split and
-    survives slicing.
+    [time], mono at the benchmark's sampling rate, 16 kHz unless asked otherwise. `choices` are
+    answers to be ranked by their probability as the next token; without them the model generates.
+    `row` is the sample's number in the whole split and survives slicing.
     """
 
     prompt: str

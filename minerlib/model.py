@@ -31,6 +31,10 @@ MEDIA = ("image", "video", "audio")
 KINDS = ("text", "special", *MEDIA)
 """The base kinds: every prompt token has exactly one (paper section 3.1)."""
 
+FAMILIES: dict[str, Callable[[nn.Module], tuple[Sequence[nn.Module], Sequence[nn.Module]]]] = {}
+"""Families whose parts are not found by themselves: the model's class name -> a function of the
+model that returns its decoder layers and the activation module of each."""
+
 _ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
 _listeners: dict[int, Callable] = {}  # id of an attention module -> callback, filled by tap
 
@@ -53,8 +57,8 @@ class MLLM:
     A *neuron* is one unit of the activation function's output in a decoder layer's gated MLP,
     act_fn(gate_proj(x)). The vision and audio towers have none.
 
-    For a family whose parts `load` does not find, build this by hand:
-    `MLLM(model, processor, name, layers=model.my.blocks, activations=[b.ff.act for b in ...])`.
+    For a family whose parts `load` does not find, describe it once, by its class name:
+    `FAMILIES["MyModel"] = lambda model: (model.my.blocks, [b.ff.act for b in model.my.blocks])`.
     """
 
     model: nn.Module
@@ -71,6 +75,8 @@ class MLLM:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if not getattr(self.processor, "chat_template", None):  # Phi-4's reaches its tokenizer only
             self.processor.chat_template = getattr(self.tokenizer, "chat_template", None)
+        if self.layers is None and (describe := FAMILIES.get(type(self.model).__name__)):
+            self.layers, self.activations = describe(self.model)
         if self.layers is None:
             self.layers = _find_layers(self.model)
         if self.activations is None:
@@ -413,8 +419,8 @@ def load(
 
 
 _DESCRIBE = (
-    "describe it with minerlib.MLLM(model, processor, name, layers=[the decoder layers], "
-    "activations=[the activation module of each])"
+    "describe it with minerlib.model.FAMILIES[class name] = lambda model: ([the decoder layers], "
+    "[the activation module of each])"
 )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 
 import safetensors.torch
@@ -28,7 +28,7 @@ METRICS = ("prob", "mean", "max", "attn_k", "attn_q")
 _BASE = [SETS.index(name) for name in BASE_SETS]
 _MEAN, _PROMPT = METRICS.index("mean"), SETS.index("prompt")
 _UNIONS = {"special_text": ("special", "text"), "prompt": BASE_SETS}
-_BLOCK = 2**22  # elements of scratch memory: about what stays in a last-level cache
+_BLOCK = 2**19  # elements of scratch memory: what stays in a core's cache between two passes
 _GPU_BLOCK = 2**26  # a GPU wants few large kernels instead
 
 
@@ -53,6 +53,7 @@ def importance(
     return normalise(metrics(activations, *weights, masks, runs(masks)))
 
 
+@torch.no_grad()
 def attention_weights(
     query: torch.Tensor, key: torch.Tensor, masks: torch.Tensor, scaling: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,12 +89,18 @@ def attention(
     scale = dim**-0.5 if scaling is None else scaling
     query = query.view(-1, groups, n, dim)
     p = torch.empty(n, n, device=query.device)
-    no_key = ~real
-    chunk = max(1, (_GPU_BLOCK if query.is_cuda else _BLOCK // 8) // (heads * n))
+    chunk = min(n, max(1, (_GPU_BLOCK if query.is_cuda else 2 * _BLOCK) // (heads * n)))
+    # On CPUs, memory that is used again costs half as much as fresh memory.
+    scratch = p.new_empty(2, heads * chunk * n)
+    padded = query.is_cuda or not real.all()  # asking a GPU would wait for it
     for i in range(0, n, chunk):
         q = query[:, :, i : i + chunk].float().reshape(key.shape[0], -1, dim) * scale
-        logits = (q @ keys).masked_fill_(no_key, float("-inf"))
-        torch.mean(logits.softmax(-1).view(heads, -1, n), 0, out=p[i : i + chunk])
+        logits, shares = scratch[:, : q[..., 0].numel() * n].view(2, *q.shape[:2], n)
+        torch.bmm(q, keys, out=logits)
+        if padded:
+            logits.masked_fill_(~real, float("-inf"))
+        torch.softmax(logits, -1, out=shares)
+        torch.mean(shares.view(heads, -1, n), 0, out=p[i : i + chunk])
     return p
 
 
@@ -123,13 +130,13 @@ def metrics(x, weights_k, weights_q, masks, runs_, minimum=None) -> torch.Tensor
     weights = torch.cat([base, weights_k, weights_q], 1)
     sums = x.new_zeros(batch, weights.shape[1], neurons, dtype=torch.float32)
     positive = torch.zeros(batch, len(_BASE), neurons, device=x.device)
-    block = max(1, (_GPU_BLOCK if x.is_cuda else _BLOCK) // (batch * neurons))
-    scratch = torch.empty(batch, min(block, n), neurons, device=x.device)
-    for i in range(0, n, block):
-        part = x[:, i : i + block].float()
-        sums.baddbmm_(weights[:, :, i : i + block], part)
-        above = torch.gt(part, 0, out=scratch[:, : part.shape[1]])
-        positive.baddbmm_(base[:, :, i : i + block], above)
+    block = max(1, (_GPU_BLOCK if x.is_cuda else _BLOCK) // neurons)
+    scratch = torch.empty(min(block, n), neurons, device=x.device)
+    for b, i in product(range(batch), range(0, n, block)):
+        part = x[b, i : i + block].float()
+        sums[b].addmm_(weights[b, :, i : i + block], part)
+        above = torch.gt(part, 0, out=scratch[: len(part)])
+        positive[b].addmm_(base[b, :, i : i + block], above)
 
     highest = torch.full_like(positive, float("-inf"))
     for b, k, start, stop in runs_:

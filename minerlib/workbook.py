@@ -8,6 +8,7 @@ wb.answers(neurons)                             # one row per sample, cached
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -62,7 +63,9 @@ class Workbook:
     min_pixels, max_pixels    bounds of a picture's size, in pixels; default: the processor's own
     frames       at most so many evenly spaced frames of a video
     run_dir      where artefacts go; default runs/<model name>
-    Relative paths are taken from the repository's root, wherever the notebook runs.
+    Relative paths are taken from the repository's root, wherever the notebook runs. Modules named
+    in the environment variable MINER_PLUGINS are imported first: they add benchmarks to `REGISTRY`
+    and families to `model.FAMILIES`.
     """
 
     def __init__(
@@ -87,6 +90,8 @@ class Workbook:
         device: str | None = None,
         dtype: str = "auto",
     ):
+        for module in os.environ.get("MINER_PLUGINS", "").split():
+            importlib.import_module(module)
         _whole("limit", limit, 1)
         _whole("eval_limit", eval_limit, 1)
         _whole("batch_size", batch_size, 1)

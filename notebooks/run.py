@@ -33,8 +33,11 @@ import papermill
 import psutil
 import torch
 import yaml
+from traitlets.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
+# A kernel's sockets are files where there are such: no open port, and no warning about one.
+LOCAL = Config({"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {})
 MODELS = "data/models/tiny-qwen2-vl data/models/tiny-qwen2-audio"
 
 
@@ -150,6 +153,7 @@ def execute(
                     kernel_name="python3",
                     cwd=ROOT,
                     progress_bar=os.environ.get("MINER_PROGRESS") != "0",
+                    config=LOCAL,
                 )
         except Exception as error:
             reason = str(error).strip().splitlines()[-1]

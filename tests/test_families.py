@@ -429,17 +429,20 @@ def test_an_unknown_family_with_gated_mlps_just_works(toy):
         assert len(mllm.generate(mllm.encode(samples()["text"]), 3)) == 2
 
 
-def test_a_family_with_other_names_says_what_was_sought_and_is_described_by_hand(toy, tmp_path):
+def test_a_family_with_other_names_says_what_was_sought_and_is_described_once(
+    toy, tmp_path, monkeypatch
+):
     with pytest.raises(ValueError) as caught:
         ml.load(toy(own_names=True))
     for words in ("decoder layer 0 (LlamaDecoderLayer)", "down_proj", "act_fn", "mlp.squash",
-                  "minerlib.MLLM(model, processor, name, layers=", "activations="):  # fmt: skip
+                  "minerlib.model.FAMILIES[class name] = lambda model:"):  # fmt: skip
         assert words in str(caught.value)
 
-    model = ToyForCausalLM.from_pretrained(toy(own_names=True))
-    tokens = tf.AutoTokenizer.from_pretrained(toy(own_names=True))
-    activations = [layer.mlp.squash for layer in model.model.layers]
-    mllm = ml.MLLM(model, tokens, "toy", activations=activations)
+    def describe(model):
+        return model.model.layers, [layer.mlp.squash for layer in model.model.layers]
+
+    monkeypatch.setitem(model_module.FAMILIES, "ToyForCausalLM", describe)
+    mllm = ml.load(toy(own_names=True))
     scores = ml.score(mllm, Rows(samples()["text"]), progress=False)
     neurons = ml.select(scores, ratio=0.1)
     batch = mllm.encode(samples()["text"])

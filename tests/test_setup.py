@@ -146,7 +146,7 @@ def test_the_whole_project_fits_its_budget():
 
 
 def test_make_knows_its_targets():
-    for target in ("env", "workbook", "test", "test-fast", "lint", "data"):
+    for target in ("env", "workbook", "notebooks", "test", "test-fast", "lint", "bench", "data"):
         done = subprocess.run(
             ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False
         )
