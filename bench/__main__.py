@@ -299,7 +299,8 @@ def machine() -> dict:
 def table(results: dict) -> pd.DataFrame:
     """All lines of all sections, as README and terminal show them."""
     rows = [row for name in SECTIONS for row in results.get(name, {}).get("lines", [])]
-    frame = pd.DataFrame(rows)
+    columns = ["what", "setting", "value", "unit", "low", "high", "target", "met"]
+    frame = pd.DataFrame(rows).reindex(columns=columns)
     unit = frame["unit"].replace({"x": "", "exponent": ""})
     frame["value"] = [f"{v:.3g} {u}".strip() for v, u in zip(frame["value"], unit, strict=True)]
     frame["spread"] = [
@@ -310,8 +311,32 @@ def table(results: dict) -> pd.DataFrame:
     return frame[["what", "setting", "value", "spread", "target", "met"]]
 
 
+def readme(results: dict) -> str:
+    """The table as README shows it, and the machine's name."""
+    found = table({name: part for name, part in results.items() if name != "notebooks"})
+    lines = ["| what | setting | value | spread | target | met |", "|---|---|---|---|---|---|"]
+    lines += ["| " + " | ".join(row) + " |" for row in found.to_numpy()]
+    here = results["scoring"]["machine"]
+    where = (
+        f"Measured on {here['cpu']}, {here['cores']} cores, {here['device']}; torch "
+        f"{here['torch']}, transformers {here['transformers']}."
+    )
+    if "notebooks" in results:
+        parts = results["notebooks"]["lines"]
+        spent = ["| notebook | model | seconds | peak memory, MiB |", "|---|---|---|---|"]
+        for row in parts[:-1]:
+            name, model = row["setting"].split(", ")
+            spent.append(f"| {name} | {model} | {row['value']:.0f} | {row['memory']} |")
+        whole = (
+            f"The workbook takes as long as its slower half, {parts[-1]['value'] / 60:.0f} minutes."
+        )
+        lines += ["", whole, "", "<details><summary>Each notebook</summary>", "", *spent, ""]
+        lines += ["</details>"]
+    return "\n".join([where, "", *lines])
+
+
 def main() -> None:
-    """Measure, print, and write figures/bench.json and its charts."""
+    """Measure, print, and write figures/bench.json, its chart and README's table."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", metavar="section", help=", ".join(SECTIONS))
     parser.add_argument("--rounds", type=int, default=7)
@@ -330,6 +355,11 @@ def main() -> None:
         part.replace(JSON)
         print(table({name: results[name]}).to_string(index=False), flush=True)
     charts.draw(results, JSON.parent)
+    page = ROOT / "README.md"
+    before, rest = page.read_text().split("<!-- bench -->")
+    after = rest.split("<!-- /bench -->")[1]
+    shown = f"<!-- bench -->\n{readme(results)}\n<!-- /bench -->"
+    page.write_text(before + shown + after)
 
 
 if __name__ == "__main__":

@@ -408,7 +408,7 @@ def load(
     model = cls.from_pretrained(
         name, revision=revision, dtype=dtype, device_map=device_map, **model_kwargs
     )
-    if device_map is None and not hasattr(model, "hf_quantizer"):
+    if device_map is None and getattr(model, "hf_quantizer", None) is None:
         default = "cuda" if torch.cuda.is_available() else "cpu"
         model.to(device or default)
     model = getattr(model, "thinker", model)  # full Qwen-Omni: the talker's MLPs are left alone

@@ -5,10 +5,10 @@
     python notebooks/run.py params="ratio=0.05 seed=1"       # the same as ratio=0.05 seed=1
 
 Arguments are NAME=VALUE, names in any case, values YAML. `model` takes one or more models; `run` is
-the folder that holds a folder for each, `runs` if not given. Any other name is a parameter of the
-notebooks and reaches those that declare it. An executed notebook is not executed again while it is
-newer than the notebook, minerlib, the model and the data and its parameters are the same, so a run
-that was stopped picks up where it stopped.
+where they leave a folder each: a name stands for runs/NAME, a path for itself, and without it they
+go to runs/. Any other name is a parameter of the notebooks and reaches those that declare it. An
+executed notebook is not executed again while it is newer than the notebook, minerlib, the model and
+the data and its parameters are the same, so a run that was stopped picks up where it stopped.
 
 Several models on a machine without accelerator run side by side and share its cores, for small
 models gain little from more threads.
@@ -99,6 +99,8 @@ def main(arguments: Sequence[str]) -> None:
     models = given.get("model", MODELS).split()
     labels = [Path(model).name for model in models]
     runs = given.get("run")
+    if runs and Path(runs).name == runs:
+        runs = f"runs/{runs}"
     parameters = {n: value(text) for n, text in given.items() if n not in ("model", "run")}
     os.chdir(ROOT)  # so that the paths that Papermill records are relative ones
     notebooks = {

@@ -220,7 +220,7 @@ def test_a_notebook_gets_what_it_declares(run, executed):
     ]
     assert Path("runs/tiny/notebooks/01_two.ipynb").exists()
     run.main(["model=models/tiny", "run=elsewhere"])
-    assert executed[-1] == ("01_two", {"run_dir": "elsewhere/tiny"})
+    assert executed[-1] == ("01_two", {"run_dir": "runs/elsewhere/tiny"})
 
 
 def test_every_model_gets_every_notebook(run, executed, monkeypatch):
@@ -235,7 +235,7 @@ def test_a_notebook_over_all_runs_comes_once_and_last(run, executed, monkeypatch
     write("00_all", "runs = 'runs'\nmodels = None", "print(runs, models)")
     run.main(["model=models/tiny owner/big", "run=elsewhere"])
     assert [name for name, _ in executed] == ["00_one", "01_two"] * 2 + ["00_all"]
-    assert executed[-1] == ("00_all", {"runs": "elsewhere", "models": ["tiny", "big"]})
+    assert executed[-1] == ("00_all", {"runs": "runs/elsewhere", "models": ["tiny", "big"]})
 
 
 def test_models_run_side_by_side_on_cpus(run, executed, monkeypatch):
