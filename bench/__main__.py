@@ -99,7 +99,7 @@ def scoring_cost(rounds: int) -> list[dict]:
             found.append(ratio("scoring / forward", setting, alternate(sides, rounds), 1.05))
         del mllm, sides
         mllm = stand_in(name)
-        inputs = mllm.encode_media(mllm.encode(rows_of(name, 32)))
+        inputs = mllm.encode(rows_of(name, 32))
         sides = {
             "score": lambda mllm=mllm, inputs=inputs: mine(mllm, inputs),
             "forward": lambda mllm=mllm, inputs=inputs: forward(mllm, inputs),
@@ -302,7 +302,10 @@ def table(results: dict) -> pd.DataFrame:
     columns = ["what", "setting", "value", "unit", "low", "high", "target", "met"]
     frame = pd.DataFrame(rows).reindex(columns=columns)
     unit = frame["unit"].replace({"x": "", "exponent": ""})
-    frame["value"] = [f"{v:.3g} {u}".strip() for v, u in zip(frame["value"], unit, strict=True)]
+    frame["value"] = [
+        f"{v:.3g} {u}".strip() if pd.notna(v) else "not supported"
+        for v, u in zip(frame["value"].astype(float), unit, strict=True)
+    ]
     frame["spread"] = [
         f"{a:.3g} to {b:.3g}" if pd.notna(a) else "" for a, b in frame[["low", "high"]].values
     ]

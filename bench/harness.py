@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import resource
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -49,10 +49,11 @@ def real_width(name: str, layers: int = 2, dtype=torch.float32, **text) -> ml.ML
     config.text_config.head_dim = sizes["hidden_size"] // sizes["num_attention_heads"]
     if hasattr(config, "vision_config"):
         config.vision_config.hidden_size = sizes["hidden_size"]
+        third = config.text_config.head_dim // 16  # as 16, 24, 24 of the real 128
         config.text_config.rope_parameters = {
             "rope_type": "default",
             "rope_theta": 1e6,
-            "mrope_section": [16, 24, 24] if config.text_config.head_dim == 128 else [2, 3, 3],
+            "mrope_section": [2 * third, 3 * third, 3 * third],
         }
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -117,22 +118,29 @@ def ratio(what: str, setting: str, seconds: dict, target: float | None = None, *
 
 
 def line(
-    what: str, setting: str, value: float, unit: str, target: float | None = None, **more
+    what: str, setting: str, value: float | None, unit: str, target: float | None = None, **more
 ) -> dict:
-    """A line of the table; `target` is the most (or with `least`, the least) that is asked for."""
+    """A line of the table, without a value where nothing was measured.
+
+    `target` is the most (or with `least`, the least) that is asked for.
+    """
     least = more.pop("least", False)
     met = None
     if target is not None:
         met = bool(value >= target) if least else bool(value <= target)
-    found = {"what": what, "setting": setting, "value": float(value), "unit": unit}
+    value = None if value is None else float(value)
+    found = {"what": what, "setting": setting, "value": value, "unit": unit}
     numbers = {k: float(v) if isinstance(v, np.floating) else v for k, v in more.items()}
     return found | numbers | {"target": target, "met": met}
 
 
 def peak_mib() -> float:
     """The most memory that this process has held, MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**10 if sys.platform != "darwin" else 2**20)
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would begin at what the parent process held
+        (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())
+        return int(peak) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _child(function, arguments, pipe) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
-import numpy as np
 import torch
 
 import minerlib as ml
@@ -131,8 +130,8 @@ def capture(rounds: int, tokens: int = 320) -> list[dict]:
                 raise SystemExit(f"{name} is missing: pip install -e '.[bench]'") from None
             except Exception as error:  # what a library says of a model it does not take
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0][:60]}"
-                found.append(line("capture / forward", f"{label}, {REAL[model]}: {reason}",
-                                  np.nan, "x"))  # fmt: skip
+                setting = f"{label}, {REAL[model]}: {reason}"
+                found.append(line("capture / forward", setting, None, "x"))
                 continue
             seconds = alternate({name: run, "forward": forward}, rounds)
             _, peak = alone(_footprint, model, tokens, name)

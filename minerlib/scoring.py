@@ -9,11 +9,13 @@ O(n^2 N). Sums stream per layer; no activation outlives its hook.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Callable
-from itertools import groupby, product
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import torch
 import xarray as xr
@@ -50,7 +52,7 @@ def importance(
     if masks.shape[1] != len(SETS):
         raise ValueError(f"masks has {masks.shape[1]} sets, expected the {len(SETS)} of {SETS}")
     weights = attention_weights(query, key, masks, scaling)
-    return normalise(metrics(activations, *weights, masks, runs(masks)))
+    return normalise(metrics(activations, *weights, masks, layout(masks)))
 
 
 @torch.no_grad()
@@ -62,88 +64,106 @@ def attention_weights(
     With P the head-averaged attention without causal mask and S = P[set, set], a token's attn_k
     weight is its row sum of softmax(S, 0), its attn_q weight its column sum of softmax(S, 1).
     """
+    heads, n = query.shape[1:3]
     masks = masks.float()
     weights_k, weights_q = torch.empty_like(masks), torch.empty_like(masks)
-    for b in range(len(masks)):  # one [token, token] matrix at a time
-        m = masks[b]
+    # One [token, token] matrix at a time; short prompts several, which together are as small.
+    for rows in _parts(len(masks), _block(query) // (heads * n * n)):
+        m = masks[rows]
         # P lies in [0, 1], so its exponential needs no maximum subtracted. Columns of padding
         # never meet a weight: m is 0 there.
-        e = attention(query[b], key[b], m.any(0), scaling).exp_()
-        rows, columns = e @ m.T, m @ e
-        weights_k[b] = m * ((m / columns.clamp(min=1e-9)) @ e.T)
-        weights_q[b] = m * ((m / rows.T.clamp(min=1e-9)) @ e)
+        e = attention(query[rows], key[rows], m.any(1), scaling).exp_()
+        of_rows, of_columns = e @ m.mT, m @ e
+        weights_k[rows] = m * ((m / of_columns.clamp(min=1e-9)) @ e.mT)
+        weights_q[rows] = m * ((m / of_rows.mT.clamp(min=1e-9)) @ e)
     return weights_k, weights_q
 
 
 def attention(
     query: torch.Tensor, key: torch.Tensor, real: torch.Tensor, scaling: float | None = None
 ) -> torch.Tensor:
-    """Attention of one prompt averaged over heads, no causal mask, [token, token] float32.
+    """Attention averaged over heads, no causal mask, [batch, token, token] float32.
 
-    Computed in chunks of queries, so that no [head, token, token] tensor exists.
-    query [head, token, dim], key [kv head, token, dim], real bool [token].
+    Computed for a few heads and queries at a time, so that no [head, token, token] tensor exists.
+    query [batch, head, token, dim], key [batch, kv head, token, dim], real bool [batch, token].
     """
-    heads, n, dim = query.shape
-    groups = heads // key.shape[0]
-    keys = key.float().transpose(-1, -2).contiguous()
+    batch, heads, n, dim = query.shape
+    kv_heads = key.shape[1]
+    groups = heads // kv_heads
+    query, keys = query.view(batch, kv_heads, groups, n, dim), key.float().mT
     scale = dim**-0.5 if scaling is None else scaling
-    query = query.view(-1, groups, n, dim)
-    p = torch.empty(n, n, device=query.device)
-    chunk = min(n, max(1, (_GPU_BLOCK if query.is_cuda else 2 * _BLOCK) // (heads * n)))
+    p = torch.zeros(batch, n, n, device=query.device)
+    # Long runs of queries of few heads make the fastest products.
+    chunk = min(n, max(1, 2 * _block(query) // (batch * groups * n)))
+    at_once = min(kv_heads, max(1, 2 * _block(query) // (batch * groups * chunk * n)))
     # On CPUs, memory that is used again costs half as much as fresh memory.
-    scratch = p.new_empty(2, heads * chunk * n)
+    scratch = p.new_empty(2, batch * at_once * groups * chunk * n)
     padded = query.is_cuda or not real.all()  # asking a GPU would wait for it
-    for i in range(0, n, chunk):
-        q = query[:, :, i : i + chunk].float().reshape(key.shape[0], -1, dim) * scale
-        logits, shares = scratch[:, : q[..., 0].numel() * n].view(2, *q.shape[:2], n)
-        torch.bmm(q, keys, out=logits)
+    for i, some in product(range(0, n, chunk), _parts(kv_heads, at_once)):
+        q = query[:, some, :, i : i + chunk].float() * scale
+        k = keys[:, some].reshape(-1, dim, n)
+        shape = *q.shape[:4], n
+        logits, shares = scratch[:, : math.prod(shape)].view(2, len(k), -1, n)
+        torch.bmm(q.reshape(len(k), -1, dim), k, out=logits)
         if padded:
-            logits.masked_fill_(~real, float("-inf"))
+            logits.view(batch, -1, n).masked_fill_(~real[:, None], float("-inf"))
         torch.softmax(logits, -1, out=shares)
-        torch.mean(shares.view(heads, -1, n), 0, out=p[i : i + chunk])
-    return p
+        p[:, i : i + chunk] += shares.view(shape).sum((1, 2))
+    return p.div_(heads)
 
 
-def runs(masks: torch.Tensor) -> list[tuple[int, int, int, int]]:
-    """Runs of neighbouring tokens of one base set: (batch row, base set, start, stop)."""
+def _block(x: torch.Tensor) -> int:
+    return _GPU_BLOCK if x.is_cuda else _BLOCK
+
+
+def _parts(n: int, size: int) -> list[slice]:
+    """Slices of at least one element that cover range(n)."""
+    size = max(1, size)
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def layout(masks: torch.Tensor) -> np.ndarray:
+    """The base set of every token, int [batch, token] on the CPU; padding is -1."""
     base = masks[:, _BASE].int()
-    kind = torch.where(base.any(1), base.argmax(1), -1).tolist()  # one transfer per batch
-    found = []
-    for b, row in enumerate(kind):
-        start = 0
-        for k, run in groupby(row):
-            stop = start + len(list(run))
-            if k >= 0:
-                found.append((b, k, start, stop))
-            start = stop
-    return found
+    return torch.where(base.any(1), base.argmax(1), -1).cpu().numpy()  # one transfer per batch
 
 
-def metrics(x, weights_k, weights_q, masks, runs_, minimum=None) -> torch.Tensor:
+def metrics(x, weights_k, weights_q, masks, kinds, minimum=None) -> torch.Tensor:
     """The five metrics before normalisation, [batch, metric, set, neuron] float32.
 
-    x [batch, token, neuron]; minimum, a 0-dim tensor, is lowered in place to the smallest
-    activation seen.
+    x [batch, token, neuron]; kinds is the masks' `layout`; minimum, a 0-dim tensor, is lowered in
+    place to the smallest activation seen.
     """
     batch, n, neurons = x.shape
     base = masks[:, _BASE].float()
     weights = torch.cat([base, weights_k, weights_q], 1)
     sums = x.new_zeros(batch, weights.shape[1], neurons, dtype=torch.float32)
     positive = torch.zeros(batch, len(_BASE), neurons, device=x.device)
-    block = max(1, (_GPU_BLOCK if x.is_cuda else _BLOCK) // neurons)
-    scratch = torch.empty(min(block, n), neurons, device=x.device)
-    for b, i in product(range(batch), range(0, n, block)):
-        part = x[b, i : i + block].float()
-        sums[b].addmm_(weights[b, :, i : i + block], part)
-        above = torch.gt(part, 0, out=scratch[: len(part)])
-        positive[b].addmm_(base[b, :, i : i + block], above)
-
     highest = torch.full_like(positive, float("-inf"))
-    for b, k, start, stop in runs_:
-        run = x[b, start:stop]
-        torch.maximum(highest[b, k], run.amax(0), out=highest[b, k])
-        if minimum is not None:
-            torch.minimum(minimum, run.min(), out=minimum)
+    lowest = highest.new_tensor(float("-inf"))
+    # All passes over a block of activations are made while a CPU's cache holds it.
+    size = max(1, min(batch, _block(x) // (32 * neurons)))
+    block = min(n, max(1, _block(x) // (size * neurons)))
+    scratch = torch.empty(size, block, neurons, device=x.device)
+    for rows, columns in product(_parts(batch, size), _parts(n, block)):
+        part = x[rows, columns].float()
+        other = scratch[: len(part), : part.shape[1]]
+        sums[rows].baddbmm_(weights[rows, :, columns], part)
+        positive[rows].baddbmm_(base[rows, :, columns], torch.gt(part, 0, out=other))
+        here = np.unique(kinds[rows, columns]).tolist()
+        for k in here:
+            if k < 0:
+                continue
+            if len(here) > 1:
+                own = masks[rows, _BASE[k], columns, None]
+                top = torch.where(own, part, lowest, out=other).amax(1)
+            else:
+                top = part.amax(1)
+            torch.maximum(highest[rows, k], top, out=highest[rows, k])
+
+    if minimum is not None:
+        low = torch.where(masks[:, _PROMPT], x.amin(-1), minimum).min()
+        torch.minimum(minimum, low, out=minimum)
 
     mean = _with_unions(sums[:, : len(_BASE)], torch.sum)
     prob = _with_unions(positive, torch.sum)
@@ -165,7 +185,7 @@ def _with_unions(base: torch.Tensor, combine: Callable) -> torch.Tensor:
 def normalise(values: torch.Tensor) -> torch.Tensor:
     """Min-max over the neurons (last axis) to [0, 1]; a constant vector gives 0."""
     low, high = values.aminmax(dim=-1, keepdim=True)
-    return (values - low) / torch.where(high > low, high - low, 1)
+    return (values - low).div_(torch.where(high > low, high - low, 1))
 
 
 class Sums:
@@ -243,7 +263,7 @@ def score(
 def add_batch(mllm: MLLM, batch, sums: Sums) -> None:
     """Run the prompts once and add their normalised scores to the sums."""
     masks = stack(separate(mllm, batch))
-    runs_ = runs(masks)
+    kinds = layout(masks)
     weights, on_device, fired = {}, {}, set()
 
     def masks_on(device):
@@ -262,7 +282,7 @@ def add_batch(mllm: MLLM, batch, sums: Sums) -> None:
                 f"{mllm.name}: layer {layer}'s attention did not go through transformers' "
                 "attention interface, so its queries and keys are unknown"
             )
-        raw = metrics(x, *weights.pop(layer), masks_on(x.device), runs_, sums.minimum[layer])
+        raw = metrics(x, *weights.pop(layer), masks_on(x.device), kinds, sums.minimum[layer])
         sums.scores[layer] = sums.scores[layer] + normalise(raw).sum(0)
         sums.mean[layer] = sums.mean[layer] + raw[:, _MEAN, _PROMPT].sum(0)
         fired.add(layer)

@@ -74,7 +74,7 @@ def test_other_decoders(config):
 
 def test_no_gated_mlp_is_explained():
     config = transformers.GPT2Config(vocab_size=1100, n_embd=32, n_layer=1, n_head=2)
-    with pytest.raises(ValueError, match=r"GPT2.*looked for .*MLLM\(.*layers=.*activations="):
+    with pytest.raises(ValueError, match=r"GPT2.*looked for .*model\.FAMILIES\[class name\]"):
         text_only(config)
 
 
