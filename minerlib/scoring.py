@@ -31,7 +31,7 @@ _BASE = [SETS.index(name) for name in BASE_SETS]
 _MEAN, _PROMPT = METRICS.index("mean"), SETS.index("prompt")
 _UNIONS = {"special_text": ("special", "text"), "prompt": BASE_SETS}
 _BLOCK = 2**19  # elements of scratch memory: what stays in a core's cache between two passes
-_GPU_BLOCK = 2**26  # a GPU wants few large kernels instead
+_GPU_BLOCK = 2**25  # a GPU wants few large kernels instead
 
 
 def importance(
