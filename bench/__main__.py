@@ -35,6 +35,7 @@ from .harness import (
     TEXT,
     alone,
     alternate,
+    footprint,
     line,
     prompt,
     ratio,
@@ -150,25 +151,12 @@ def silencing_cost(rounds: int) -> list[dict]:
 LENGTHS = (256, 1024, 4096, 16384)
 
 
-def _footprint(tokens: int, rows: int, scored: bool) -> int:
-    """Run prompts of so many tokens once; returns the bytes of one layer's activations."""
-    mllm = real_width("tiny-qwen2-vl", hidden_size=1024, num_attention_heads=8,
-                      num_key_value_heads=2, intermediate_size=5504)  # fmt: skip
-    inputs, sums = prompt(mllm, tokens), scoring.Sums(mllm.n_layers)
-    for _ in range(rows):
-        if scored:
-            scoring.add_batch(mllm, inputs, sums)
-        else:
-            forward(mllm, inputs)
-    return tokens * mllm.n_neurons * 4
-
-
 def memory(rounds: int) -> list[dict]:
     """Peak memory of scoring over that of a plain forward pass, each in a process of its own."""
     found = []
     for tokens, rows in [(n, 1) for n in LENGTHS] + [(1024, 20)]:
-        layer, plain = alone(_footprint, tokens, rows, False)
-        _, scored = alone(_footprint, tokens, rows, True)
+        layer, plain = alone(footprint, tokens, rows, False)
+        _, scored = alone(footprint, tokens, rows, True)
         accumulators = 2 * 5 * 7 * 5504 * 4
         allowed = (2 * layer + accumulators) / 2**20
         setting = f"hidden 1024 x 5504 neurons, {tokens} tokens" + f", {rows} rows" * (rows > 1)

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 import minerlib as ml
+from minerlib import scoring
 
 ROOT = Path(__file__).parents[1]
 TEXT = {
@@ -160,3 +161,17 @@ def alone(function: Callable, *arguments) -> tuple:
         raise RuntimeError(f"{function.__name__}{arguments} died; see above") from None
     finally:
         process.join()
+
+
+def footprint(tokens: int, rows: int, scored: bool) -> int:
+    """Run prompts of so many tokens once; returns the bytes of one layer's activations."""
+    mllm = real_width("tiny-qwen2-vl", hidden_size=1024, num_attention_heads=8,
+                      num_key_value_heads=2, intermediate_size=5504)  # fmt: skip
+    inputs, sums = prompt(mllm, tokens), scoring.Sums(mllm.n_layers)
+    for _ in range(rows):
+        if scored:
+            scoring.add_batch(mllm, inputs, sums)
+        else:
+            with torch.inference_mode():
+                mllm.forward(inputs)
+    return tokens * mllm.n_neurons * 4

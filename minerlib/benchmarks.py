@@ -140,14 +140,29 @@ class Spec:
         media = {}
         if self.modality != "text":
             media[self.modality] = _DECODE[self.modality](row, frames, sampling_rate)
+        try:
+            prompt = self.prompt.format_map(row)
+        except KeyError as error:
+            raise ValueError(
+                f"{benchmark}: its prompt names {error}, but a row has {sorted(row)}"
+            ) from None
         return Sample(
-            prompt=self.prompt.format_map(row),
-            references=tuple(self.references(row)),
+            prompt=prompt,
+            references=self._answers(row),
             choices=self.choices,
             benchmark=benchmark,
             row=number,
             **media,
         )
+
+    def _answers(self, row: dict) -> tuple[str, ...]:
+        answers = self.references(row)
+        return (answers,) if isinstance(answers, str) else tuple(answers)
+
+    def __post_init__(self) -> None:
+        if self.modality not in ("text", *_DECODE):
+            raise ValueError(f"modality {self.modality!r}: use text, {', '.join(_DECODE)}")
+        metrics.metric_of(self.metric)
 
     def _complete(self, row: Mapping[str, Any], joined: Sequence[dict]) -> dict:
         return {**row, **(self.fields(dict(row), list(joined)) if self.fields else {})}
@@ -544,7 +559,7 @@ class _Rows:
 
     def references(self, number: int) -> tuple[str, ...]:
         row = self.spec._complete(self.row(number, self.light), [])
-        return tuple(self.spec.references(row))
+        return self.spec._answers(row)
 
 
 class Benchmark(Sequence):

@@ -251,7 +251,8 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def _metric(name: str) -> Metric:
+def metric_of(name: str) -> Metric:
+    """The entry of `METRICS`; ValueError names what there is."""
     if name not in METRICS:
         raise ValueError(
             f"unknown metric {name!r}; there are {', '.join(METRICS)}. "
@@ -262,13 +263,13 @@ def _metric(name: str) -> Metric:
 
 def score(metric: str, answers: Answers, references: References) -> list[float]:
     """Each row's score, clipped to [0, 1] so that it can enter an average over benchmarks."""
-    rows = _metric(metric).rows(list(answers), list(references))
+    rows = metric_of(metric).rows(list(answers), list(references))
     return np.clip(rows, 0.0, 1.0).tolist()
 
 
 def corpus_score(metric: str, answers: Answers, references: References) -> float:
     """The figure that is published for the whole set: unclipped CIDEr-D, 1 - corpus WER, means."""
-    entry = _metric(metric)
+    entry = metric_of(metric)
     return float((entry.corpus or _mean(entry.rows))(list(answers), list(references)))
 
 

@@ -81,10 +81,15 @@ class MLLM:
             self.layers = _find_layers(self.model)
         if self.activations is None:
             self.activations = [_find_activation(i, layer) for i, layer in enumerate(self.layers)]
+        if len(self.activations) != len(self.layers):
+            raise ValueError(
+                f"{self.name}: {len(self.activations)} activation modules for {len(self.layers)} "
+                "decoder layers; describe one for each"
+            )
         if len(set(map(id, self.activations))) < len(self.layers):
             raise ValueError(
                 f"{self.name}: {len(self.layers)} decoder layers share activation modules, so a "
-                "hook cannot tell the layers apart; give each its own and pass activations=[...]"
+                "hook cannot tell the layers apart; give each its own"
             )
         self.text_config = self.model.config.get_text_config(decoder=True)
         for module in self.model.modules():

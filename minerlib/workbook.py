@@ -51,6 +51,10 @@ FAR = 0.05
 """A figure further than this from the published one, beyond its interval, is far off."""
 
 
+class NotApplicable(ValueError):
+    """A notebook has nothing to measure on this model and these benchmarks; a run goes on."""
+
+
 class Workbook:
     """Validated parameters of a notebook, and what they name, loaded on first use.
 
@@ -160,11 +164,8 @@ class Workbook:
             bench = benchmark(name, seed=self.seed, frames=self.frames)
         else:
             bench = benchmark(name, source=str(ROOT / source), frames=self.frames)
-        if self.limit + self.eval_limit > len(bench):
-            raise ValueError(
-                f"limit={self.limit} and eval_limit={self.eval_limit}: {name} has {len(bench)} "
-                "rows, and rows for mining and for evaluation must not overlap; lower one of them"
-            )
+        if self.limit > len(bench):
+            raise ValueError(f"limit={self.limit}: {name} has {len(bench)} rows; lower it")
         return bench
 
     @cached_property
@@ -175,7 +176,15 @@ class Workbook:
     @cached_property
     def evaluation(self) -> dict[str, Benchmark]:
         """The last `eval_limit` rows of each benchmark: what silencing is measured on."""
-        return {name: self._rows(name)[-self.eval_limit :] for name in self.names}
+        held = {name: self._rows(name) for name in self.names}
+        for name, bench in held.items():
+            if self.limit + self.eval_limit > len(bench):
+                raise ValueError(
+                    f"limit={self.limit} and eval_limit={self.eval_limit}: {name} has "
+                    f"{len(bench)} rows, and rows for mining and for evaluation must not overlap; "
+                    "lower one of them"
+                )
+        return {name: bench[-self.eval_limit :] for name, bench in held.items()}
 
     def sanity(self) -> pd.DataFrame:
         """The model as it is beside its published figures, one row per benchmark.

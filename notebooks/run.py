@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,17 @@ def finished(output: Path, parameters: dict, inputs: Sequence[Path]) -> bool:
     return bool(whole) and run["parameters"] == parameters and output.stat().st_mtime > newest
 
 
+def plugins() -> list[Path]:
+    """The files of the modules that MINER_PLUGINS names."""
+    sys.path.insert(0, str(ROOT))  # where the kernels run
+    found = {name: find_spec(name) for name in os.environ.get("MINER_PLUGINS", "").split()}
+    if missing := [name for name, spec in found.items() if spec is None]:
+        raise SystemExit(
+            f"MINER_PLUGINS: no module {', '.join(missing)} in {ROOT.name}/ or on PYTHONPATH"
+        )
+    return [Path(spec.origin) for spec in found.values()]
+
+
 def side_by_side(models: Sequence[str], arguments: Sequence[str]) -> None:
     """Run each model in a process of its own, with an equal share of the cores."""
     threads = str(max(1, (os.cpu_count() or 1) // len(models)))
@@ -114,6 +126,8 @@ def main(arguments: Sequence[str]) -> None:
         models = []
 
     shared = [*Path("minerlib").glob("*.py"), *Path("data/benchmarks").rglob("*.parquet")]
+    shared += Path(given.get("source", "data/benchmarks")).rglob("*.parquet")
+    shared += plugins()
     for model in models:
         run_dir = Path(runs or "runs", Path(model).name)
         everything = {**parameters, "model": model}
@@ -155,6 +169,13 @@ def execute(
                     # Else every kernel warns that the ports of this machine are not encrypted.
                     extra_arguments=["--IPKernelApp.log_level=ERROR"],
                 )
+        except papermill.PapermillExecutionError as error:
+            if error.ename == "NotApplicable":
+                print(f"{output}: not applicable {what}: {error.evalue}", flush=True)
+                continue
+            raise SystemExit(
+                f"{notebook} failed {what}: {error.ename}: {error.evalue}\nsee {output}"
+            ) from error
         except Exception as error:
             reason = str(error).strip().splitlines()[-1]
             raise SystemExit(f"{notebook} failed {what}: {reason}\nsee {output}") from error

@@ -379,3 +379,30 @@ def test_errors_name_the_thing_and_the_way_out(hub, tmp_path):
         benchmark("text_vqa", tmp_path / "bad")
     with pytest.raises(ValueError, match="frames=0"):
         benchmark("msvd_qa", hub, frames=0)[0]
+
+
+def own(**other) -> Spec:
+    given = {"hub": (Repo("me/own", "test"),), "columns": ("word",), "prompt": "{word}?"}
+    given |= {"references": lambda row: row["word"], "modality": "text", "metric": "exact_match"}
+    return Spec(**(given | other))
+
+
+def test_a_single_reference_may_be_a_plain_string():
+    assert own().sample({"word": "red"}).references == ("red",)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"modality": "picture"}, "modality 'picture': use text, image"),
+        ({"metric": "nope"}, "unknown metric 'nope'; there are vqa_accuracy"),
+    ],
+)
+def test_a_wrong_entry_is_refused_when_it_is_made(other, message):
+    with pytest.raises(ValueError, match=message):
+        own(**other)
+
+
+def test_a_prompt_that_names_no_column_says_so():
+    with pytest.raises(ValueError, match=r"own: its prompt names 'colour', but a row has .*'word'"):
+        own(prompt="{colour}?").sample({"word": "red"}, benchmark="own")

@@ -318,3 +318,32 @@ def test_a_failing_notebook_is_named(run):
     with pytest.raises(SystemExit, match=r"00_one\.ipynb failed .*\n?.*limit=-1 is negative"):
         run.main(["model=models/tiny"])
     assert not Path("runs/tiny/notebooks/01_two.ipynb").exists()
+
+
+def test_a_notebook_that_does_not_apply_is_passed_over(run, capsys):
+    code = "class NotApplicable(ValueError): pass\nraise NotApplicable('no picture')"
+    write("00_one", "model = 'none'", code)
+    run.main(["model=models/tiny"])
+    assert "00_one.ipynb: not applicable for models/tiny: no picture" in capsys.readouterr().out
+    assert printed("runs/tiny/notebooks/01_two.ipynb") == "0.02 None"
+
+
+def test_own_rows_and_plugins_are_inputs(run, executed, monkeypatch):
+    monkeypatch.setenv("MINER_PLUGINS", "own_plugin")
+    with pytest.raises(SystemExit, match="no module own_plugin"):
+        run.main(["model=models/tiny"])
+    Path("own_plugin.py").touch()
+    Path("mine").mkdir()
+    Path("mine/test-0.parquet").touch()
+    write("00_one", "model = 'none'\nsource = 'auto'", "1")
+    run.main(["model=models/tiny", "source=mine"])
+    for file in ("own_plugin.py", "mine/test-0.parquet"):
+        for output in Path("runs").rglob("*.ipynb"):
+            os.utime(output, (2e9, 2e9))
+        executed.clear()
+        run.main(["model=models/tiny", "source=mine"])
+        assert not executed
+        os.utime(file, (2.1e9, 2.1e9))
+        run.main(["model=models/tiny", "source=mine"])
+        assert executed
+        os.utime(file, (1e9, 1e9))

@@ -37,7 +37,8 @@ def home(tmp_path_factory) -> Path:
 
 def printed(path: Path) -> str:
     cells = nbformat.read(path, as_version=4).cells
-    return "".join(o.get("text", "") for c in cells for o in c.get("outputs", []))
+    outputs = [o for c in cells for o in c.get("outputs", [])]
+    return "".join(o.get("text", "") or o.get("data", {}).get("text/plain", "") for o in outputs)
 
 
 @pytest.mark.parametrize("family", hub.MODELS)

@@ -62,7 +62,10 @@ def test_rows_for_mining_and_evaluation_are_disjoint(tmp_path):
         mined, evaluated = set(wb.mining[name].numbers), set(wb.evaluation[name].numbers)
         assert (len(mined), len(evaluated)) == (400, 80) and not mined & evaluated
     with pytest.raises(ValueError, match="limit=450 and eval_limit=40: text_vqa has 480 rows"):
-        _ = make(tmp_path, limit=450, eval_limit=40).mining
+        _ = make(tmp_path, limit=450, eval_limit=40).evaluation
+    assert len(make(tmp_path, limit=450, eval_limit=40).mining["mmlu"]) == 450
+    with pytest.raises(ValueError, match="limit=500: text_vqa has 480 rows"):
+        _ = make(tmp_path, limit=500).mining
 
 
 def test_a_stage_says_which_notebook_comes_before_it(tmp_path):
