@@ -30,7 +30,8 @@ workbook: env
 # Execute the committed notebooks in place, after a change that is meant to change their outputs.
 notebooks: env
 	$(TESTING) $(BIN)/python notebooks/run.py
-	$(TESTING) $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/[0-9]*.ipynb
+	$(TESTING) $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+		--ExecutePreprocessor.record_timing=False notebooks/[0-9]*.ipynb
 
 # The notebooks that nbval executes find the artefacts that the workbook has just made.
 test: env
