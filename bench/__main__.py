@@ -331,9 +331,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", metavar="section", help=", ".join(SECTIONS))
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="leave out the largest prompts")
     arguments = parser.parse_args()
     if unknown := set(arguments.sections) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    if arguments.quick:
+        SHAPES.pop()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     results = json.loads(JSON.read_text()) if JSON.exists() else {}
