@@ -44,7 +44,7 @@ def _memory(rows: list[dict], ax) -> None:
         ax.plot(tokens, [r["scored"] for r in rows], "s--", color=BLUE, label="scoring")
         ax.legend()
     ax.set(xscale="log", xlabel="tokens of a prompt", ylabel="peak memory / MiB", ylim=(0, None))
-    ax.set_title("Memory of one process")
+    ax.set_title("Memory, one process")
 
 
 def _growth(rows: list[dict], ax) -> None:
@@ -55,6 +55,9 @@ def _growth(rows: list[dict], ax) -> None:
         label = f"{name}: exponent {row['value']:.2f}"
         ax.plot(x / x[0], seconds / seconds[0], MARKERS[name] + "-", label=label)
     ax.set(xscale="log", yscale="log", xlabel="times the smallest", ylabel="seconds, relative")
-    ax.set_title("Growth of scoring one row")
+    ax.set_xticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+    ax.set_yticks([1, 2, 4, 8], ["1", "2", "4", "8"])
+    ax.minorticks_off()
+    ax.set_title("Growth, one row")
     if rows:
-        ax.legend()
+        ax.legend(fontsize="x-small", loc="lower right")

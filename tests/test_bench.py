@@ -37,8 +37,8 @@ def test_a_ratio_is_the_median_of_the_rounds():
 
 
 def test_time_is_time():
-    seconds = harness.alternate({"a": lambda: time.sleep(0.02), "b": lambda: None}, rounds=2)
-    assert (seconds["a"] >= 0.02).all() and (seconds["b"] < 0.02).all()
+    seconds = harness.alternate({"a": lambda: time.sleep(0.02), "b": lambda: None}, rounds=5)
+    assert (seconds["a"] >= 0.02).all() and np.median(seconds["b"]) < 0.02
 
 
 def test_a_function_alone_returns_its_value_and_its_own_peak():
