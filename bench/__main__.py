@@ -2,6 +2,7 @@
 
     python -m bench                      # every section
     python -m bench scoring memory       # these; the others keep what they last measured
+    python -m bench --quick scoring      # without the largest prompts
 
 All speeds are ratios of two sides that alternate within one run: the median of the rounds, with
 quartiles. Run it with nothing else running. `peers` needs `pip install -e ".[bench]"`.
@@ -63,6 +64,11 @@ def mine(mllm: ml.MLLM, batch) -> None:
     scoring.add_batch(mllm, batch, scoring.Sums(mllm.n_layers))
 
 
+def scored_and_plain(mllm: ml.MLLM, batch) -> dict:
+    """The two sides of every comparison of scoring with its floor."""
+    return {"score": lambda: mine(mllm, batch), "forward": lambda: forward(mllm, batch)}
+
+
 @torch.inference_mode()
 def generate(mllm: ml.MLLM, batch, tokens: int = NEW_TOKENS) -> None:
     """Exactly so many greedy tokens, whatever they are."""
@@ -91,21 +97,12 @@ def scoring_cost(rounds: int) -> list[dict]:
     for name in MODELS:
         mllm = real_width(name)
         for tokens, batch in SHAPES:
-            inputs = prompt(mllm, tokens, batch)
-            sides = {
-                "score": lambda mllm=mllm, inputs=inputs: mine(mllm, inputs),
-                "forward": lambda mllm=mllm, inputs=inputs: forward(mllm, inputs),
-            }
+            sides = scored_and_plain(mllm, prompt(mllm, tokens, batch))
             setting = f"{REAL[name]}, {tokens} tokens x {batch}"
             found.append(ratio("scoring / forward", setting, alternate(sides, rounds), 1.05))
         del mllm, sides
         mllm = stand_in(name)
-        inputs = mllm.encode(rows_of(name, 32))
-        sides = {
-            "score": lambda mllm=mllm, inputs=inputs: mine(mllm, inputs),
-            "forward": lambda mllm=mllm, inputs=inputs: forward(mllm, inputs),
-        }
-        seconds = alternate(sides, 5 * rounds)
+        seconds = alternate(scored_and_plain(mllm, mllm.encode(rows_of(name, 32))), 5 * rounds)
         found.append(ratio("scoring / forward", f"{name}, 32 rows", seconds, 1.4))
     return found
 
@@ -183,9 +180,9 @@ def growth(rounds: int) -> list[dict]:
             inputs = prompt(mllm, now["tokens"])
             sides[value] = lambda mllm=mllm, inputs=inputs: mine(mllm, inputs)
         seconds = {v: float(np.median(s)) for v, s in alternate(sides, rounds).items()}
-        slope = np.polyfit(np.log(list(seconds)), np.log(list(seconds.values())), 1)[0]
-        found.append(line("growth of scoring", f"with {what}", slope, "exponent", points=seconds))
-    mllm, seconds = stand_in("tiny-qwen2-vl"), {}
+        found.append(line("growth of scoring", f"with {what}", exponent(seconds), "exponent",
+                          points=seconds))  # fmt: skip
+    mllm = stand_in("tiny-qwen2-vl")
     benches = {n: rows_of("tiny-qwen2-vl", n) for n in (32, 64, 128, 256)}
     sides = {
         n: lambda bench=bench: ml.score(mllm, bench, batch_size=32, progress=False)
@@ -193,10 +190,14 @@ def growth(rounds: int) -> list[dict]:
     }
     times = alternate(sides, max(3, rounds // 2))
     seconds = {n: float(np.median(s)) / n for n, s in times.items()}
-    slope = np.polyfit(np.log(list(seconds)), np.log(list(seconds.values())), 1)[0]
-    found.append(line("growth of scoring", "seconds per row with rows", slope, "exponent", 0.05,
-                      points=seconds))  # fmt: skip
+    found.append(line("growth of scoring", "seconds per row with rows", exponent(seconds),
+                      "exponent", 0.05, points=seconds))  # fmt: skip
     return found
+
+
+def exponent(points: dict[int, float]) -> float:
+    """The power of the size that the seconds grow with: the slope on logarithms."""
+    return np.polyfit(np.log(list(points)), np.log(list(points.values())), 1)[0]
 
 
 def selection(rounds: int) -> list[dict]:

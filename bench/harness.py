@@ -123,12 +123,9 @@ def line(
 ) -> dict:
     """A line of the table, without a value where nothing was measured.
 
-    `target` is the most (or with `least`, the least) that is asked for.
+    `target` is the most that is asked for.
     """
-    least = more.pop("least", False)
-    met = None
-    if target is not None:
-        met = bool(value >= target) if least else bool(value <= target)
+    met = None if target is None else bool(value <= target)
     value = None if value is None else float(value)
     found = {"what": what, "setting": setting, "value": value, "unit": unit}
     numbers = {k: float(v) if isinstance(v, np.floating) else v for k, v in more.items()}

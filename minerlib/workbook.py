@@ -101,9 +101,8 @@ class Workbook:
         _whole("batch_size", batch_size, 1)
         _whole("seed", seed, 0)
         _whole("frames", frames, 1)
-        optional = {"max_new_tokens": max_new_tokens}
-        optional |= {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        for name, value in optional.items():
+        pixels = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        for name, value in {"max_new_tokens": max_new_tokens, **pixels}.items():
             if value is not None:
                 _whole(name, value, 1)
         if not isinstance(ratio, int | float) or not 0 < ratio <= 1:
@@ -118,8 +117,8 @@ class Workbook:
             batch_size,
             seed,
         )
-        self.frames, self.pixels = frames, {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        self.pixels = {k: v for k, v in self.pixels.items() if v is not None}
+        self.frames = frames
+        self.pixels = {k: v for k, v in pixels.items() if v is not None}
         self.ratio, self.strategy, self.split = float(ratio), strategy, split
         self.weights = _weights(weights)
         self._names = _list(benchmarks)

@@ -125,9 +125,9 @@ def main(arguments: Sequence[str]) -> None:
         side_by_side(models, [a for a in arguments if not a.lower().startswith("model=")])
         models = []
 
-    shared = [*Path("minerlib").glob("*.py"), *Path("data/benchmarks").rglob("*.parquet")]
-    shared += Path(given.get("source", "data/benchmarks")).rglob("*.parquet")
-    shared += plugins()
+    shared = [*Path("minerlib").glob("*.py"), *plugins()]
+    for source in {"data/benchmarks", given.get("source", "data/benchmarks")}:
+        shared += Path(source).rglob("*.parquet")
     for model in models:
         run_dir = Path(runs or "runs", Path(model).name)
         everything = {**parameters, "model": model}
