@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -98,6 +97,7 @@ def attention(
     at_once = min(kv_heads, max(1, 2 * _block(query) // (batch * groups * chunk * n)))
     # On CPUs, memory that is used again costs half as much as fresh memory.
     scratch = p.new_empty(2, batch * at_once * groups * chunk * n)
+    padding = torch.where(real, 0, float("-inf"))[:, None]
     padded = query.is_cuda or not real.all()  # asking a GPU would wait for it
     for i, some in product(range(0, n, chunk), _parts(kv_heads, at_once)):
         q = query[:, some, :, i : i + chunk].float() * scale
@@ -106,9 +106,10 @@ def attention(
         logits, shares = scratch[:, : math.prod(shape)].view(2, len(k), -1, n)
         torch.bmm(q.reshape(len(k), -1, dim), k, out=logits)
         if padded:
-            logits.view(batch, -1, n).masked_fill_(~real[:, None], float("-inf"))
+            logits.view(batch, -1, n).add_(padding)
         torch.softmax(logits, -1, out=shares)
-        p[:, i : i + chunk] += shares.view(shape).sum((1, 2))
+        for head in shares.view(shape).flatten(1, 2).unbind(1):
+            p[:, i : i + chunk] += head
     return p.div_(heads)
 
 
@@ -135,12 +136,11 @@ def metrics(x, weights_k, weights_q, masks, kinds, minimum=None) -> torch.Tensor
     place to the smallest activation seen.
     """
     batch, n, neurons = x.shape
-    base = masks[:, _BASE].float()
-    weights = torch.cat([base, weights_k, weights_q], 1)
+    members, outside = masks.float(), torch.where(masks, 0, float("-inf"))
+    weights = torch.cat([members, weights_k, weights_q], 1)
     sums = x.new_zeros(batch, weights.shape[1], neurons, dtype=torch.float32)
-    positive = torch.zeros(batch, len(_BASE), neurons, device=x.device)
+    positive = torch.zeros(batch, len(SETS), neurons, device=x.device)
     highest = torch.full_like(positive, float("-inf"))
-    lowest = highest.new_tensor(float("-inf"))
     # All passes over a block of activations are made while a CPU's cache holds it.
     size = max(1, min(batch, _block(x) // (32 * neurons)))
     block = min(n, max(1, _block(x) // (size * neurons)))
@@ -149,42 +149,33 @@ def metrics(x, weights_k, weights_q, masks, kinds, minimum=None) -> torch.Tensor
         part = x[rows, columns].float()
         other = scratch[: len(part), : part.shape[1]]
         sums[rows].baddbmm_(weights[rows, :, columns], part)
-        positive[rows].baddbmm_(base[rows, :, columns], torch.gt(part, 0, out=other))
+        positive[rows].baddbmm_(members[rows, :, columns], torch.gt(part, 0, out=other))
         here = np.unique(kinds[rows, columns]).tolist()
         for k in here:
             if k < 0:
                 continue
+            own = part
             if len(here) > 1:
-                own = masks[rows, _BASE[k], columns, None]
-                top = torch.where(own, part, lowest, out=other).amax(1)
-            else:
-                top = part.amax(1)
-            torch.maximum(highest[rows, k], top, out=highest[rows, k])
+                own = torch.add(part, outside[rows, _BASE[k], columns, None], out=other)
+            top = highest[rows, _BASE[k]]
+            torch.maximum(top, own.amax(1), out=top)
 
     if minimum is not None:
         low = torch.where(masks[:, _PROMPT], x.amin(-1), minimum).min()
         torch.minimum(minimum, low, out=minimum)
 
-    mean = _with_unions(sums[:, : len(_BASE)], torch.sum)
-    prob = _with_unions(positive, torch.sum)
-    count = masks.sum(-1, keepdim=True)
-    highest = _with_unions(highest, torch.amax).masked_fill_(count == 0, 0)
-    attn_k, attn_q = sums[:, len(_BASE) :].chunk(2, 1)
-    count = count.clamp(min=1)
-    return torch.stack([prob / count, mean / count, highest, attn_k, attn_q], 1)
-
-
-def _with_unions(base: torch.Tensor, combine: Callable) -> torch.Tensor:
-    """[batch, base set, neuron] -> [batch, set, neuron]: unions combined from their parts."""
-    parts = {name: base[:, i] for i, name in enumerate(BASE_SETS)}
     for union, names in _UNIONS.items():
-        parts[union] = combine(torch.stack([parts[n] for n in names], 1), 1)
-    return torch.stack([parts[name] for name in SETS], 1)
+        highest[:, SETS.index(union)] = highest[:, [SETS.index(k) for k in names]].amax(1)
+    count = masks.sum(-1, keepdim=True)
+    highest.masked_fill_(count == 0, 0)
+    total, attn_k, attn_q = sums.chunk(3, 1)
+    count = count.clamp(min=1)
+    return torch.stack([positive.div_(count), total.div_(count), highest, attn_k, attn_q], 1)
 
 
 def normalise(values: torch.Tensor) -> torch.Tensor:
     """Min-max over the neurons (last axis) to [0, 1]; a constant vector gives 0."""
-    low, high = values.aminmax(dim=-1, keepdim=True)
+    low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
     return (values - low).div_(torch.where(high > low, high - low, 1))
 
 
