@@ -289,11 +289,13 @@ def table(results: dict) -> pd.DataFrame:
     """All lines of all sections, as README and terminal show them."""
     rows = [row for name in SECTIONS for row in results.get(name, {}).get("lines", [])]
     columns = ["what", "setting", "value", "unit", "low", "high", "target", "met"]
-    frame = pd.DataFrame(rows).reindex(columns=columns)
+    frame = pd.DataFrame(rows).reindex(columns=[*columns, "memory"])
     unit = frame["unit"].replace({"x": "", "exponent": ""})
     frame["value"] = [
-        f"{v:.3g} {u}".strip() if pd.notna(v) else "not supported"
-        for v, u in zip(frame["value"].astype(float), unit, strict=True)
+        f"{v:.3g} {u}".strip() + (f", {m:+.0f} MiB" if pd.notna(m) else "")
+        if pd.notna(v)
+        else "not supported"
+        for v, u, m in zip(frame["value"].astype(float), unit, frame["memory"], strict=True)
     ]
     frame["spread"] = [
         f"{a:.3g} to {b:.3g}" if pd.notna(a) else "" for a, b in frame[["low", "high"]].values

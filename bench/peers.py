@@ -13,7 +13,7 @@ import torch
 
 import minerlib as ml
 
-from .harness import REAL, TEXT, alone, alternate, line, prompt, ratio, real_width
+from .harness import REAL, TEXT, alone, alternate, forget_peak, line, prompt, ratio, real_width
 
 Way = Callable[[], list[torch.Tensor]]
 
@@ -96,14 +96,21 @@ WAYS = {
 }
 
 
-def _footprint(model: str, tokens: int, way: str | None) -> None:
+def _footprint(model: str, tokens: int, way: str | None) -> float:
+    """Capture once, or only run; returns what was held before, MiB, with libraries and model."""
     mllm = real_width(model)
     batch = prompt(mllm, tokens)
-    if way is None:
-        with torch.inference_mode():
-            mllm.forward(batch)
-    else:
-        WAYS[way](mllm, batch)()
+    run = torch.inference_mode()(mllm.forward) if way is None else WAYS[way](mllm, batch)
+    args = (batch,) if way is None else ()
+    before = forget_peak()
+    run(*args)
+    return before
+
+
+def _extra(model: str, tokens: int, way: str | None) -> float:
+    """The most memory a capture adds to what the process holds, MiB."""
+    before, peak = alone(_footprint, model, tokens, way)
+    return peak - before
 
 
 def capture(rounds: int, tokens: int = 320) -> list[dict]:
@@ -113,7 +120,7 @@ def capture(rounds: int, tokens: int = 320) -> list[dict]:
         mllm = real_width(model)
         batch = prompt(mllm, tokens)
         truth = with_minerlib(mllm, batch)()
-        _, plain = alone(_footprint, model, tokens, None)
+        plain = _extra(model, tokens, None)
 
         def forward(mllm=mllm, batch=batch):
             with torch.inference_mode():
@@ -134,7 +141,7 @@ def capture(rounds: int, tokens: int = 320) -> list[dict]:
                 found.append(line("capture / forward", setting, None, "x"))
                 continue
             seconds = alternate({name: run, "forward": forward}, rounds)
-            _, peak = alone(_footprint, model, tokens, name)
             setting = f"{label}, {REAL[model]}, {tokens} tokens{'' if same else ', OTHER VALUES'}"
-            found.append(ratio("capture / forward", setting, seconds, memory=peak - plain))
+            memory = _extra(model, tokens, name) - plain
+            found.append(ratio("capture / forward", setting, seconds, memory=memory))
     return found
