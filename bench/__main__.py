@@ -37,6 +37,7 @@ from .harness import (
     alone,
     alternate,
     footprint,
+    forward,
     line,
     prompt,
     ratio,
@@ -53,11 +54,6 @@ NEW_TOKENS = 16
 
 def rows_of(name: str, limit: int) -> ml.benchmarks.Benchmark:
     return ml.benchmark(BENCHMARK[name], source=ROOT / "data/benchmarks", limit=limit)
-
-
-@torch.inference_mode()
-def forward(mllm: ml.MLLM, batch) -> None:
-    mllm.forward(batch)
 
 
 def mine(mllm: ml.MLLM, batch) -> None:
@@ -288,8 +284,8 @@ def machine() -> dict:
 def table(results: dict) -> pd.DataFrame:
     """All lines of all sections, as README and terminal show them."""
     rows = [row for name in SECTIONS for row in results.get(name, {}).get("lines", [])]
-    columns = ["what", "setting", "value", "unit", "low", "high", "target", "met"]
-    frame = pd.DataFrame(rows).reindex(columns=[*columns, "memory"])
+    columns = ["what", "setting", "value", "unit", "low", "high", "target", "met", "memory"]
+    frame = pd.DataFrame(rows).reindex(columns=columns)
     unit = frame["unit"].replace({"x": "", "exponent": ""})
     frame["value"] = [
         f"{v:.3g} {u}".strip() + (f", {m:+.0f} MiB" if pd.notna(m) else "")

@@ -93,6 +93,11 @@ def prompt(mllm: ml.MLLM, tokens: int, batch: int = 1) -> dict[str, torch.Tensor
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+@torch.inference_mode()
+def forward(mllm: ml.MLLM, batch) -> None:
+    mllm.forward(batch)
+
+
 def alternate(sides: Mapping[str, Callable[[], object]], rounds: int = 7) -> dict[str, np.ndarray]:
     """Seconds of each side per round, [round]; the order turns round by round, after a warm-up."""
     for run in sides.values():
@@ -176,6 +181,5 @@ def footprint(tokens: int, rows: int, scored: bool) -> int:
         if scored:
             scoring.add_batch(mllm, inputs, sums)
         else:
-            with torch.inference_mode():
-                mllm.forward(inputs)
+            forward(mllm, inputs)
     return tokens * mllm.n_neurons * 4

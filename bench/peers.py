@@ -7,13 +7,25 @@ take the model says so in its line of the table.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 import minerlib as ml
 
-from .harness import REAL, TEXT, alone, alternate, forget_peak, line, prompt, ratio, real_width
+from .harness import (
+    REAL,
+    TEXT,
+    alone,
+    alternate,
+    forget_peak,
+    forward,
+    line,
+    prompt,
+    ratio,
+    real_width,
+)
 
 Way = Callable[[], list[torch.Tensor]]
 
@@ -100,10 +112,9 @@ def _footprint(model: str, tokens: int, way: str | None) -> float:
     """Capture once, or only run; returns what was held before, MiB, with libraries and model."""
     mllm = real_width(model)
     batch = prompt(mllm, tokens)
-    run = torch.inference_mode()(mllm.forward) if way is None else WAYS[way](mllm, batch)
-    args = (batch,) if way is None else ()
+    run = partial(forward, mllm, batch) if way is None else WAYS[way](mllm, batch)
     before = forget_peak()
-    run(*args)
+    run()
     return before
 
 
@@ -122,10 +133,6 @@ def capture(rounds: int, tokens: int = 320) -> list[dict]:
         truth = with_minerlib(mllm, batch)()
         plain = _extra(model, tokens, None)
 
-        def forward(mllm=mllm, batch=batch):
-            with torch.inference_mode():
-                mllm.forward(batch)
-
         for name, way in WAYS.items():
             try:
                 label = "minerlib" if name == "minerlib" else f"{name} {version(name)}"
@@ -140,7 +147,7 @@ def capture(rounds: int, tokens: int = 320) -> list[dict]:
                 setting = f"{label}, {REAL[model]}: {reason}"
                 found.append(line("capture / forward", setting, None, "x"))
                 continue
-            seconds = alternate({name: run, "forward": forward}, rounds)
+            seconds = alternate({name: run, "forward": partial(forward, mllm, batch)}, rounds)
             setting = f"{label}, {REAL[model]}, {tokens} tokens{'' if same else ', OTHER VALUES'}"
             memory = _extra(model, tokens, name) - plain
             found.append(ratio("capture / forward", setting, seconds, memory=memory))
