@@ -10,8 +10,9 @@ go to runs/. Any other name is a parameter of the notebooks and reaches those th
 executed notebook is not executed again while it is newer than the notebook, minerlib, the model and
 the data and its parameters are the same, so a run that was stopped picks up where it stopped.
 
-Several models on a machine without accelerator run side by side and share its cores, for small
-models gain little from more threads.
+Several models on a machine without accelerator share its cores, for small models gain little from
+more threads: as many notebooks run side by side as there are models, first each model's stages,
+then the findings, which wait for nothing else.
 """
 
 from __future__ import annotations
@@ -19,15 +20,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nbformat
 import papermill
@@ -37,6 +37,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = "data/models/tiny-qwen2-vl data/models/tiny-qwen2-audio"
+STAGES = 5  # notebooks 00 to 04 make what those of the findings read
 
 
 def value(text: str) -> Any:
@@ -84,29 +85,19 @@ def plugins() -> list[Path]:
     return [Path(spec.origin) for spec in found.values()]
 
 
-def side_by_side(models: Sequence[str], arguments: Sequence[str]) -> None:
-    """Run each model in a process of its own, with an equal share of the cores."""
-    threads = str(max(1, (os.cpu_count() or 1) // len(models)))
-    environment = os.environ | {
-        "OMP_NUM_THREADS": threads,
-        "MINER_PROGRESS": "0",
-        "MINER_SIDE_BY_SIDE": "1",
-    }
-    processes = {
-        model: subprocess.Popen(
-            [sys.executable, ROOT / "notebooks/run.py", *arguments, f"model={model}"],
-            env=environment,
-        )
-        for model in models
-    }
-    if failed := [model for model, process in processes.items() if process.wait()]:
-        raise SystemExit(f"the workbook failed for {', '.join(failed)}; see above")
+class Task(NamedTuple):
+    """Notebooks to execute into a folder, one after the other until one fails."""
+
+    notebooks: dict[Path, set[str]]  # with the names that each declares
+    folder: Path
+    parameters: dict[str, Any]
+    inputs: Sequence[Path]
+    what: str
 
 
 def main(arguments: Sequence[str]) -> None:
     given = parse(arguments)
     models = given.get("model", MODELS).split()
-    labels = [Path(model).name for model in models]
     runs = given.get("run")
     if runs and Path(runs).name == runs:
         runs = f"runs/{runs}"
@@ -121,45 +112,64 @@ def main(arguments: Sequence[str]) -> None:
     # A notebook with the parameter `runs` gathers what all models left: it comes once and last.
     last = {path: names for path, names in notebooks.items() if "runs" in names}
     each = {path: names for path, names in notebooks.items() if path not in last}
-    if len(models) > 1 and not torch.cuda.is_available():
-        side_by_side(models, [a for a in arguments if not a.lower().startswith("model=")])
-        models = []
+    stages = {path: names for path, names in each.items() if int(path.name[:2]) < STAGES}
 
     shared = [*Path("minerlib").glob("*.py"), *plugins()]
     for source in {"data/benchmarks", given.get("source", "data/benchmarks")}:
         shared += Path(source).rglob("*.parquet")
-    for model in models:
+
+    def task(model: str, some: dict[Path, set[str]]) -> Task:
         run_dir = Path(runs or "runs", Path(model).name)
         everything = {**parameters, "model": model}
         if runs:  # else the notebooks' own default, with which the shipped models refresh figures/
             everything["run_dir"] = run_dir.as_posix()
         weights = [path for path in Path(model).glob("*") if path.is_file()]
-        execute(each, run_dir / "notebooks", everything, [*shared, *weights], f"for {model}")
-    if "MINER_SIDE_BY_SIDE" not in os.environ:
-        everything = {**parameters, "runs": runs or "runs", "models": labels}
-        found = [*shared, *Path(runs or "runs").glob("*/finding-*.json")]
-        execute(last, Path(runs or "runs", "notebooks"), everything, found, "over all models")
+        return Task(some, run_dir / "notebooks", everything, [*shared, *weights], f"for {model}")
+
+    with pool(1 if torch.cuda.is_available() else len(models)) as run:
+        failures = dict(zip(models, run(execute, [task(m, stages) for m in models]), strict=True))
+        findings = [
+            task(model, {path: names})
+            for path, names in each.items()
+            for model in models
+            if path not in stages and not failures[model]
+        ]
+        failed = [text for text in (*failures.values(), *run(execute, findings)) if text]
+    if failed:
+        raise SystemExit("\n".join(failed))
+    everything = {**parameters, "runs": runs or "runs", "models": [Path(m).name for m in models]}
+    found = [*shared, *Path(runs or "runs").glob("*/finding-*.json")]
+    if text := execute(
+        Task(last, Path(runs or "runs", "notebooks"), everything, found, "over all models")
+    ):
+        raise SystemExit(text)
 
 
-def execute(
-    notebooks: dict[Path, set[str]],
-    folder: Path,
-    everything: dict[str, Any],
-    inputs: Sequence[Path],
-    what: str,
-) -> None:
-    """Execute notebooks into a folder, each with the parameters that it declares."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for notebook, names in notebooks.items():
-        output = folder / notebook.name
-        chosen = {name: everything[name] for name in everything if name in names}
-        if finished(output, chosen, [notebook, *inputs]):
+@contextmanager
+def pool(workers: int) -> Iterator:
+    """A `map` over so many processes, each with an equal share of the cores."""
+    if workers == 1:
+        yield map
+        return
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+    os.environ["MINER_PROGRESS"] = "0"  # the bars of several would mix
+    with ProcessPoolExecutor(workers) as processes:
+        yield processes.map
+
+
+def execute(task: Task) -> str | None:
+    """Execute a task's notebooks that are not up to date; what failed, if anything did."""
+    task.folder.mkdir(parents=True, exist_ok=True)
+    for notebook, names in task.notebooks.items():
+        output = task.folder / notebook.name
+        chosen = {name: task.parameters[name] for name in task.parameters if name in names}
+        if finished(output, chosen, [notebook, *task.inputs]):
             print(f"{output}: up to date", flush=True)
             continue
         print(f"{output}", flush=True)
         try:
-            with timed(folder / "timings.json", notebook.stem) as spent:
-                papermill.execute_notebook(
+            with peak_memory() as peak:
+                done = papermill.execute_notebook(
                     notebook,
                     output,
                     chosen,
@@ -171,40 +181,38 @@ def execute(
                 )
         except papermill.PapermillExecutionError as error:
             if error.ename == "NotApplicable":
-                print(f"{output}: not applicable {what}: {error.evalue}", flush=True)
+                print(f"{output}: not applicable {task.what}: {error.evalue}", flush=True)
                 continue
-            raise SystemExit(
-                f"{notebook} failed {what}: {error.ename}: {error.evalue}\nsee {output}"
-            ) from error
+            return f"{notebook} failed {task.what}: {error.ename}: {error.evalue}\nsee {output}"
         except Exception as error:
             reason = str(error).strip().splitlines()[-1]
-            raise SystemExit(f"{notebook} failed {what}: {reason}\nsee {output}") from error
-        print(f"{output}: {spent['seconds']:.0f} s, {spent['peak_memory_mib']} MiB", flush=True)
+            return f"{notebook} failed {task.what}: {reason}\nsee {output}"
+        done.metadata["peak_memory_mib"] = peak[0]
+        nbformat.write(done, output)
+        seconds = done.metadata.papermill.duration
+        print(f"{output}: {seconds:.0f} s, {peak[0]} MiB", flush=True)
+    return None
 
 
 @contextmanager
-def timed(file: Path, name: str) -> Iterator[dict]:
-    """Seconds and peak memory of a notebook's kernel, kept in a JSON file beside the others'."""
-    spent, over, start = {"peak_memory_mib": 0}, threading.Event(), time.perf_counter()
+def peak_memory() -> Iterator[list[int]]:
+    """Peak memory in MiB of the kernel that this process starts meanwhile."""
+    peak, over = [0], threading.Event()
 
     def watch() -> None:
         here = psutil.Process()
         while not over.wait(0.2):
             for child in here.children(recursive=True):
                 with suppress(psutil.Error):
-                    mib = child.memory_info().rss // 2**20
-                    spent["peak_memory_mib"] = max(spent["peak_memory_mib"], mib)
+                    peak[0] = max(peak[0], child.memory_info().rss // 2**20)
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
-        yield spent
+        yield peak
     finally:
         over.set()
         watcher.join()
-        spent["seconds"] = round(time.perf_counter() - start, 1)
-    known = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps(known | {name: spent}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

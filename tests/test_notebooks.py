@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import socket
+import sys
 from pathlib import Path
 
 import nbformat
@@ -156,6 +157,7 @@ def run(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("run", ROOT / "notebooks/run.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    monkeypatch.setitem(sys.modules, "run", script)  # where its processes look for functions
     monkeypatch.setattr(script, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notebooks").mkdir()
@@ -192,8 +194,9 @@ def executed(run, monkeypatch) -> list[tuple[str, dict]]:
     def execute(notebook, output, parameters, **_):
         calls.append((Path(notebook).stem, parameters))
         result = nbformat.read(notebook, as_version=4)
-        result.metadata["papermill"] = {"end_time": "now", "parameters": parameters}
+        result.metadata["papermill"] = {"end_time": "now", "parameters": parameters, "duration": 1}
         nbformat.write(result, output)
+        return result
 
     monkeypatch.setattr(papermill, "execute_notebook", execute)
     return calls
@@ -225,8 +228,9 @@ def test_a_notebook_gets_what_it_declares(run, executed):
 
 def test_every_model_gets_every_notebook(run, executed, monkeypatch):
     monkeypatch.setattr(run.torch.cuda, "is_available", lambda: True)  # else side by side
+    write("05_three", "model = 'none'", "print(model)")
     run.main(["model=models/tiny owner/big"])
-    assert [name for name, _ in executed] == ["00_one", "01_two"] * 2
+    assert [name for name, _ in executed] == ["00_one", "01_two"] * 2 + ["05_three"] * 2
     assert {p.parent.parent.name for p in Path("runs").rglob("*.ipynb")} == {"tiny", "big"}
 
 
@@ -238,27 +242,26 @@ def test_a_notebook_over_all_runs_comes_once_and_last(run, executed, monkeypatch
     assert executed[-1] == ("00_all", {"runs": "runs/elsewhere", "models": ["tiny", "big"]})
 
 
-def test_models_run_side_by_side_on_cpus(run, executed, monkeypatch):
-    """A process for each model with all arguments; one that fails is named at the end."""
-    calls = []
-
-    class Process:
-        def __init__(self, command, env):
-            calls.append((command[2:], env["OMP_NUM_THREADS"]))
-            self.failed = command[-1] == "model=owner/big"
-
-        def wait(self):
-            return int(self.failed)
-
+def test_models_run_side_by_side_on_cpus(run, monkeypatch):
+    """Stages model by model, then findings; a failure stops its model only and is named."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("MINER_PROGRESS", "1")
     monkeypatch.setattr(run.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(run.subprocess, "Popen", Process)
     monkeypatch.setattr(run.os, "cpu_count", lambda: 6)
-    with pytest.raises(SystemExit, match="failed for owner/big; see above"):
-        run.main(["model=models/tiny owner/big", "ratio={mean: 1}"])
-    assert calls == [
-        (["ratio={mean: 1}", f"model={model}"], "3") for model in ("models/tiny", "owner/big")
-    ]
-    assert not executed
+    write("05_three", "model = 'none'", "import os; print(os.environ['OMP_NUM_THREADS'], model)")
+    write("06_four", "model = 'none'", "import os; assert 'good' in model, 'model is ' + model")
+    write("00_one", "model = 'none'", "assert 'bad' not in model")
+    message = r"00_one\.ipynb failed for owner/bad: [^$]*06_four\.ipynb failed for owner/so: .*so"
+    with pytest.raises(SystemExit, match=message):
+        run.main(["model=owner/bad owner/so owner/good"])
+    assert {p.parent.parent.name for p in Path("runs").rglob("05_*")} == {"so", "good"}
+    assert printed("runs/good/notebooks/05_three.ipynb") == "2 owner/good"
+    assert finished_memory("runs/good/notebooks/06_four.ipynb") > 10
+
+
+def finished_memory(path: str) -> int:
+    """What run.py notes in an executed notebook."""
+    return nbformat.read(path, as_version=4).metadata["peak_memory_mib"]
 
 
 def test_an_unknown_parameter_is_an_error(run, executed):
