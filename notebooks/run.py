@@ -164,9 +164,9 @@ def execute(task: Task) -> str | None:
         output = task.folder / notebook.name
         chosen = {name: task.parameters[name] for name in task.parameters if name in names}
         if finished(output, chosen, [notebook, *task.inputs]):
-            print(f"{output}: up to date", flush=True)
+            say(f"{output}: up to date")
             continue
-        print(f"{output}", flush=True)
+        say(f"{output}")
         try:
             with peak_memory() as peak:
                 done = papermill.execute_notebook(
@@ -181,17 +181,25 @@ def execute(task: Task) -> str | None:
                 )
         except papermill.PapermillExecutionError as error:
             if error.ename == "NotApplicable":
-                print(f"{output}: not applicable {task.what}: {error.evalue}", flush=True)
+                say(f"{output}: not applicable {task.what}: {error.evalue}")
                 continue
-            return f"{notebook} failed {task.what}: {error.ename}: {error.evalue}\nsee {output}"
+            reason = f"{error.ename}: {error.evalue}"
         except Exception as error:
             reason = str(error).strip().splitlines()[-1]
-            return f"{notebook} failed {task.what}: {reason}\nsee {output}"
-        done.metadata["peak_memory_mib"] = peak[0]
-        nbformat.write(done, output)
-        seconds = done.metadata.papermill.duration
-        print(f"{output}: {seconds:.0f} s, {peak[0]} MiB", flush=True)
+        else:
+            done.metadata["peak_memory_mib"] = peak[0]
+            nbformat.write(done, output)
+            say(f"{output}: {done.metadata.papermill.duration:.0f} s, {peak[0]} MiB")
+            continue
+        failure = f"{notebook} failed {task.what}: {reason}\nsee {output}"
+        say(failure)  # now, and once more when all others are done
+        return failure
     return None
+
+
+def say(line: str) -> None:
+    """Print a line in one piece, for other processes print too."""
+    print(f"{line}\n", end="", flush=True)
 
 
 @contextmanager
