@@ -176,8 +176,9 @@ def execute(task: Task) -> str | None:
                     kernel_name="python3",
                     cwd=ROOT,
                     progress_bar=os.environ.get("MINER_PROGRESS") != "0",
-                    # Else every kernel warns that the ports of this machine are not encrypted.
-                    extra_arguments=["--IPKernelApp.log_level=ERROR"],
+                    # Else kernels say that their ports are not encrypted and that they were
+                    # interrupted, which is how they are shut down.
+                    extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
                 )
         except papermill.PapermillExecutionError as error:
             if error.ename == "NotApplicable":
