@@ -113,28 +113,25 @@ def main(arguments: Sequence[str]) -> None:
     last = {path: names for path, names in notebooks.items() if "runs" in names}
     each = {path: names for path, names in notebooks.items() if path not in last}
     stages = {path: names for path, names in each.items() if int(path.name[:2]) < STAGES}
+    findings = {path: names for path, names in each.items() if path not in stages}
 
     shared = [*Path("minerlib").glob("*.py"), *plugins()]
     for source in {"data/benchmarks", given.get("source", "data/benchmarks")}:
         shared += Path(source).rglob("*.parquet")
-
-    def task(model: str, some: dict[Path, set[str]]) -> Task:
+    tasks = []
+    for model in models:
         run_dir = Path(runs or "runs", Path(model).name)
         everything = {**parameters, "model": model}
         if runs:  # else the notebooks' own default, with which the shipped models refresh figures/
             everything["run_dir"] = run_dir.as_posix()
-        weights = [path for path in Path(model).glob("*") if path.is_file()]
-        return Task(some, run_dir / "notebooks", everything, [*shared, *weights], f"for {model}")
+        inputs = [*shared, *(path for path in Path(model).glob("*") if path.is_file())]
+        tasks.append(Task(stages, run_dir / "notebooks", everything, inputs, f"for {model}"))
 
     with pool(1 if torch.cuda.is_available() else len(models)) as run:
-        failures = dict(zip(models, run(execute, [task(m, stages) for m in models]), strict=True))
-        findings = [
-            task(model, {path: names})
-            for path, names in each.items()
-            for model in models
-            if path not in stages and not failures[model]
-        ]
-        failed = [text for text in (*failures.values(), *run(execute, findings)) if text]
+        failures = list(run(execute, tasks))
+        going = [t for t, failure in zip(tasks, failures, strict=True) if not failure]
+        later = [t._replace(notebooks={p: n}) for p, n in findings.items() for t in going]
+        failed = [text for text in (*failures, *run(execute, later)) if text]
     if failed:
         raise SystemExit("\n".join(failed))
     everything = {**parameters, "runs": runs or "runs", "models": [Path(m).name for m in models]}

@@ -256,12 +256,8 @@ def test_models_run_side_by_side_on_cpus(run, monkeypatch):
         run.main(["model=owner/bad owner/so owner/good"])
     assert {p.parent.parent.name for p in Path("runs").rglob("05_*")} == {"so", "good"}
     assert printed("runs/good/notebooks/05_three.ipynb") == "2 owner/good"
-    assert finished_memory("runs/good/notebooks/06_four.ipynb") > 10
-
-
-def finished_memory(path: str) -> int:
-    """What run.py notes in an executed notebook."""
-    return nbformat.read(path, as_version=4).metadata["peak_memory_mib"]
+    noted = nbformat.read("runs/good/notebooks/06_four.ipynb", as_version=4).metadata
+    assert noted["peak_memory_mib"] > 10
 
 
 def test_an_unknown_parameter_is_an_error(run, executed):
