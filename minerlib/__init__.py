@@ -8,13 +8,13 @@ them, and workbook is what the notebooks open with.
 
 from minerlib.aggregation import aggregate
 from minerlib.artifacts import Run
-from minerlib.benchmarks import benchmark
 from minerlib.deactivation import deactivate, export
-from minerlib.evaluation import compare, evaluate, prepare, summarise
 from minerlib.model import MLLM, load
 from minerlib.scoring import score
 from minerlib.selection import PAPER_WEIGHTS, matched_random, select
 from minerlib.separation import separate
+from minerlib.tasks import benchmark
+from minerlib.tasks.evaluation import compare, evaluate, prepare, summarise
 from minerlib.workbook import Workbook
 
 __all__ = [

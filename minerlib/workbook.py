@@ -24,13 +24,14 @@ from tqdm.auto import tqdm
 import minerlib
 from minerlib.aggregation import aggregate
 from minerlib.artifacts import Run, digest
-from minerlib.benchmarks import FRAMES, REGISTRY, Benchmark, benchmark
 from minerlib.deactivation import deactivate
-from minerlib.evaluation import Prepared, evaluate, prepare, summarise
 from minerlib.model import MLLM, load
 from minerlib.scoring import METRICS, score
 from minerlib.selection import STRATEGIES, WEIGHTINGS, select
 from minerlib.separation import SPLITS
+from minerlib.tasks import REGISTRY, Benchmark, benchmark
+from minerlib.tasks.evaluation import Prepared, evaluate, prepare, summarise
+from minerlib.tasks.media import FRAMES
 
 ROOT = Path(minerlib.__file__).parents[1]
 SHIPPED = Path("data/benchmarks")

@@ -22,8 +22,8 @@ import torch
 import transformers
 from PIL import Image
 
-from minerlib.benchmarks import Sample
 from minerlib.model import MLLM
+from minerlib.tasks import Sample
 
 torch.set_num_threads(1)
 

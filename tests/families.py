@@ -22,7 +22,7 @@ import transformers as tf
 from PIL import Image
 from tokenizers import pre_tokenizers
 
-from minerlib.benchmarks import Sample
+from minerlib.tasks import Sample
 
 HIDDEN, HEADS, KV_HEADS, LAYERS, NEURONS = 64, 4, 2, 2, 48
 TEXT = {

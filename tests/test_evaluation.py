@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from minerlib import benchmarks, metrics
-from minerlib.benchmarks import Repo, Spec, benchmark
-from minerlib.evaluation import Prepared, compare, evaluate, prepare, summarise
+from minerlib import inference
+from minerlib.tasks import Repo, Spec, benchmark
+from minerlib.tasks import rows as benchmarks
+from minerlib.tasks.evaluation import Prepared, compare, evaluate, prepare, summarise
 
 WORDS = ("red", "green", "blue", "a dog on a mat", "two", "ten")
 
@@ -173,4 +174,4 @@ def test_summarise_weighs_benchmarks_alike():
     assert (table["low"] <= table["mean"]).all() and (table["mean"] <= table["high"]).all()
     assert table.iloc[2][["low", "high"]].tolist() == [0.5, 1.0]
     assert len(summarise(scores("a", [1.0]))) == 1  # no average of one benchmark
-    assert metrics.bootstrap([1.0]) == (1.0, 1.0, 1.0)
+    assert inference.bootstrap([1.0]) == (1.0, 1.0, 1.0)

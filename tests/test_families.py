@@ -13,11 +13,13 @@ from families import FAMILIES, LAYERS, NEURONS, TEXT, Rows, chatml, randomise, s
 
 import minerlib as ml
 from minerlib import model as model_module
-from minerlib.flow import attention_between
-from minerlib.geometry import CONVERGENCE, convergence, hidden_states
-from minerlib.last_token import answer_tokens, knockout, last_token_flow, logit_lens
+from minerlib.findings.attention import attention_between
+from minerlib.findings.convergence import CONVERGENCE, convergence
+from minerlib.findings.last_token import answer_tokens, knockout, last_token_flow, logit_lens
+from minerlib.findings.probing import probing
+from minerlib.findings.states import hidden_states
+from minerlib.findings.telomeres import telomeres
 from minerlib.scoring import SETS, importance
-from minerlib.semantics import probing, telomeres
 from minerlib.separation import BASE_SETS, stack
 
 

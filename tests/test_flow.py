@@ -11,10 +11,11 @@ import pytest
 import torch
 from conftest import MODELS, Rows, footprints, random_mllm, random_neurons, samples_for
 
-from minerlib import flow, last_token
-from minerlib.clouds import paired, summarise
 from minerlib.deactivation import deactivate
-from minerlib.geometry import hidden_states
+from minerlib.findings import attention as flow
+from minerlib.findings import last_token
+from minerlib.findings.states import hidden_states
+from minerlib.inference import paired, summarise
 from minerlib.separation import separate
 
 

@@ -22,7 +22,8 @@ from conftest import ROOT
 from sklearn.metrics import accuracy_score
 from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
-from minerlib import metrics
+from minerlib import inference
+from minerlib.tasks import metrics
 
 CASES = 400
 
@@ -370,39 +371,39 @@ def test_unknown_metric_and_uneven_lengths():
 
 def test_bootstrap_agrees_with_scipy():
     values = np.random.default_rng(0).beta(2, 1, 150)
-    ours = metrics.bootstrap(values)
+    ours = inference.bootstrap(values)
     theirs = scipy.stats.bootstrap(
         (values,), np.mean, n_resamples=10_000, method="percentile", vectorized=True, rng=0
     ).confidence_interval
     assert ours.mean == pytest.approx(values.mean())
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.003)
-    assert ours == metrics.bootstrap(values) != metrics.bootstrap(values, seed=1)
+    assert ours == inference.bootstrap(values) != inference.bootstrap(values, seed=1)
 
 
 def test_bootstrap_covers_the_truth():
     rng = np.random.default_rng(0)
     hits = 0
     for i in range(300):
-        _, low, high = metrics.bootstrap(rng.random(80) < 0.7, n=500, seed=i)
+        _, low, high = inference.bootstrap(rng.random(80) < 0.7, n=500, seed=i)
         hits += low <= 0.7 <= high
     assert 0.90 <= hits / 300 <= 0.98
 
 
 def test_bootstrap_over_benchmarks_weighs_them_alike():
-    mean, low, high = metrics.bootstrap({"a": [1.0] * 90, "b": [0.0] * 10})
+    mean, low, high = inference.bootstrap({"a": [1.0] * 90, "b": [0.0] * 10})
     assert (mean, low, high) == (0.5, 0.5, 0.5)
     with pytest.raises(ValueError, match="at least one row"):
-        metrics.bootstrap({"a": [1.0], "b": []})
+        inference.bootstrap({"a": [1.0], "b": []})
 
 
 def test_paired_bootstrap():
     rng = np.random.default_rng(0)
     a = rng.random(200)
-    change = metrics.paired_bootstrap(a, a - 0.1)
+    change = inference.paired_bootstrap(a, a - 0.1)
     assert change == pytest.approx((-0.1, -0.1, -0.1))
-    noisy = metrics.paired_bootstrap(a, rng.random(200))
+    noisy = inference.paired_bootstrap(a, rng.random(200))
     assert noisy.low < noisy.mean < noisy.high
     with pytest.raises(ValueError, match="same rows"):
-        metrics.paired_bootstrap([1.0], [1.0, 2.0])
+        inference.paired_bootstrap([1.0], [1.0, 2.0])
     with pytest.raises(ValueError, match="same benchmarks"):
-        metrics.paired_bootstrap({"a": [1.0]}, {"b": [1.0]})
+        inference.paired_bootstrap({"a": [1.0]}, {"b": [1.0]})

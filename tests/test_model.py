@@ -10,9 +10,9 @@ from conftest import MODELS, ROOT, footprints, random_mllm, samples_for, shared_
 from torch import nn
 
 from minerlib import model as model_module
-from minerlib.benchmarks import Sample
 from minerlib.model import MLLM, load
 from minerlib.separation import separate
+from minerlib.tasks import Sample
 
 # --- what is found -------------------------------------------------------------------------------
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from conftest import Rows, shared_mllm
 
-from minerlib.benchmarks import Sample
 from minerlib.separation import BASE_SETS, SETS, SPLITS, separate, stack
+from minerlib.tasks import Sample
 
 
 def test_order(mllm, samples):

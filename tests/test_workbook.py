@@ -9,8 +9,8 @@ from conftest import ROOT, random_mllm
 
 import minerlib as ml
 from minerlib import workbook
-from minerlib.benchmarks import REGISTRY
 from minerlib.selection import PAPER_WEIGHTS
+from minerlib.tasks import REGISTRY
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_sanity_says_what_is_far_from_the_published_figure(tmp_path, monkeypatch
 
 def test_plugins_add_benchmarks(tmp_path, monkeypatch):
     (tmp_path / "my_plugin.py").write_text(
-        "from minerlib.benchmarks import REGISTRY, Repo, Spec\n"
+        "from minerlib.tasks import REGISTRY, Repo, Spec\n"
         "REGISTRY['capitals'] = Spec(hub=(Repo('me/capitals', 'test'),), columns=('country',),\n"
         "    prompt='{country}?', references=lambda row: ('x',), modality='text',\n"
         "    metric='exact_match')\n"

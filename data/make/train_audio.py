@@ -29,8 +29,8 @@ from transformers import (
 )
 from transformers.masking_utils import create_bidirectional_mask
 
-from minerlib.benchmarks import REGISTRY, benchmark
 from minerlib.model import MLLM
+from minerlib.tasks import REGISTRY, benchmark
 
 from . import audio, knowledge, training
 from .training import IGNORED, Row

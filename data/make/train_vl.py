@@ -33,8 +33,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from minerlib.benchmarks import REGISTRY, benchmark
 from minerlib.model import MLLM, load
+from minerlib.tasks import REGISTRY, benchmark
 
 from . import knowledge, vision
 from .training import Pieces, Row, Task, chat, collate, encode, initialise, train

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from minerlib.clouds import interval
-from minerlib.geometry import batches
+from minerlib.findings.states import batches
+from minerlib.inference import interval
 from minerlib.model import MLLM
 from minerlib.separation import separate
 

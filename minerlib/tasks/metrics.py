@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 
@@ -271,55 +270,3 @@ def corpus_score(metric: str, answers: Answers, references: References) -> float
     """The figure that is published for the whole set: unclipped CIDEr-D, 1 - corpus WER, means."""
     entry = metric_of(metric)
     return float((entry.corpus or _mean(entry.rows))(list(answers), list(references)))
-
-
-# --- intervals -----------------------------------------------------------------------------------
-
-
-class Interval(NamedTuple):
-    """A mean with the ends of its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def bootstrap(
-    values: Sequence[float] | Mapping[str, Sequence[float]], n: int = 10_000, seed: int = 0
-) -> Interval:
-    """The mean with its 95 % percentile interval over `n` resamplings of the rows.
-
-    A mapping {benchmark: values} gives the mean of the benchmarks' means, with rows resampled
-    within each benchmark.
-    """
-    groups = list(values.values()) if isinstance(values, Mapping) else [values]
-    groups = [np.asarray(group, dtype=float) for group in groups]
-    if not groups or any(group.size == 0 for group in groups):
-        raise ValueError("nothing to resample: every benchmark needs at least one row")
-    rng = np.random.default_rng(seed)
-    means = np.zeros(n)
-    for group in groups:
-        step = max(1, 2_000_000 // group.size)  # keeps the drawn indices below some 16 MB
-        for start in range(0, n, step):
-            part = means[start : start + step]
-            part += group[rng.integers(group.size, size=(part.size, group.size))].mean(axis=1)
-    low, high = np.quantile(means / len(groups), [0.025, 0.975])
-    return Interval(float(np.mean([group.mean() for group in groups])), float(low), float(high))
-
-
-def paired_bootstrap(
-    a: Sequence[float] | Mapping[str, Sequence[float]],
-    b: Sequence[float] | Mapping[str, Sequence[float]],
-    n: int = 10_000,
-    seed: int = 0,
-) -> Interval:
-    """The mean of b - a over the same rows, with its 95 % interval; mappings as in `bootstrap`."""
-    if isinstance(a, Mapping) != isinstance(b, Mapping) or (
-        isinstance(a, Mapping) and a.keys() != b.keys()
-    ):
-        raise ValueError("paired values must come from the same benchmarks")
-    if not isinstance(a, Mapping):
-        a, b = {"": a}, {"": b}
-    if uneven := [k for k in a if len(a[k]) != len(b[k])]:
-        raise ValueError(f"paired values must have the same rows; they differ in {uneven}")
-    return bootstrap({k: np.subtract(b[k], a[k], dtype=float) for k in a}, n, seed)

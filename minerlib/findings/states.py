@@ -15,7 +15,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -23,10 +22,8 @@ import pandas as pd
 import torch
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
-from sklearn.metrics import pairwise_distances
 from tqdm.auto import tqdm
 
-from minerlib import clouds
 from minerlib.model import MLLM
 from minerlib.separation import separate
 
@@ -153,152 +150,6 @@ def _draw(base, ids, kinds, limit, equal, seed) -> pd.DataFrame:
             "column": real[at],
         }
     )
-
-
-# --- tables --------------------------------------------------------------------------------------
-
-
-class Resampling:
-    """Samples of a token table as bootstrap draws, per-sample means and shuffled labels."""
-
-    def __init__(self, tokens: pd.DataFrame, second: str, n_boot: int, n_null: int, seed: int):
-        self.group = np.unique(tokens["sample"], return_inverse=True)[1]
-        self.size = self.group.max() + 1
-        self.draws = clouds.resamples(self.size, n_boot, seed)
-        self.second = clouds.shuffles(
-            (tokens["kind"] == second).to_numpy(), self.group, n_null, seed
-        )
-        self.own = self.second[0]
-
-    @property
-    def token_draws(self) -> np.ndarray:
-        """How often each token occurs in each bootstrap draw, [n_boot, token]."""
-        return self.draws[:, self.group]
-
-    def by_sample(self, values: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
-        """Means over each sample's tokens, [..., token] -> [..., sample]; NaN without any."""
-        to = np.zeros((len(self.group), self.size))
-        to[np.arange(len(self.group)), self.group] = 1
-        where = np.ones(1) if where is None else where
-        with np.errstate(invalid="ignore"):
-            return (values * where) @ to / ((where + np.zeros_like(values)) @ to)
-
-    def row(self, measure: str, values: np.ndarray, where=None, greater=True) -> dict:
-        """A row from per-token values [1 + n_null, token], counted where bool of that shape."""
-        mean = self.by_sample(values, where)
-        draws = clouds.weighted(mean[0][:, None], self.draws)[:, 0]
-        mean = np.nanmean(mean, axis=1)
-        return table_row(measure, mean[0], draws, mean[1:], greater)
-
-
-def table_row(measure: str, value, draws, null, greater: bool | None = True) -> dict:
-    """One line of a table; p is one-sided in the claim's direction, or two-sided (greater=None)."""
-    low, high = np.nanquantile(draws, [0.025, 0.975])
-    null_low, null_high = np.quantile(null, [0.025, 0.975])
-    side = (null, value) if greater else (-null, -value)
-    if greater is None:
-        side = np.abs(null), abs(value)
-    p = (1 + (side[0] >= side[1] - 1e-12).sum()) / (1 + len(null))
-    return {
-        "measure": measure,
-        "value": float(value),
-        "low": low,
-        "high": high,
-        "null": float(np.mean(null)),
-        "null_low": null_low,
-        "null_high": null_high,
-        "p": p,
-    }
-
-
-CONVERGENCE = {
-    "distance": True,
-    "silhouette": True,
-    "accuracy": True,
-    "mixing": False,
-    "cka": False,
-}
-"""Measures of convergence: whether smaller is more converged."""
-
-
-def convergence(
-    states: States,
-    kinds: Sequence[str] | None = None,
-    *,
-    k: int = 10,
-    n_boot: int = 1000,
-    n_null: int = 200,
-    seed: int = 0,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """How far apart each two kinds lie, layer by layer, and where they converge (finding II).
-
-    Measures: `distance` of the centroids over the spread; `silhouette` of the labels; `accuracy`
-    of a cross-validated linear classifier; `mixing`, the share of the k nearest neighbours that
-    are of the other kind, over chance; `cka`, debiased linear CKA between the kinds' means
-    across samples. Null: labels shuffled within each sample, for `cka` samples paired at random.
-
-    Returns
-    -------
-    curves: pair, layer, measure, value, low, high, null, null_low, null_high, p (chance that the
-    null is as far apart; for cka, as related). layers: pair, measure, layer (see
-    `clouds.convergence_layer`), low, high, lower_half (share of resamplings in which it lies in
-    the lower half of the layers), start, closest, end (values), never (share of resamplings
-    without any convergence).
-    """
-    curves, layers = [], []
-    kinds = list(dict.fromkeys(states.tokens["kind"])) if kinds is None else kinds
-    for a, b in combinations(kinds, 2):
-        pair, part = f"{a}-{b}", states.of(a, b)
-        r = Resampling(part.tokens, b, n_boot, n_null, seed)
-        drawn = {m: [] for m in CONVERGENCE}
-        values = {m: [] for m in CONVERGENCE}
-        for layer, x in enumerate(part.hidden):
-            rows, draws = _apart(x, r, k, n_null, seed)
-            curves += [{"pair": pair, "layer": layer, **row} for row in rows]
-            for row, draw in zip(rows, draws, strict=True):
-                values[row["measure"]].append(row["value"])
-                drawn[row["measure"]].append(draw)
-        for measure, falling in CONVERGENCE.items():
-            curve = np.array(values[measure])
-            at = clouds.convergence_layer(np.stack(drawn[measure], -1), falling)
-            none = np.isnan(at)
-            low, high = np.nanquantile(at, [0.025, 0.975]) if not none.all() else (np.nan, np.nan)
-            layers.append(
-                {
-                    "pair": pair,
-                    "measure": measure,
-                    "layer": float(clouds.convergence_layer(curve, falling)),
-                    "low": low,
-                    "high": high,
-                    "lower_half": float((at < (len(curve) - 1) / 2).mean()),
-                    "start": curve[0],
-                    "closest": curve.min() if falling else curve.max(),
-                    "end": curve[-1],
-                    "never": float(none.mean()),
-                }
-            )
-    return pd.DataFrame(curves), pd.DataFrame(layers)
-
-
-def _apart(x: np.ndarray, r: Resampling, k: int, n_null: int, seed: int) -> tuple[list, list]:
-    """The rows of one layer and pair, and each row's bootstrap draws."""
-    distance = pairwise_distances(x)
-    tokens = r.token_draws
-    spread = clouds.centroid_distance(x, ~r.second, r.second)
-    spread_draws = clouds.centroid_distance(x, tokens * ~r.own, tokens * r.own)
-    rows, draws = [table_row("distance", spread[0], spread_draws, spread[1:])], [spread_draws]
-    per_token = {
-        "silhouette": (clouds.silhouette(distance, r.second), True),
-        "accuracy": (clouds.classified(x, r.second, r.group), True),
-        "mixing": (clouds.mixing(clouds.neighbours(distance, k), r.second), False),
-    }
-    for measure, (values, greater) in per_token.items():
-        mean = r.by_sample(values[:1])
-        rows.append(r.row(measure, values, greater=greater))
-        draws.append(clouds.weighted(mean.T, r.draws)[:, 0])
-    views = (r.by_sample(x.T, own).T for own in (~r.own, r.own))
-    value, cka_draws, null = clouds.cka(*views, r.draws, n_null, seed)
-    return [*rows, table_row("cka", value, cka_draws, null)], [*draws, cka_draws]
 
 
 def project(

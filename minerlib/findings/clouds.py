@@ -7,85 +7,10 @@ and its shuffles), so that a null costs one call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-import pandas as pd
 from scipy.stats import binom, rankdata
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupKFold
-
-# --- resampling ----------------------------------------------------------------------------------
-
-
-def interval(values: np.ndarray, n: int = 2000, seed: int = 0) -> tuple[np.ndarray, ...]:
-    """Mean over samples with its 95 % percentile bootstrap interval.
-
-    values [sample, ...]; NaN where a sample has no value. Returns mean, low, high, each [...];
-    NaN where no sample has a value.
-    """
-    values = np.asarray(values, float)
-    flat = values.reshape(len(values), -1)
-    means = weighted(flat, resamples(len(flat), n, seed))
-    low, high = np.full((2, flat.shape[1]), np.nan)
-    there = ~np.isnan(flat).all(0)
-    low[there], high[there] = np.nanquantile(means[:, there], [0.025, 0.975], axis=0)
-    mean = weighted(flat, np.ones((1, len(flat))))[0]
-    return tuple(x.reshape(values.shape[1:]) for x in (mean, low, high))
-
-
-def resamples(n_samples: int, n: int, seed: int = 0) -> np.ndarray:
-    """How often each sample occurs in each of n bootstrap resamplings, float [n, sample]."""
-    rng = np.random.default_rng(seed)
-    return rng.multinomial(n_samples, np.full(n_samples, 1 / n_samples), n).astype(float)
-
-
-def weighted(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Means of values [sample, ...] under weights [n, sample], leaving NaN out: [n, ...]."""
-    there = ~np.isnan(values)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (weights @ np.where(there, values, 0)) / (weights @ there)
-
-
-def shuffles(labels: np.ndarray, groups: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
-    """The labels [token], and n shuffles of them within each group, [n + 1, token]."""
-    rank = np.unique(groups, return_inverse=True)[1]
-    slots = np.argsort(rank, kind="stable")
-    drawn = np.argsort(rank + np.random.default_rng(seed).random((n, len(rank))), axis=1)
-    out = np.tile(labels, (n + 1, 1))
-    out[1:, slots] = labels[drawn]
-    return out
-
-
-def summarise(
-    table: pd.DataFrame, value: str, by: Sequence[str] = ("layer", "set")
-) -> pd.DataFrame:
-    """Mean over samples with its 95 % interval of a table with one row per sample and `by`.
-
-    Returns columns *by, value (under its own name), low, high, n. For a paired change between
-    two conditions pass `paired(before, after, value, by)`.
-    """
-    by = list(by)
-    wide = table.pivot_table(value, "sample", by, sort=False)
-    columns = wide.columns.to_frame(index=False)
-    mean, low, high = interval(wide.to_numpy())
-    n = wide.notna().sum().to_numpy()
-    return columns.assign(**{value: mean, "low": low, "high": high, "n": n})
-
-
-def paired(
-    before: pd.DataFrame, after: pd.DataFrame, value: str, by: Sequence[str] = ("layer", "set")
-) -> pd.DataFrame:
-    """after - before of the same samples: one row per sample and `by`, for `summarise`."""
-    key = ["sample", *by]
-    both = before[[*key, value]].merge(after[[*key, value]], on=key, validate="one_to_one")
-    if not len(both) == len(before) == len(after):
-        raise ValueError(
-            f"only {len(both)} rows are in both tables ({len(before)} and {len(after)}): measure "
-            "both conditions on the same samples"
-        )
-    return both[key].assign(**{value: both[f"{value}_y"] - both[f"{value}_x"]})
-
 
 # --- two clouds -----------------------------------------------------------------------------------
 

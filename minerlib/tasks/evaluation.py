@@ -19,11 +19,13 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
-from . import metrics
-from .benchmarks import REGISTRY, Benchmark, Sample
+from minerlib import inference
+from minerlib.tasks import metrics
+from minerlib.tasks.rows import Benchmark
+from minerlib.tasks.spec import REGISTRY, Sample
 
 if TYPE_CHECKING:
-    from .model import MLLM
+    from minerlib.model import MLLM
 
 KEY = ["benchmark", "row"]
 AVERAGE = "average"
@@ -167,7 +169,7 @@ def summarise(table: pd.DataFrame, n: int = 10_000, seed: int = 0) -> pd.DataFra
         corpus = math.nan
         if name in REGISTRY and len(rows):
             corpus = metrics.corpus_score(REGISTRY[name].metric, rows["answer"], rows["references"])
-        interval = metrics.bootstrap(scores, n, seed)
+        interval = inference.bootstrap(scores, n, seed)
         size = sum(map(len, scores.values()))
         lines.append({"benchmark": name, "n": size, **interval._asdict(), "corpus": corpus})
     return pd.DataFrame(lines)
@@ -194,7 +196,7 @@ def compare(a: pd.DataFrame, b: pd.DataFrame, n: int = 10_000, seed: int = 0) ->
     second = _lines(_scores(pairs.rename(columns={"score_b": "score"})))
     lines = []
     for name in first:
-        change = metrics.paired_bootstrap(first[name], second[name], n, seed)
+        change = inference.paired_bootstrap(first[name], second[name], n, seed)
         means = [np.mean([v.mean() for v in side[name].values()]) for side in (first, second)]
         lines.append(
             {

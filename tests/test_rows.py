@@ -14,8 +14,8 @@ import pytest
 import soundfile
 from PIL import Image
 
-from minerlib import benchmarks
-from minerlib.benchmarks import REGISTRY, Repo, Spec, benchmark
+from minerlib.tasks import REGISTRY, Repo, Spec, benchmark
+from minerlib.tasks import rows as benchmarks
 
 SHIPPED = Path(__file__).resolve().parents[1] / "data" / "benchmarks"
 
@@ -230,7 +230,7 @@ def test_published_row_count_is_checked(hub, caplog):
     benchmark("text_vqa", hub)
     assert "loaded 3 samples, the published split has 5000" in caplog.text
     caplog.clear()
-    with caplog.at_level(logging.INFO, logger="minerlib.benchmarks"):
+    with caplog.at_level(logging.INFO, logger="minerlib.tasks.rows"):
         benchmark("vocal_sound", hub)
     assert "loaded 1 samples" in caplog.text
 

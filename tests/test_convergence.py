@@ -10,9 +10,12 @@ from conftest import Rows, footprints
 from scipy.stats import binom, ortho_group, spearmanr
 from sklearn.metrics import pairwise_distances, silhouette_samples
 
-from minerlib import clouds, geometry, metrics
-from minerlib.geometry import States, convergence, hidden_states, project
-from minerlib.semantics import massive_activations, probing, telomeres, tips
+from minerlib import inference
+from minerlib.findings import clouds, states
+from minerlib.findings.convergence import convergence
+from minerlib.findings.probing import probing, tips
+from minerlib.findings.states import States, hidden_states, project
+from minerlib.findings.telomeres import massive_activations, telomeres
 
 RNG = np.random.default_rng
 MOST = int(binom.ppf(0.999, 200, 0.05))  # rejections in 200 tries at the 5 % level
@@ -118,7 +121,7 @@ def test_cka_known_answers():
     rotated = 3 * a @ ortho_group.rvs(8, random_state=0) + 5
     assert clouds.cka(a, rotated)[0] == pytest.approx(1)
     b = RNG(1).standard_normal((60, 500))  # where plain CKA is far from 0
-    found, draws, null = clouds.cka(a, b, clouds.resamples(60, 200), 200)
+    found, draws, null = clouds.cka(a, b, inference.resamples(60, 200), 200)
     assert abs(found) < 0.15 and abs(null.mean()) < 0.05
     assert np.quantile(draws, 0.025) < 0 < np.quantile(draws, 0.975)
     with pytest.raises(ValueError, match="at least 4"):
@@ -337,31 +340,31 @@ def test_massive_activations():
 
 def test_shuffles_stay_within_their_group():
     labels, groups = np.array([1, 0, 0, 1, 1, 0, 0]), np.array([5, 5, 2, 2, 5, 2, 9])
-    shuffled = clouds.shuffles(labels, groups, 200)
+    shuffled = inference.shuffles(labels, groups, 200)
     assert (shuffled[0] == labels).all() and shuffled.shape == (201, 7)
     for group in (2, 5, 9):
         assert (shuffled[:, groups == group].sum(1) == labels[groups == group].sum()).all()
     share = shuffled[1:].mean(0)
     assert share[groups == 5] == pytest.approx(2 / 3, abs=0.12)
-    assert (clouds.shuffles(labels, groups, 200) == shuffled).all()
+    assert (inference.shuffles(labels, groups, 200) == shuffled).all()
 
 
 def test_interval_is_a_bootstrap_over_samples():
     values = RNG(0).standard_normal((50, 2))
-    mean, low, high = clouds.interval(values)
-    expected = metrics.bootstrap(values[:, 1])
+    mean, low, high = inference.interval(values)
+    expected = inference.bootstrap(values[:, 1])
     assert (mean[1], low[1], high[1]) == pytest.approx(expected, abs=0.03)
     holes = np.column_stack(
         [np.where(np.arange(50) < 20, values[:, 0], np.nan), np.full(50, np.nan)]
     )
-    mean, low, high = clouds.interval(holes)
+    mean, low, high = inference.interval(holes)
     assert mean[0] == pytest.approx(values[:20, 0].mean()) and low[0] < mean[0] < high[0]
     assert np.isnan([mean[1], low[1], high[1]]).all()
 
 
 def test_interval_covers():
     """Of 200 true values some 95 % lie inside."""
-    _, low, high = clouds.interval(RNG(8).standard_normal((40, 200)))
+    _, low, high = inference.interval(RNG(8).standard_normal((40, 200)))
     assert ((low > 0) | (high < 0)).sum() <= MOST
 
 
@@ -377,12 +380,12 @@ def test_summaries_of_paired_conditions():
         {"sample": [0, 0, 1, 1], "layer": [0, 1] * 2, "set": "text", "v": [1.0] * 4}
     )
     after = before.assign(v=[2.0, 1, 4, 1])
-    change = clouds.paired(before, after.sample(frac=1, random_state=0), "v")
-    table = clouds.summarise(change, "v")
+    change = inference.paired(before, after.sample(frac=1, random_state=0), "v")
+    table = inference.summarise(change, "v")
     assert table["v"].tolist() == [2, 0] and table["n"].tolist() == [2, 2]
     assert (table.loc[0, "low"], table.loc[0, "high"]) == (1, 3)
     with pytest.raises(ValueError, match="same samples"):
-        clouds.paired(before, after.iloc[:2], "v")
+        inference.paired(before, after.iloc[:2], "v")
 
 
 # --- collecting ----------------------------------------------------------------------------------
@@ -440,7 +443,7 @@ def test_nothing_remains_after_an_error(mllm, samples):
     def fail(layer, h):
         raise RuntimeError("stop")
 
-    with pytest.raises(RuntimeError, match="stop"), geometry.residual_stream(mllm, fail):
+    with pytest.raises(RuntimeError, match="stop"), states.residual_stream(mllm, fail):
         mllm.forward(mllm.encode(samples[:1]))
     assert footprints(mllm) == before
     with pytest.raises(ValueError, match="no rows"):

@@ -22,8 +22,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from minerlib.flow import visible
-from minerlib.geometry import batches, residual_stream
+from minerlib.findings.attention import visible
+from minerlib.findings.states import batches, residual_stream
 from minerlib.model import MLLM
 from minerlib.separation import separate
 

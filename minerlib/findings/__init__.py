@@ -1,0 +1,1 @@
+"""One room per finding, called like its notebook."""

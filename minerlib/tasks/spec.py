@@ -1,0 +1,262 @@
+"""What a benchmark is: samples, specifications and the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from minerlib.tasks import metrics
+from minerlib.tasks.media import _DECODE, FRAMES, SAMPLING_RATE
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with its media and its reference answers.
+
+    `image` is an RGB picture, `video` uint8 [frame, height, width, channel], `audio` float32
+    [time], mono at the benchmark's sampling rate, 16 kHz unless asked otherwise. `choices` are
+    answers to be ranked by their probability as the next token; without them the model generates.
+    `row` is the sample's number in the whole split and survives slicing.
+    """
+
+    prompt: str
+    references: tuple[str, ...]
+    image: Image.Image | None = None
+    video: np.ndarray | None = None
+    audio: np.ndarray | None = None
+    choices: tuple[str, ...] | None = None
+    benchmark: str = ""
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class Repo:
+    """One dataset repository of the hub: "owner/name", its split and its configuration."""
+
+    name: str
+    split: str
+    config: str | None = None
+
+
+@dataclass(frozen=True)
+class Join:
+    """Rows of a second set that belong to a row: those whose `theirs` equals the row's `ours`.
+
+    They are looked up only when the columns in `provides` are missing from the rows themselves.
+    """
+
+    hub: tuple[Repo, ...]
+    ours: str
+    theirs: str
+    columns: tuple[str, ...]
+    provides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All that the loader knows of a benchmark; the pure step from a row to a `Sample`.
+
+    Parameters
+    ----------
+    hub : candidates in the order in which they are tried (owners move their sets).
+    columns : what every row must have; "a|b" stands for either.
+    prompt : a template, filled with the row's columns and with what `fields` returns.
+    references : row -> reference answers.
+    modality : "text", "image", "video" or "audio"; the last three are decoded from the row.
+    metric : a name in `metrics.METRICS`.
+    max_new_tokens : budget of a generated answer; 1 where `choices` are ranked instead.
+    rows : samples in the published split; a different number is reported.
+    fields : (row, joined rows) -> further fields for the template. For the references alone it
+        gets the row without media and no joined rows.
+    each : a list column of which every element is a sample of its own.
+    max_seconds : longer clips are skipped and reported.
+    """
+
+    hub: tuple[Repo, ...]
+    columns: tuple[str, ...]
+    prompt: str
+    references: Callable[[dict], Sequence[str]]
+    modality: str
+    metric: str
+    max_new_tokens: int = 16
+    rows: int | None = None
+    choices: tuple[str, ...] | None = None
+    fields: Callable[[dict, list[dict]], dict] | None = None
+    join: Join | None = None
+    each: str | None = None
+    max_seconds: float | None = None
+
+    def sample(
+        self,
+        row: Mapping[str, Any],
+        joined: Sequence[dict] = (),
+        *,
+        frames: int = FRAMES,
+        sampling_rate: int = SAMPLING_RATE,
+        benchmark: str = "",
+        number: int = 0,
+    ) -> Sample:
+        """The `Sample` of one dataset row (for `each`: the row with one element of that list)."""
+        row = self._complete(row, joined)
+        media = {}
+        if self.modality != "text":
+            media[self.modality] = _DECODE[self.modality](row, frames, sampling_rate)
+        try:
+            prompt = self.prompt.format_map(row)
+        except KeyError as error:
+            raise ValueError(
+                f"{benchmark}: its prompt names {error}, but a row has {sorted(row)}"
+            ) from None
+        return Sample(
+            prompt=prompt,
+            references=self._answers(row),
+            choices=self.choices,
+            benchmark=benchmark,
+            row=number,
+            **media,
+        )
+
+    def _answers(self, row: dict) -> tuple[str, ...]:
+        answers = self.references(row)
+        return (answers,) if isinstance(answers, str) else tuple(answers)
+
+    def __post_init__(self) -> None:
+        if self.modality not in ("text", *_DECODE):
+            raise ValueError(f"modality {self.modality!r}: use text, {', '.join(_DECODE)}")
+        metrics.metric_of(self.metric)
+
+    def _complete(self, row: Mapping[str, Any], joined: Sequence[dict]) -> dict:
+        return {**row, **(self.fields(dict(row), list(joined)) if self.fields else {})}
+
+
+# --- the pieces that a row needs -----------------------------------------------------------------
+
+
+def mmlu_item(row: Mapping[str, Any], answered: bool = False) -> str:
+    """One MMLU question with its four lettered options, ending in "Answer:" (and the letter)."""
+    options = "".join(
+        f"{letter}. {choice}\n" for letter, choice in zip("ABCD", row["choices"], strict=True)
+    )
+    answer = f" {'ABCD'[row['answer']]}\n\n" if answered else ""
+    return f"{row['question']}\n{options}Answer:{answer}"
+
+
+def _mmlu_fields(row: dict, dev: list[dict]) -> dict:
+    return {
+        "topic": row["subject"].replace("_", " "),
+        "shots": "".join(mmlu_item(shot, answered=True) for shot in dev[:5]),
+        "item": mmlu_item(row),
+    }
+
+
+def _msvd_fields(row: dict, _: list[dict]) -> dict:
+    question, answer = row["qa"][:2]
+    return {"question": question, "answer": answer}
+
+
+def _coco_fields(row: dict, joined: list[dict]) -> dict:
+    return {"image": joined[0]["image"]} if joined else {}
+
+
+# --- the registry: one entry per benchmark -------------------------------------------------------
+
+REGISTRY: dict[str, Spec] = {
+    "text_vqa": Spec(
+        hub=(
+            Repo("lmms-lab-encoder/textvqa", "validation"),
+            Repo("lmms-lab/textvqa", "validation"),
+        ),
+        columns=("image", "question", "answers"),
+        prompt=SHORT_ANSWER,
+        references=lambda row: row["answers"],
+        modality="image",
+        metric="vqa_accuracy",
+        rows=5000,
+    ),
+    "coco_caption": Spec(
+        hub=(Repo("yerevann/coco-karpathy", "test"),),
+        columns=("filename", "sentences|answer"),
+        prompt="Describe the image in one sentence.",
+        references=lambda row: row["sentences"] if "sentences" in row else row["answer"],
+        modality="image",
+        metric="cider_d",
+        max_new_tokens=48,
+        rows=5000,
+        fields=_coco_fields,
+        # The Karpathy test rows name their pictures; the pictures are in the COCO 2014 val set.
+        join=Join(
+            hub=(
+                Repo("lmms-lab-encoder/COCO-Caption", "val"),
+                Repo("lmms-lab/COCO-Caption", "val"),
+            ),
+            ours="filename",
+            theirs="file_name",
+            columns=("image", "file_name"),
+            provides=("image",),
+        ),
+    ),
+    "mmlu": Spec(
+        hub=(Repo("cais/mmlu", "test", "all"),),
+        columns=("question", "subject", "choices", "answer"),
+        prompt="The following are multiple choice questions (with answers) about {topic}.\n\n"
+        "{shots}{item}",
+        references=lambda row: ("ABCD"[row["answer"]],),
+        modality="text",
+        metric="choice_accuracy",
+        max_new_tokens=1,
+        rows=14042,
+        choices=("A", "B", "C", "D"),
+        fields=_mmlu_fields,
+        join=Join(
+            hub=(Repo("cais/mmlu", "dev", "all"),),
+            ours="subject",
+            theirs="subject",
+            columns=("question", "subject", "choices", "answer"),
+            provides=("shots",),
+        ),
+    ),
+    "msvd_qa": Spec(
+        hub=(Repo("morpheushoc/msvd-qa", "test"),),
+        columns=("qa", "binary_frames", "num_frames", "height", "width", "channels"),
+        prompt=SHORT_ANSWER,
+        references=lambda row: (row["answer"],),
+        modality="video",
+        metric="exact_match",
+        rows=13157,
+        fields=_msvd_fields,
+        each="qa",
+    ),
+    "libri": Spec(
+        hub=(Repo("openslr/librispeech_asr", "test", "clean"),),
+        columns=("audio", "text"),
+        prompt="Recognize the speech and output only the transcript.",
+        references=lambda row: (row["text"],),
+        modality="audio",
+        metric="wrr",
+        max_new_tokens=128,
+        rows=2620,
+        # Qwen2-Audio's encoder hears 30 s and drops the rest without a word.
+        max_seconds=30.0,
+    ),
+    "vocal_sound": Spec(
+        hub=(
+            Repo("lmms-lab-audio/vocalsound", "test"),
+            Repo("lmms-lab/vocalsound", "test"),
+            Repo("flozi00/VocalSound_audio_16k", "train"),
+        ),
+        columns=("audio", "answer"),
+        prompt="Which vocal sound is this: Laughter, Sniff, Throat clearing, Cough, Sigh or "
+        "Sneeze? Answer with one name.",
+        references=lambda row: (row["answer"],),
+        modality="audio",
+        metric="vocal_sound",
+    ),
+}
