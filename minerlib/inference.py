@@ -1,36 +1,42 @@
-"""Intervals, nulls, multiplicity and verdicts: one set of rules for every claim."""
+"""Intervals, nulls, multiplicity and verdicts: one set of rules for every claim.
+
+Intervals are 95 % percentile bootstraps over samples (Efron and Tibshirani 1993, chapter 13);
+p-values are ranks among draws from a null (Phipson and Smyth 2010); a claim made of several
+layers takes Bonferroni's bound. `scipy.stats.bootstrap` does not serve: it gathers every
+resample of every measure, where here one matrix of counts serves a whole table of measures, as
+a product, and weighs the points of clouds.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
-# --- resampling ----------------------------------------------------------------------------------
-
-
-def interval(values: np.ndarray, n: int = 2000, seed: int = 0) -> tuple[np.ndarray, ...]:
-    """Mean over samples with its 95 % percentile bootstrap interval.
-
-    values [sample, ...]; NaN where a sample has no value. Returns mean, low, high, each [...];
-    NaN where no sample has a value.
-    """
-    values = np.asarray(values, float)
-    flat = values.reshape(len(values), -1)
-    means = weighted(flat, resamples(len(flat), n, seed))
-    low, high = np.full((2, flat.shape[1]), np.nan)
-    there = ~np.isnan(flat).all(0)
-    low[there], high[there] = np.nanquantile(means[:, there], [0.025, 0.975], axis=0)
-    mean = weighted(flat, np.ones((1, len(flat))))[0]
-    return tuple(x.reshape(values.shape[1:]) for x in (mean, low, high))
+# --- intervals -----------------------------------------------------------------------------------
 
 
-def resamples(n_samples: int, n: int, seed: int = 0) -> np.ndarray:
-    """How often each sample occurs in each of n bootstrap resamplings, float [n, sample]."""
+class Interval(NamedTuple):
+    """A mean with the ends of its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@lru_cache(maxsize=8)
+def resamples(n_samples: int, n: int, seed: int | tuple[int, ...] = 0) -> np.ndarray:
+    """How often each sample occurs in each of n bootstrap resamplings, read-only [n, sample]."""
+    if n_samples < 1:
+        raise ValueError("nothing to resample: no samples; raise the limit")
     rng = np.random.default_rng(seed)
-    return rng.multinomial(n_samples, np.full(n_samples, 1 / n_samples), n).astype(float)
+    counts = rng.multinomial(n_samples, np.full(n_samples, 1 / n_samples), n).astype(float)
+    counts.setflags(write=False)  # kept: the same rows are resampled under every condition
+    return counts
 
 
 def weighted(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -40,17 +46,68 @@ def weighted(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
         return (weights @ np.where(there, values, 0)) / (weights @ there)
 
 
-def shuffles(labels: np.ndarray, groups: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
-    """The labels [token], and n shuffles of them within each group, [n + 1, token]."""
-    rank = np.unique(groups, return_inverse=True)[1]
-    slots = np.argsort(rank, kind="stable")
-    drawn = np.argsort(rank + np.random.default_rng(seed).random((n, len(rank))), axis=1)
-    out = np.tile(labels, (n + 1, 1))
-    out[1:, slots] = labels[drawn]
-    return out
+def middle95(draws: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of the middle 95 % of draws [draw, ...], leaving NaN out; NaN without any."""
+    draws = np.asarray(draws, float)
+    if not len(draws):
+        raise ValueError("no draws, so no quantiles")
+    low, high = np.full((2, *draws.shape[1:]), np.nan)
+    there = ~np.isnan(draws).all(0)
+    low[there], high[there] = np.nanquantile(draws[:, there], [0.025, 0.975], axis=0)
+    return low[()], high[()]
 
 
-def summarise(
+def interval(values: np.ndarray, n: int = 2000, seed: int = 0) -> tuple[np.ndarray, ...]:
+    """Mean over samples with its 95 % interval: mean, low, high, each [...].
+
+    values [sample, ...]; NaN where a sample has no value, and in the result where none has.
+    """
+    values = np.asarray(values, float)
+    flat = values.reshape(len(values), -1)
+    mean = weighted(flat, np.ones((1, len(flat))))[0]
+    ends = middle95(weighted(flat, resamples(len(flat), n, seed)))
+    return tuple(x.reshape(values.shape[1:]) for x in (mean, *ends))
+
+
+def bootstrap(
+    values: Sequence[float] | Mapping[str, Sequence[float]], n: int = 10_000, seed: int = 0
+) -> Interval:
+    """The mean with its 95 % interval over `n` resamplings of the rows; NaN if a value is.
+
+    A mapping {benchmark: values} gives the mean of the benchmarks' means, with rows resampled
+    within each benchmark.
+    """
+    groups = list(values.values()) if isinstance(values, Mapping) else [values]
+    groups = [np.asarray(group, dtype=float) for group in groups]
+    if not groups or any(group.size == 0 for group in groups):
+        raise ValueError("nothing to resample: every benchmark needs at least one row")
+    means = np.zeros(n)
+    for i, group in enumerate(groups):
+        step = max(1, 2_000_000 // group.size)  # keeps a matrix of counts below some 16 MB
+        for start in range(0, n, step):
+            part = means[start : start + step]
+            part += resamples(group.size, part.size, (seed, i, start)) @ group / group.size
+    low, high = middle95(means / len(groups))
+    return Interval(float(np.mean([group.mean() for group in groups])), float(low), float(high))
+
+
+def paired_bootstrap(
+    a: Sequence[float] | Mapping[str, Sequence[float]],
+    b: Sequence[float] | Mapping[str, Sequence[float]],
+    n: int = 10_000,
+    seed: int = 0,
+) -> Interval:
+    """The mean of b - a over the same rows, with its 95 % interval; mappings as in `bootstrap`."""
+    if not isinstance(a, Mapping) and not isinstance(b, Mapping):
+        a, b = {"": a}, {"": b}
+    if not isinstance(a, Mapping) or not isinstance(b, Mapping) or a.keys() != b.keys():
+        raise ValueError("paired values must come from the same benchmarks")
+    if uneven := [k for k in a if len(a[k]) != len(b[k])]:
+        raise ValueError(f"paired values must have the same rows; they differ in {uneven}")
+    return bootstrap({k: np.subtract(b[k], a[k], dtype=float) for k in a}, n, seed)
+
+
+def mean_over_samples(
     table: pd.DataFrame, value: str, by: Sequence[str] = ("layer", "set")
 ) -> pd.DataFrame:
     """Mean over samples with its 95 % interval of a table with one row per sample and `by`.
@@ -69,7 +126,7 @@ def summarise(
 def paired(
     before: pd.DataFrame, after: pd.DataFrame, value: str, by: Sequence[str] = ("layer", "set")
 ) -> pd.DataFrame:
-    """after - before of the same samples: one row per sample and `by`, for `summarise`."""
+    """after - before of the same samples: one row per sample and `by`."""
     key = ["sample", *by]
     both = before[[*key, value]].merge(after[[*key, value]], on=key, validate="one_to_one")
     if not len(both) == len(before) == len(after):
@@ -80,13 +137,49 @@ def paired(
     return both[key].assign(**{value: both[f"{value}_y"] - both[f"{value}_x"]})
 
 
+# --- nulls ---------------------------------------------------------------------------------------
+
+
+def shuffles(labels: np.ndarray, groups: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
+    """The labels [token], and n shuffles of them within each group, [n + 1, token]."""
+    rank = np.unique(groups, return_inverse=True)[1]
+    slots = np.argsort(rank, kind="stable")
+    drawn = np.argsort(rank + np.random.default_rng(seed).random((n, len(rank))), axis=1)
+    out = np.tile(labels, (n + 1, 1))
+    out[1:, slots] = labels[drawn]
+    return out
+
+
+def rank_p(value: float, draws: ArrayLike, tail: str) -> float:
+    """Permutation p: (1 + draws at least as extreme) / (1 + draws), never 0.
+
+    tail is "less", "greater", or "two-sided", which compares magnitudes. NaN if any number is.
+    """
+    draws = _draws(draws)
+    if tail not in (tails := ("less", "greater", "two-sided")):
+        raise ValueError(f"tail={tail!r}: use one of {', '.join(tails)}")
+    if tail == "two-sided":
+        value, draws = abs(value), np.abs(draws)
+    sign = -1 if tail == "less" else 1
+    if np.isnan(value) or np.isnan(draws).any():
+        return float("nan")
+    return float(1 + (sign * draws >= sign * value - 1e-12).sum()) / (1 + draws.size)
+
+
+def _draws(draws: ArrayLike) -> np.ndarray:
+    draws = np.asarray(draws, float)
+    if not draws.size:
+        raise ValueError("no draws of the null to compare with; draw some")
+    return draws
+
+
 class Resampling:
     """Samples of a token table as bootstrap draws, per-sample means and shuffled labels."""
 
     def __init__(self, tokens: pd.DataFrame, second: str, n_boot: int, n_null: int, seed: int):
         self.group = np.unique(tokens["sample"], return_inverse=True)[1]
         self.size = self.group.max() + 1
-        self.draws = resamples(self.size, n_boot, seed)
+        self.draws = resamples(int(self.size), n_boot, seed)
         self.second = shuffles((tokens["kind"] == second).to_numpy(), self.group, n_null, seed)
         self.own = self.second[0]
 
@@ -113,12 +206,9 @@ class Resampling:
 
 def table_row(measure: str, value, draws, null, greater: bool | None = True) -> dict:
     """One line of a table; p is one-sided in the claim's direction, or two-sided (greater=None)."""
-    low, high = np.nanquantile(draws, [0.025, 0.975])
-    null_low, null_high = np.quantile(null, [0.025, 0.975])
-    side = (null, value) if greater else (-null, -value)
-    if greater is None:
-        side = np.abs(null), abs(value)
-    p = (1 + (side[0] >= side[1] - 1e-12).sum()) / (1 + len(null))
+    low, high = middle95(draws)
+    null_low, null_high = middle95(null)
+    tail = "two-sided" if greater is None else "greater" if greater else "less"
     return {
         "measure": measure,
         "value": float(value),
@@ -127,57 +217,233 @@ def table_row(measure: str, value, draws, null, greater: bool | None = True) -> 
         "null": float(np.mean(null)),
         "null_low": null_low,
         "null_high": null_high,
-        "p": p,
+        "p": rank_p(value, null, tail),
     }
 
 
-# --- intervals -----------------------------------------------------------------------------------
+# --- verdicts ------------------------------------------------------------------------------------
+
+HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told"
+LEVEL = 0.05
+TOLERANCE = 0.02
+"""How far a number may move on another processor: absolute up to 1, a share of larger numbers."""
 
 
-class Interval(NamedTuple):
-    """A mean with the ends of its 95 % bootstrap interval."""
+class Verdict(NamedTuple):
+    """A word and how far it is from another: the smallest move of the deciding numbers, in
+    tolerances, that could change it. Below 1 it is said, for another processor's last digits
+    could decide otherwise."""
 
-    mean: float
-    low: float
-    high: float
+    word: str
+    margin: float
+
+    def __str__(self) -> str:
+        return self.word + (" (close)" if self.margin < 1 else "")
 
 
-def bootstrap(
-    values: Sequence[float] | Mapping[str, Sequence[float]], n: int = 10_000, seed: int = 0
-) -> Interval:
-    """The mean with its 95 % percentile interval over `n` resamplings of the rows.
+class Layers(NamedTuple):
+    """A verdict over layers: which rows say yes, bool [layer], and the most favourable row."""
 
-    A mapping {benchmark: values} gives the mean of the benchmarks' means, with rows resampled
-    within each benchmark.
+    verdict: Verdict
+    yes: np.ndarray
+    line: pd.Series
+
+
+class Converged(NamedTuple):
+    """A verdict on a curve, its closest layer, and whether that is clearly nearer than layer 0."""
+
+    verdict: Verdict
+    layer: int
+    nearer: bool
+
+
+# A rule is written in signed numbers: a comparison is its distance in tolerances, positive if it
+# is true and never 0; `and` is the minimum, `or` the maximum, `not` the minus sign (Zadeh 1965).
+# So one expression gives a rule's word and its margin.
+
+
+def _more(a, b, tolerance: float = TOLERANCE, equal: bool = False) -> np.ndarray:
+    """a > b (a >= b if equal) as a signed number; -inf with NaN, which is never true."""
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    size = np.maximum(1, np.maximum(np.abs(a), np.abs(b)))
+    with np.errstate(invalid="ignore"):
+        away = np.maximum(np.abs(a - b) / (tolerance * size), np.finfo(float).tiny)
+    return np.where(a >= b if equal else a > b, 1, -1) * np.nan_to_num(away, nan=np.inf)
+
+
+def _at_least(need: int, signed: ArrayLike) -> float:
+    """Whether so many are true, as a signed number."""
+    return float(np.sort(signed)[-need])
+
+
+def _verdict(holds, fails) -> Verdict:
+    """The verdict of a rule that says when a claim holds, and when it does not."""
+    if holds > 0:
+        return Verdict(HOLDS, float(holds))
+    if fails > 0:
+        return Verdict(FAILS, float(fails))
+    return Verdict(UNKNOWN, float(min(-holds, -fails)))
+
+
+def beyond(
+    low: float, high: float, bound: float, *, greater: bool = True, tolerance: float = TOLERANCE
+) -> Verdict:
+    """Holds if an interval lies wholly above (or not greater: below) a bound; does not hold if
+    no part of it does."""
+    if not greater:
+        low, high, bound = -high, -low, -bound
+    return _verdict(_more(low, bound, tolerance), _more(bound, high, tolerance, equal=True))
+
+
+def below_every_draw(high: float, draws: ArrayLike, *, tolerance: float = TOLERANCE) -> Verdict:
+    """Holds if the upper end of an interval lies below every draw of the null, else does not."""
+    least = _draws(draws).min()
+    return _verdict(_more(least, high, tolerance), _more(high, least, tolerance, equal=True))
+
+
+def change_against_draws(
+    value: float,
+    low: float,
+    high: float,
+    draws: ArrayLike,
+    *,
+    n: int | None = None,
+    tolerance: float = TOLERANCE,
+) -> Verdict:
+    """Whether a change and its interval are clear of the changes that random draws make.
+
+    Holds if the interval is clear of their range; does not hold if the change is within it.
+    Cannot be told if only the change is clear, if the interval spans the whole range (no draw
+    could be ruled out), with fewer than 8 samples (n), or if there is no number.
     """
-    groups = list(values.values()) if isinstance(values, Mapping) else [values]
-    groups = [np.asarray(group, dtype=float) for group in groups]
-    if not groups or any(group.size == 0 for group in groups):
-        raise ValueError("nothing to resample: every benchmark needs at least one row")
-    rng = np.random.default_rng(seed)
-    means = np.zeros(n)
-    for group in groups:
-        step = max(1, 2_000_000 // group.size)  # keeps the drawn indices below some 16 MB
-        for start in range(0, n, step):
-            part = means[start : start + step]
-            part += group[rng.integers(group.size, size=(part.size, group.size))].mean(axis=1)
-    low, high = np.quantile(means / len(groups), [0.025, 0.975])
-    return Interval(float(np.mean([group.mean() for group in groups])), float(low), float(high))
+    draws = _draws(draws)
+    draws = draws[np.isfinite(draws)]
+    few = n is not None and n < 8
+    if few or not draws.size or not np.isfinite([value, low, high]).all():
+        return Verdict(UNKNOWN, np.inf)
+    least, most = draws.min(), draws.max()
+    spans = min(_more(least, low, tolerance), _more(high, most, tolerance))
+    within = min(_more(value, least, tolerance, True), _more(most, value, tolerance, True))
+    clear = max(_more(low, most, tolerance), _more(least, high, tolerance))
+    return _verdict(min(-spans, -within, clear), min(-spans, within))
 
 
-def paired_bootstrap(
-    a: Sequence[float] | Mapping[str, Sequence[float]],
-    b: Sequence[float] | Mapping[str, Sequence[float]],
-    n: int = 10_000,
-    seed: int = 0,
-) -> Interval:
-    """The mean of b - a over the same rows, with its 95 % interval; mappings as in `bootstrap`."""
-    if isinstance(a, Mapping) != isinstance(b, Mapping) or (
-        isinstance(a, Mapping) and a.keys() != b.keys()
-    ):
-        raise ValueError("paired values must come from the same benchmarks")
-    if not isinstance(a, Mapping):
-        a, b = {"": a}, {"": b}
-    if uneven := [k for k in a if len(a[k]) != len(b[k])]:
-        raise ValueError(f"paired values must have the same rows; they differ in {uneven}")
-    return bootstrap({k: np.subtract(b[k], a[k], dtype=float) for k in a}, n, seed)
+def clear_of(low: ArrayLike, high: ArrayLike, draws: ArrayLike) -> np.ndarray:
+    """Whether intervals [...] lie beyond the range of all draws [draw, ...], bool [...]."""
+    draws = _draws(draws)
+    return (np.asarray(low) > draws.max(0)) | (np.asarray(high) < draws.min(0))
+
+
+def by_p(p: float, level: float = LEVEL) -> Verdict:
+    """Holds if p is at most the level, else does not hold; p's tolerance is a tenth of it."""
+    return _verdict(_more(level, p, level / 10, equal=True), _more(p, level, level / 10))
+
+
+def over_layers(
+    table: pd.DataFrame,
+    bound: float | ArrayLike | None = None,
+    *,
+    greater: bool = True,
+    need: int | None = None,
+    corrected: bool = False,
+    value: str = "value",
+    tolerance: float = TOLERANCE,
+) -> Layers:
+    """Whether a claim holds in at least `need` layers (default: half of them).
+
+    table has one row per layer: `value`, low, high, and the null's middle 95 % as null_low and
+    null_high unless a bound is given, one or one per row. A layer says yes if its interval lies
+    wholly beyond the bound on the claim's side, and if corrected p is at most 0.05 over the
+    number of layers (Bonferroni); it says no if no part of the interval does. Does not hold if
+    so many layers say no that `need` cannot be reached. The most favourable row is the one
+    furthest beyond its bound, among those of the smallest p if corrected.
+    """
+    need = (len(table) + 1) // 2 if need is None else need
+    if not 1 <= need <= len(table):
+        raise ValueError(f"need={need} of {len(table)} layers: give between 1 and all of them")
+    sign = 1 if greater else -1
+    if bound is None:
+        bound = table["null_high" if greater else "null_low"]
+    bound = sign * np.broadcast_to(np.asarray(bound, float), len(table))
+    ends = sign * table[["low", "high"]].to_numpy(float)
+    yes = _more(ends.min(1), bound, tolerance)
+    no = _more(bound, ends.max(1), tolerance, equal=True)
+    p = np.zeros(len(table))
+    if corrected:
+        p, level = table["p"].to_numpy(float), LEVEL / len(table)
+        yes = np.minimum(yes, _more(level, p, level / 10, equal=True))
+    best = np.lexsort((bound - sign * table[value].to_numpy(float), p))[0]
+    verdict = _verdict(_at_least(need, yes), -_at_least(need, -no))
+    return Layers(verdict, yes > 0, table.iloc[best])
+
+
+def given(premise: Verdict, verdict: Verdict) -> Verdict:
+    """A verdict that has a meaning only if its premise holds, else the premise's own."""
+    if premise.word != HOLDS:
+        return premise
+    return Verdict(verdict.word, min(premise.margin, verdict.margin))
+
+
+def converged(
+    curve: pd.DataFrame,
+    half: tuple[float, float],
+    middle: float,
+    *,
+    falling: bool,
+    tolerance: float = TOLERANCE,
+) -> Converged:
+    """Whether two kinds converge in the lower layers.
+
+    curve: value, low and high by layer (its index), embeddings first; falling: smaller is
+    nearer. half: the interval of the layer in which half of the convergence is done. Holds if
+    the closest layer's interval is clear of the first's on the nearer side and `half` lies below
+    the middle layer; does not hold if the closest is the first, or `half` lies from the middle on.
+    """
+    sign = 1 if falling else -1
+    values = sign * curve["value"].to_numpy(float)
+    ends = sign * curve[["low", "high"]].to_numpy(float)
+    best = int(np.nanargmin(values))
+    nearer = _more(ends[0].min(), ends[best].max(), tolerance)
+    others = np.nanmin(values[1:], initial=np.inf)
+    never = min(-nearer, _more(others, values[0], tolerance, equal=True))
+    early = _more(middle, half[1], tolerance)
+    late = _more(half[0], middle, tolerance, equal=True)
+    verdict = _verdict(min(nearer, early), max(never, min(nearer, late)))
+    return Converged(verdict, curve.index[best], bool(nearer > 0))
+
+
+def majority(verdicts: Iterable[Verdict]) -> Verdict:
+    """The word on which more than half of the verdicts agree, else cannot be told."""
+    if not (verdicts := list(verdicts)):
+        raise ValueError("no verdicts, so no majority")
+
+    def most(word: str) -> float:
+        signed = [v.margin if v.word == word else -v.margin for v in verdicts]
+        return _at_least(len(verdicts) // 2 + 1, signed)
+
+    return _verdict(most(HOLDS), most(FAILS))
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def spread(mean: float, low: float, high: float, sign: str = "", digits: int = 2) -> str:
+    """A mean with its interval as text, "0.98 [0.96, 0.99]"; sign="+" shows it, -0.00 never."""
+    return "{} [{}, {}]".format(*(f"{x:{sign}z.{digits}f}" for x in (mean, low, high)))
+
+
+def claims_table(finding: str, lines: Iterable[Mapping]) -> pd.DataFrame:
+    """A finding's closing table: finding, claim, measured, null, p, verdict, all text.
+
+    Each line holds claim, measured, null, verdict (a `Verdict` or its text), and p if it has one.
+    """
+
+    def text(p: float | None) -> str:
+        return "" if p is None or np.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+    columns = ["finding", "claim", "measured", "null", "p", "verdict"]
+    rows = [
+        (finding, x["claim"], x["measured"], x["null"], text(x.get("p")), str(x["verdict"]))
+        for x in lines
+    ]
+    return pd.DataFrame(rows, columns=columns)
