@@ -1,40 +1,47 @@
 """What every notebook opens with: validated parameters, the model, the rows, the run folder.
 
-wb = Workbook(model="data/models/tiny-qwen2-vl", limit=96)
-wb.mining["mmlu"], wb.evaluation["mmlu"]        # disjoint slices
+wb = Workbook.bind(globals())                   # in a notebook, after its parameters cell
+wb = Workbook(model="data/models/tiny-qwen2-vl", limit=96)       # anywhere else
+wb.mining["mmlu"], wb.evaluation["mmlu"]        # rows that share no medium
 total = wb.total()                              # an earlier stage's artefact
 wb.answers(neurons)                             # one row per sample, cached
 """
 
 from __future__ import annotations
 
-import importlib
+import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import transformers
 import xarray as xr
-import yaml
-from tqdm.auto import tqdm
+from pydantic import PrivateAttr
 
-import minerlib
 from minerlib.aggregation import aggregate
-from minerlib.artifacts import Run, digest
+from minerlib.artifacts import Run, atomically, digest
 from minerlib.deactivation import deactivate
 from minerlib.model import MLLM, load
+from minerlib.parameters import Parameters, at_least
+from minerlib.plots import show
 from minerlib.scoring import METRICS, score
-from minerlib.selection import STRATEGIES, WEIGHTINGS, select
-from minerlib.separation import SPLITS
+from minerlib.selection import matched_random, select
 from minerlib.tasks import REGISTRY, Benchmark, benchmark
 from minerlib.tasks.evaluation import Prepared, evaluate, prepare, summarise
-from minerlib.tasks.media import FRAMES
+from minerlib.tasks.rows import split as apart
 
-ROOT = Path(minerlib.__file__).parents[1]
-SHIPPED = Path("data/benchmarks")
+__all__ = ["ROOT", "NotApplicable", "Workbook", "at_least", "show"]
+
+ROOT = Path(__file__).parents[1]
+if not ((ROOT / "notebooks").is_dir() and (ROOT / "data").is_dir()):
+    ROOT = Path.cwd()
+"""Where relative paths start: the checkout that minerlib lies in, else the current folder."""
+SHIPPED = ("data/models", "data/benchmarks")
 
 PAPER_BENCHMARKS = {
     "vision": ("text_vqa", "coco_caption", "mmlu", "msvd_qa"),
@@ -56,91 +63,62 @@ class NotApplicable(ValueError):
     """A notebook has nothing to measure on this model and these benchmarks; a run goes on."""
 
 
-class Workbook:
+class Workbook(Parameters):
     """Validated parameters of a notebook, and what they name, loaded on first use.
 
     model        folder or hub id
     benchmarks   names, as a list or comma-separated; default: the paper's for the model's media
-    source       "auto" (shipped rows for a shipped stand-in, the hub otherwise), "hub" or a folder
-    limit        rows per benchmark for mining, from its start
-    eval_limit   rows per benchmark for evaluation, from its end: never the mined ones
+    source       "auto" (shipped rows for a shipped model, the hub otherwise), "hub" or a folder
+    limit        rows per benchmark for mining, the first after shuffling with the seed
+    eval_limit   rows per benchmark for evaluation; none shares a medium with the mined ones
     ratio, strategy, weights, split, seed    as in `select`; weights also by name
+    max_new_tokens   longest answer; default: the benchmark's own, 24 for a shipped model
     min_pixels, max_pixels    bounds of a picture's size, in pixels; default: the processor's own
     frames       at most so many evenly spaced frames of a video
     run_dir      where artefacts go; default runs/<model name>
-    Relative paths are taken from the repository's root, wherever the notebook runs. Modules named
-    in the environment variable MINER_PLUGINS are imported first: they add benchmarks to `REGISTRY`
-    and families to `model.FAMILIES`.
+    on_error     "raise" at a row that fails, or "skip" it and list it
+    Relative paths are taken from `ROOT`, wherever the notebook runs.
     """
 
-    def __init__(
-        self,
-        *,
-        model: str = "data/models/tiny-qwen2-vl",
-        benchmarks: str | Sequence[str] | None = None,
-        source: str = "auto",
-        limit: int = 96,
-        eval_limit: int = 96,
-        ratio: float = 0.02,
-        strategy: str = "LA_MU",
-        weights: str | Mapping[str, float] | Sequence[float] = "default",
-        split: str = "special_text_separate",
-        seed: int = 0,
-        batch_size: int = 32,
-        max_new_tokens: int | None = None,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-        frames: int = FRAMES,
-        run_dir: str | None = None,
-        device: str | None = None,
-        dtype: str = "auto",
-    ):
-        for module in os.environ.get("MINER_PLUGINS", "").split():
-            importlib.import_module(module)
-        _whole("limit", limit, 1)
-        _whole("eval_limit", eval_limit, 1)
-        _whole("batch_size", batch_size, 1)
-        _whole("seed", seed, 0)
-        _whole("frames", frames, 1)
-        pixels = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        for name, value in {"max_new_tokens": max_new_tokens, **pixels}.items():
-            if value is not None:
-                _whole(name, value, 1)
-        if not isinstance(ratio, int | float) or not 0 < ratio <= 1:
-            raise ValueError(f"ratio={ratio!r}: a share of all neurons, in (0, 1]")
-        _one_of("strategy", strategy, STRATEGIES)
-        _one_of("split", split, SPLITS)
-        _one_of("dtype", dtype, ("auto", "float32", "bfloat16", "float16"))
-        self.model, self.source, self.device, self.dtype = model, source, device, dtype
-        self.limit, self.eval_limit, self.batch_size, self.seed = (
-            limit,
-            eval_limit,
-            batch_size,
-            seed,
-        )
-        self.frames = frames
-        self.pixels = {k: v for k, v in pixels.items() if v is not None}
-        self.ratio, self.strategy, self.split = float(ratio), strategy, split
-        self.weights = _weights(weights)
-        self._names = _list(benchmarks)
-        for name in self._names:
-            _one_of("benchmarks", name, REGISTRY)
-        self.is_stand_in = (ROOT / model).is_dir() and Path(model).parts[:1] == ("data",)
-        self.label = Path(model).name
-        # A silenced stand-in can ramble on to the real benchmarks' limits; its own longest
-        # reference has about 20 tokens.
-        self.max_new_tokens = max_new_tokens or (24 if self.is_stand_in else None)
-        self.folder = ROOT / (run_dir or f"runs/{self.label}")
-        self._own_figures = run_dir is not None or not self.is_stand_in
-        transformers.logging.set_verbosity_error()
-        if os.environ.get("MINER_PROGRESS") == "0":
-            transformers.logging.disable_progress_bar()
+    _ready: dict[str, Prepared] = PrivateAttr(default_factory=dict)
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """What, with the model, a figure or a finding belongs to: parameters and rows."""
+        rows = {"mining": _prints(self.mining)}
+        if "eval_limit" in self._declared:
+            rows["evaluation"] = _prints(self.evaluation)
+        return {"parameters": self.parameters, "rows": rows}
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """The parameters of stage 4."""
+        return {n: getattr(self, n) for n in ("ratio", "strategy", "weights", "split", "seed")}
+
+    @property
+    def label(self) -> str:
+        """The model's name in files and figures."""
+        return Path(self.model).name
+
+    @property
+    def is_shipped(self) -> bool:
+        """Whether the model is one of the repository's stand-ins."""
+        folder = (ROOT / self.model).resolve()
+        return folder.is_dir() and folder.is_relative_to((ROOT / SHIPPED[0]).resolve())
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return ROOT / (self.run_dir or f"runs/{self.label}")
 
     @cached_property
     def mllm(self) -> MLLM:
         local = ROOT / self.model
         name = os.path.relpath(local) if local.is_dir() else self.model
-        return load(name, device=self.device, dtype=self.dtype, processor_kwargs=self.pixels)
+        pixels = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        pixels = {bound: n for bound, n in pixels.items() if n is not None}
+        transformers.logging.set_verbosity_error()
+        return load(name, device=self.device, dtype=self.dtype, processor_kwargs=pixels)
 
     @cached_property
     def run(self) -> Run:
@@ -149,106 +127,86 @@ class Workbook:
     @cached_property
     def names(self) -> list[str]:
         """The benchmarks' names, in the paper's order."""
-        if self._names:
-            return self._names
+        if self.benchmarks:
+            return list(self.benchmarks)
         kinds = set(self.mllm.kinds)
         names = list(PAPER_BENCHMARKS["vision"]) if {"image", "video"} & kinds else ["mmlu"]
         names += [n for n in PAPER_BENCHMARKS["audio"] if "audio" in kinds and n not in names]
         return [n for n in names if REGISTRY[n].modality in kinds]
 
-    def _rows(self, name: str) -> Benchmark:
-        source = self.source
-        if source == "auto":
-            source = str(SHIPPED) if self.is_stand_in else "hub"
-        if source == "hub":  # whose rows may be ordered by subject or class
-            bench = benchmark(name, seed=self.seed, frames=self.frames)
-        else:
-            bench = benchmark(name, source=str(ROOT / source), frames=self.frames)
-        if self.limit > len(bench):
-            raise ValueError(f"limit={self.limit}: {name} has {len(bench)} rows; lower it")
-        return bench
+    @cached_property
+    def rows(self) -> dict[str, Benchmark]:
+        """All rows of each benchmark, shuffled with the seed."""
+        auto = SHIPPED[1] if self.is_shipped else "hub"
+        source = auto if self.source == "auto" else self.source
+        how = {name: getattr(self, name) for name in ("seed", "frames", "on_error")}
+        how["source"] = None if source == "hub" else str(ROOT / source)
+        how["sampling_rate"] = self.mllm.family.sampling_rate
+        return {name: benchmark(name, **how) for name in self.names}
 
     @cached_property
     def mining(self) -> dict[str, Benchmark]:
         """The first `limit` rows of each benchmark: what neurons are found on."""
-        return {name: self._rows(name)[: self.limit] for name in self.names}
+        for name, bench in self.rows.items():
+            if self.limit > len(bench):
+                raise ValueError(f"limit={self.limit}: {name} has {len(bench)} rows; lower it")
+        return {name: bench[: self.limit] for name, bench in self.rows.items()}
 
     @cached_property
     def evaluation(self) -> dict[str, Benchmark]:
-        """The last `eval_limit` rows of each benchmark: what silencing is measured on."""
-        held = {name: self._rows(name) for name in self.names}
-        for name, bench in held.items():
-            if self.limit + self.eval_limit > len(bench):
-                raise ValueError(
-                    f"limit={self.limit} and eval_limit={self.eval_limit}: {name} has "
-                    f"{len(bench)} rows, and rows for mining and for evaluation must not overlap; "
-                    "lower one of them"
-                )
-        return {name: bench[-self.eval_limit :] for name, bench in held.items()}
-
-    def sanity(self) -> pd.DataFrame:
-        """The model as it is beside its published figures, one row per benchmark.
-
-        Columns benchmark, corpus (its usual figure over the evaluation rows), low, high (95 %
-        interval of the rows' mean), published, verdict: near, FAR OFF (by more than `FAR` beyond
-        the interval: check prompt, picture size and dtype before mining), or none published.
-        """
-        table = summarise(self.answers())[["benchmark", "corpus", "low", "high"]]
-        table = table[table["benchmark"] != "average"]
-        known = PUBLISHED.get(self.label, {})
-        table["published"] = table["benchmark"].map(known)
-        beyond = (table["corpus"] - table["published"]).abs() - (table["high"] - table["low"]) / 2
-        table["verdict"] = np.where(beyond > FAR, "FAR OFF", "near")
-        table.loc[table["published"].isna(), "verdict"] = "none published"
-        return table.reset_index(drop=True)
+        """`eval_limit` rows of each benchmark, from its end: what silencing is measured on."""
+        return {n: apart(b, self.limit, self.eval_limit)[1] for n, b in self.rows.items()}
 
     # ------------------------------------------------------------------ the stages' artefacts
 
+    def cached(
+        self,
+        name: str,
+        compute: Callable[[], Any],
+        *,
+        of: Any,
+        rows: Mapping[str, Benchmark] | None = None,
+        **config: Any,
+    ) -> Any:
+        """The artefact of this model, these rows (default: the evaluation's) and config."""
+        config |= {"rows": _prints(self.evaluation if rows is None else rows)}
+        return self.run.cached(name, compute, of=of, on_error=self.on_error, **config)
+
     def mine(self) -> dict[str, xr.DataArray]:
         """Stage 2 per benchmark, computed or read; interrupted mining continues."""
-        return {
-            name: self.run.cached(
-                f"scores-{name}",
-                lambda bench=bench: score(
-                    self.mllm,
-                    bench,
-                    batch_size=self.batch_size,
-                    checkpoint=self.folder / f"scores-{bench.name}-{bench.fingerprint[:8]}.partial",
-                ),
-                data=bench.fingerprint,
-            )
-            for name, bench in self.mining.items()
-        }
+        return {name: self._mined(name, self.run.cached) for name in self.mining}
 
     def scores(self) -> dict[str, xr.DataArray]:
         """Stage 2 per benchmark, as notebook 02 left it."""
         return {
-            name: self.run.load(f"scores-{name}", "02_importance_scores", data=bench.fingerprint)
-            for name, bench in self.mining.items()
+            name: self._mined(name, self._loaded("02_importance_scores")) for name in self.mining
         }
 
     def aggregate(self) -> xr.DataArray:
         """Stage 3, computed from notebook 02's artefacts or read."""
-        return self.run.cached("total", lambda: aggregate(self.scores().values()), data=self._data)
+        return self._total(self.run.cached)
 
     def total(self) -> xr.DataArray:
         """Stage 3, as notebook 03 left it."""
-        return self.run.load("total", "03_score_aggregation", data=self._data)
+        return self._total(self._loaded("03_score_aggregation"))
 
-    @property
-    def _data(self) -> dict[str, str]:
-        return {name: bench.fingerprint for name, bench in self.mining.items()}
+    def _loaded(self, made_by: str) -> Callable[..., Any]:
+        return lambda name, compute, **key: self.run.load(name, made_by, **key)
 
-    def select(self, total: xr.DataArray | None = None, **other) -> xr.DataArray:
+    def _mined(self, name: str, get: Callable[..., Any]) -> xr.DataArray:
+        bench, part = self.mining[name], self.folder / f"scores-{name}"
+        key = {"rows": bench.fingerprint, "on_error": self.on_error}
+        compute = partial(score, self.mllm, bench, self.batch_size, part, self.on_error)
+        return get(f"scores-{name}", compute, of=(score, *METRICS.values()), **key)
+
+    def _total(self, get: Callable[..., Any]) -> xr.DataArray:
+        key = {"rows": _prints(self.mining), "on_error": self.on_error}
+        of = (score, aggregate, *METRICS.values())
+        return get("total", lambda: aggregate(self.scores().values()), of=of, **key)
+
+    def select(self, total: xr.DataArray | None = None, **other: Any) -> xr.DataArray:
         """Stage 4 with this workbook's parameters, or others given by name."""
-        chosen = {
-            "ratio": self.ratio,
-            "strategy": self.strategy,
-            "weights": self.weights,
-            "split": self.split,
-            "seed": self.seed,
-        }
-        neurons = select(self.total() if total is None else total, **(chosen | other))
+        neurons = select(self.total() if total is None else total, **(self.choice | other))
         if not other and not neurons.any():
             raise ValueError(
                 f"ratio={self.ratio}: a budget of {neurons.attrs['budget']} of "
@@ -257,14 +215,19 @@ class Workbook:
             )
         return neurons
 
-    # ------------------------------------------------------------------ silencing, measured
+    def alone(self, modality: str) -> xr.DataArray:
+        """A whole budget of the modality's own highest neurons, bool [1, layer, neuron].
 
-    @cached_property
-    def _prepared(self) -> dict[str, Prepared]:
-        return {
-            name: prepare(self.mllm, bench, self.batch_size)
-            for name, bench in self.evaluation.items()
-        }
+        What silencing them does cannot depend on how a strategy shares the budget out.
+        """
+        scores = self.total().sel(modality=[modality])
+        return select(scores, **(self.choice | {"strategy": "LA_MU"}))
+
+    def draws(self, neurons: xr.DataArray, n: int, by_layer: bool = False) -> list[xr.DataArray]:
+        """A null: n random draws of as many different neurons, with by_layer in each layer."""
+        return [matched_random(neurons, self.seed + i, by_layer) for i in range(n)]
+
+    # ------------------------------------------------------------------ silencing, measured
 
     def answers(
         self,
@@ -275,84 +238,91 @@ class Workbook:
     ) -> pd.DataFrame:
         """Answers on the evaluation rows with the neurons silenced (None: the model as it is).
 
-        One row per sample, as `evaluate` returns it. Computed once per set of silenced neurons.
+        One row per sample, as `evaluate` returns it. Computed once per benchmark and set of
+        silenced neurons, whatever their modalities are called.
         """
         if neurons is not None and modalities is not None:
             neurons = neurons.sel(modality=list(modalities))
-        silenced = None if neurons is None else digest(np.asarray(neurons).any(0))
-        key = {
-            "data": {n: b.fingerprint for n, b in self.evaluation.items()},
-            "max_new_tokens": self.max_new_tokens,
-            "silenced": silenced,
-        }
-        if mode != "zero":
-            key |= {"mode": mode, "constants": digest(constants[f"activation_{mode}"])}
+        key = {"max_new_tokens": self._longest, "on_error": self.on_error, "silenced": None}
+        if neurons is not None:
+            key["silenced"] = {"neurons": digest(np.asarray(neurons).any(0)), "mode": mode}
+        if mode != "zero" and constants is not None:
+            key["silenced"]["constants"] = digest(constants[f"activation_{mode}"])
+        silenced = partial(deactivate, self.mllm, neurons, mode=mode, constants=constants)
 
-        def compute() -> pd.DataFrame:
-            if neurons is None:
-                return pd.concat(list(self._evaluated()), ignore_index=True)
-            with deactivate(self.mllm, neurons, mode=mode, constants=constants):
-                return pd.concat(list(self._evaluated()), ignore_index=True)
+        def compute(name: str) -> pd.DataFrame:
+            with nullcontext() if neurons is None else silenced():
+                return self._evaluated(name)
 
-        return self.run.cached("answers", compute, **key)
+        of = (evaluate, deactivate)
+        tables = [
+            self.run.cached(f"answers-{n}", partial(compute, n), of=of, rows=b.fingerprint, **key)
+            for n, b in self.evaluation.items()
+        ]
+        whole = pd.concat(tables, ignore_index=True)
+        whole.attrs = {"skipped": [line for t in tables for line in t.attrs.get("skipped", [])]}
+        return whole
 
-    def _evaluated(self) -> Iterator[pd.DataFrame]:
-        for prepared in self._prepared.values():
-            yield evaluate(self.mllm, prepared, max_new_tokens=self.max_new_tokens)
+    @property
+    def _longest(self) -> int | None:
+        # A silenced stand-in can ramble on to the real benchmarks' limits; its own longest
+        # reference has about 20 tokens.
+        return self.max_new_tokens or (24 if self.is_shipped else None)
 
-    def save_figure(self, fig, name: str) -> None:
-        """Keep a figure: in figures/ for a stand-in's own run, else in the run folder."""
-        folder = self.folder / "figures" if self._own_figures else ROOT / "figures"
-        folder.mkdir(parents=True, exist_ok=True)
-        fig.savefig(folder / f"{name}-{self.label}.png", dpi=150, bbox_inches="tight")
+    def _evaluated(self, name: str) -> pd.DataFrame:
+        if name not in self._ready:
+            bench, how = self.evaluation[name], {"on_error": self.on_error}
+            self._ready[name] = prepare(self.mllm, bench, self.batch_size, **how)
+        return evaluate(self.mllm, self._ready[name], max_new_tokens=self._longest)
+
+    def sanity(self) -> pd.DataFrame:
+        """The model as it is beside its published figures, one row per benchmark.
+
+        Columns benchmark, corpus (its usual figure over the evaluation rows), low, high (95 %
+        interval of the rows' mean), published, verdict: near, FAR OFF (by more than `FAR` beyond
+        the interval: check prompt, picture size and dtype before mining), or none published.
+        """
+        table = summarise(self.answers())[["benchmark", "corpus", "low", "high"]]
+        table = table[table["benchmark"] != "average"]
+        table["published"] = table["benchmark"].map(PUBLISHED.get(self.label, {}))
+        beyond = (table["corpus"] - table["published"]).abs() - (table["high"] - table["low"]) / 2
+        table["verdict"] = np.where(beyond > FAR, "FAR OFF", "near")
+        table.loc[table["published"].isna(), "verdict"] = "none published"
+        return table.reset_index(drop=True)
+
+    # ------------------------------------------------------------------ what a notebook leaves
+
+    def save_finding(self, name: str, claims: pd.DataFrame, **tables: Any) -> None:
+        """Keep a finding's claims and what they rest on, beside those of other parameters."""
+        value = {"finding": name, "model": self.label, "parameters": self.parameters}
+        for key, table in {"claims": claims, **tables}.items():
+            value[key] = table.to_dict("records") if isinstance(table, pd.DataFrame) else table
+        self.run.save(f"finding-{name}", value, of=(), **self.configuration)
+        print(f"finding {name} of {self.label} is kept in the run folder")
+
+    def save_figure(self, fig: Any, name: str) -> None:
+        """Keep a figure in the run folder and, without its digest, where MINER_FIGURES says."""
+        files = [
+            self.folder / "figures" / f"{self.run.stem(name, of=(), **self.configuration)}.png"
+        ]
+        if tracked := os.environ.get("MINER_FIGURES"):
+            files.append(ROOT / tracked / f"{name}-{self.label}.png")
+        about = {"Configuration": json.dumps({"model": self.label, **self.configuration})}
+        how = {"format": "png", "dpi": 150, "bbox_inches": "tight", "metadata": about}
+        for file in files:
+            atomically(file, lambda part: fig.savefig(part, **how))
 
     def __repr__(self) -> str:
         m = self.mllm
-        what = "stand-in, trained here from scratch" if self.is_stand_in else "checkpoint"
+        what = "a stand-in, see data/README.md" if self.is_shipped else "checkpoint"
         return (
             f"{self.label} ({what}): {m.n_layers} decoder layers x {m.n_neurons} neurons, "
-            f"{self.mllm.model.num_parameters() / 1e6:.1f} M parameters\n"
+            f"{m.model.num_parameters() / 1e6:.1f} M parameters\n"
             f"token kinds: {', '.join(m.kinds)}\n"
             f"benchmarks: {', '.join(self.names)}; rows each: {self.limit} to mine, "
             f"{self.eval_limit} others to evaluate"
         )
 
 
-def bar(items: Iterable, desc: str) -> Iterable:
-    """A progress bar that leaves nothing in a notebook's output; off with MINER_PROGRESS=0."""
-    return tqdm(items, desc=desc, leave=False, disable=os.environ.get("MINER_PROGRESS") == "0")
-
-
-def _whole(name: str, value, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}: a whole number of at least {least}")
-
-
-def _one_of(name: str, value, allowed) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r}: use one of {', '.join(allowed)}")
-
-
-def _list(value: str | Sequence[str] | None) -> list[str]:
-    if value is None or value in ("", "None"):
-        return []
-    return [v.strip() for v in value.split(",")] if isinstance(value, str) else list(value)
-
-
-def _weights(value) -> dict[str, float]:
-    """Weights by name, as a mapping, or five numbers; the papermill CLI passes all as text."""
-    if isinstance(value, str) and value not in WEIGHTINGS:
-        value = yaml.safe_load(value)
-    if isinstance(value, str):
-        if value not in WEIGHTINGS:
-            raise ValueError(
-                f"weights={value!r}: use five numbers or one of {', '.join(WEIGHTINGS)}"
-            )
-        return dict(WEIGHTINGS[value])
-    if isinstance(value, Sequence):
-        if len(value) != len(METRICS):
-            raise ValueError(f"weights={value!r}: give one for each of {', '.join(METRICS)}")
-        value = dict(zip(METRICS, value, strict=True))
-    if not isinstance(value, Mapping):
-        raise ValueError(f"weights={value!r}: use five numbers or one of {', '.join(WEIGHTINGS)}")
-    return {k: float(v) for k, v in value.items()}
+def _prints(rows: Mapping[str, Benchmark]) -> dict[str, str]:
+    return {name: bench.fingerprint for name, bench in rows.items()}

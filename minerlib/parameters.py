@@ -1,0 +1,227 @@
+"""The parameters of a notebook: validated fields, bound from the notebook in one line.
+
+Every error is a ValueError with one readable line per parameter: its name, its value, the way out.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
+
+from minerlib.scoring import METRICS
+from minerlib.selection import STRATEGIES, weightings
+from minerlib.separation import SPLITS
+from minerlib.tasks import REGISTRY
+from minerlib.tasks.media import FRAMES
+
+COVERED = ("model", "source")
+"""Fields whose content keys hold as fingerprints, of the model and of the rows."""
+NEUTRAL = ("run_dir", "device", "batch_size")
+"""Fields that change where and how fast results come, not what they are."""
+
+
+def _among(names: Callable[[], Iterable[str]]) -> AfterValidator:
+    """The value, or each of several, is one of the names that are registered by then."""
+
+    def check(value):
+        for one in [value] if isinstance(value, str) else value or ():
+            if one not in (known := list(names())):
+                raise ValueError(f"no {one!r}; use one of {', '.join(known)}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _weights(value: Any) -> Any:
+    """Weights by name, as a mapping, or one for each metric; all also as text."""
+    if isinstance(value, str):
+        value = weightings().get(value) or yaml.safe_load(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != len(METRICS):
+            raise ValueError(f"give one for each of {', '.join(METRICS)}")
+        value = dict(zip(METRICS, value, strict=True))
+    if not isinstance(value, Mapping):
+        known = ", ".join(weightings())
+        raise ValueError(f"use a number for each metric, or one of {known}")
+    return value
+
+
+def _listed(value: Any) -> Any:
+    return [v.strip() for v in value.split(",")] if isinstance(value, str) else value
+
+
+WHOLE = "a whole number of at least 1"
+Whole = Annotated[int, Field(ge=1, description=WHOLE)]
+Maybe = Annotated[int | None, Field(ge=1, description=f"{WHOLE}, or None")]
+Ratio = Annotated[float, Field(gt=0, le=1, description="a share of all neurons, in (0, 1]")]
+Seed = Annotated[int, Field(ge=0, description="a whole number of at least 0")]
+Text = Annotated[str, Field(description="give text")]
+Place = Annotated[str | None, Field(description="give text, or None")]
+Names = Annotated[tuple[str, ...] | None, BeforeValidator(_listed), _among(lambda: REGISTRY)]
+Weights = Annotated[dict[str, float], BeforeValidator(_weights), _among(lambda: METRICS)]
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class Parameters(BaseModel, extra="forbid", frozen=True, validate_default=True):
+    """The fields that notebooks share; what they mean is told in `workbook.Workbook`.
+
+    Modules named in the environment variable MINER_PLUGINS are imported first: what they register
+    is known then.
+    """
+
+    model: Text = "data/models/tiny-qwen2-vl"
+    benchmarks: Annotated[Names, Field(description="names, as a list or with commas")] = None
+    source: Text = "auto"
+    limit: Whole = 96
+    eval_limit: Whole = 96
+    ratio: Ratio = 0.02
+    strategy: Annotated[Text, _among(lambda: STRATEGIES)] = "LA_MU"
+    weights: Annotated[Weights, Field(description="use a number for each metric")] = "default"  # type: ignore[assignment]
+    split: Annotated[Text, _among(lambda: SPLITS)] = "special_text_separate"
+    seed: Seed = 0
+    batch_size: Whole = 32
+    max_new_tokens: Maybe = None
+    min_pixels: Maybe = None
+    max_pixels: Maybe = None
+    frames: Whole = FRAMES
+    run_dir: Place = None
+    device: Place = None
+    dtype: Annotated[Text, _among(lambda: DTYPES)] = "auto"
+    on_error: Annotated[Literal["raise", "skip"], Field(description="use raise or skip")] = "raise"
+
+    _own: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _declared: frozenset[str] = PrivateAttr(default=frozenset())
+
+    def __init__(self, **given: Any):
+        for module in os.environ.get("MINER_PLUGINS", "").split():
+            importlib.import_module(module)
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            raise ValueError("\n".join(map(self._line, error.errors()))) from None
+        self._declared = frozenset(type(self).model_fields)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _typed(cls, value: Any, info: Any) -> Any:
+        """No field is a truth value; text from a command line can mean None."""
+        field = cls.model_fields[info.field_name]
+        if isinstance(value, bool):
+            raise ValueError(field.description or "not a truth value")
+        return None if field.default is None and _is_none(value) else value
+
+    @classmethod
+    def _line(cls, error: Any) -> str:
+        """pydantic's error as one line."""
+        name = str(error["loc"][0])
+        if error["type"] == "extra_forbidden":
+            return f"unknown parameter {name!r}; {_nearest(name, cls.model_fields)}"
+        why = error.get("ctx", {}).get("error")  # a validator's own words, where it has any
+        return f"{name}={error['input']!r}: {why or cls.model_fields[name].description}"
+
+    @classmethod
+    def bind(cls, namespace: dict[str, Any]) -> Self:
+        """From a notebook's `globals()`: what its parameters cell declares, as it is now.
+
+        Names that are no fields are the notebook's `own`, of the type of their default. All are
+        written back: `limit` in the notebook is what it is here. Names that Papermill injected and
+        the cell does not declare are refused.
+        """
+        given = declared(namespace, cls.model_fields)
+        fields = {name: value for name, value in given.items() if name in cls.model_fields}
+        bound = cls(**fields)
+        bound._own = {name: value for name, value in given.items() if name not in fields}
+        bound._declared = frozenset(given)
+        namespace |= bound._own | {name: getattr(bound, name) for name in fields}
+        return bound
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The parameters that only this notebook has."""
+        return self._own
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """All declared parameters that can change a result, but those `COVERED` otherwise."""
+        fields = set(self._declared) - {*COVERED, *NEUTRAL}
+        return self.model_dump(mode="json", include=fields) | self._own
+
+
+def declared(namespace: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
+    """The names that a notebook's parameters cell assigns, with the values they have now.
+
+    It is the first cell executed that assigns `model` or `runs`; an injected cell starts with
+    "# Parameters". Outside a notebook: the fields that the namespace holds.
+    """
+    cells = [(text.startswith("# Parameters"), assigned(text)) for text in namespace.get("In", [])]
+    known = next(
+        (a for injected, a in cells if not injected and {"model", "runs"} & a.keys()), None
+    )
+    if known is None:
+        known = {name: None for name in fields if name in namespace}
+    for name in (name for injected, names in cells if injected for name in names):
+        if name not in known:
+            raise ValueError(f"unknown parameter {name!r}; {_nearest(name, known)}")
+    return {n: namespace[n] if n in fields else _like(n, namespace[n], known[n]) for n in known}
+
+
+def assigned(cell: str) -> dict[str, Any]:
+    """The names that a cell assigns, with the values that are literals, else None."""
+    try:
+        lines = [line for line in ast.parse(cell).body if isinstance(line, ast.Assign)]
+    except SyntaxError:  # a shell line, say
+        return {}
+    found = {}
+    for line in lines:
+        try:
+            value = ast.literal_eval(line.value)
+        except ValueError:
+            value = None
+        found |= {target.id: value for target in line.targets if isinstance(target, ast.Name)}
+    return found
+
+
+def _like(name: str, value: Any, default: Any) -> Any:
+    """The value in its default's type, read from text where a command line gave text."""
+    if default is None:
+        return None if _is_none(value) else value
+    if isinstance(value, str) and not isinstance(default, str):
+        value = yaml.safe_load(value)
+    try:
+        if isinstance(value, bool) == isinstance(default, bool):
+            return TypeAdapter(type(default)).validate_python(value)
+    except ValidationError:
+        pass
+    raise ValueError(f"{name}={value!r}: give a {type(default).__name__}, such as {default!r}")
+
+
+def at_least(**given: tuple[float, float]) -> None:
+    """A notebook's own rule for its own parameters: at_least(draws=(draws, 10))."""
+    for name, (value, least) in given.items():
+        if value < least:
+            raise ValueError(f"{name}={value!r}: give at least {least}")
+
+
+def _is_none(value: Any) -> bool:
+    return isinstance(value, str) and value.strip().lower() in ("", "none", "null")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(sorted(known))}"
