@@ -137,10 +137,11 @@ def reach(
     under shuffled labels. A cloud that is not met is put at the furthest of them.
     """
     if near is None:
-        candidates = distance.copy()
+        candidates, furthest = distance.copy(), distance.max(1)
         np.fill_diagonal(candidates, np.inf)
     else:
         candidates = np.take_along_axis(distance, near, 1)
+        furthest = candidates[:, -1]
     other, own = np.empty((2, *second.shape))
     for r, row in enumerate(second):
         same = (row if near is None else row[near]) == row[:, None]
@@ -154,7 +155,7 @@ def reach(
                 first, counted = candidates, chosen & (chosen.cumsum(1, dtype=np.int32) <= k)
             met = counted.sum(1)
             total = np.einsum("nk,nk->n", first, counted, dtype=float)
-            out[r] = np.where(met, total / met.clip(1), first[:, -1])
+            out[r] = np.where(met, total / met.clip(1), furthest)
     return other, own
 
 
