@@ -1,4 +1,4 @@
-"""Figures: each function draws one tidy table on one `ax`.
+"""Figures: each function draws one tidy table on one `ax`; and tables, as `show` shows them.
 
 One colour, marker and hatch per modality throughout the workbook (Okabe and Ito's colours, told
 apart without colour vision; marker and hatch carry the same information in print).
@@ -6,13 +6,20 @@ apart without colour vision; marker and hatch carry the same information in prin
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+
+from minerlib.artifacts import atomically
 
 COLOURS = {
     "text": "#0072B2",
@@ -85,11 +92,17 @@ def by_layer(
     group: str = "modality",
     null: str | None = None,
     ylabel: str = "",
+    like: Mapping[str, str] | None = None,
 ) -> None:
-    """One line per group over layers, with its interval (columns low, high) and a dashed null."""
+    """One line per group over layers, with its interval (columns low, high) and a dotted null.
+
+    The null's middle is a band where the table has null_low and null_high. `like` says whose
+    colour and marker a group borrows.
+    """
     groups = list(dict.fromkeys(table[group]))
     for i, (name, part) in enumerate(table.groupby(group, sort=False)):
-        colour = COLOURS.get(name, sns.color_palette("colorblind")[i % 10])
+        as_if = (like or {}).get(name, name)
+        colour = COLOURS.get(as_if, sns.color_palette("colorblind")[i % 10])
         x = part["layer"] + (i - (len(groups) - 1) / 2) * 0.06
         error = None
         if "low" in part:
@@ -99,7 +112,7 @@ def by_layer(
             part[value],
             error,
             color=colour,
-            marker=MARKERS.get(name, "o"),
+            marker=MARKERS.get(as_if, "o"),
             capsize=1.5,
             lw=1.2,
             elinewidth=0.8,
@@ -107,9 +120,32 @@ def by_layer(
         )
         if null is not None:
             ax.plot(x, part[null], color=colour, ls=":", lw=1)
+            if "null_low" in part:
+                band = part["layer"], part["null_low"], part["null_high"]
+                ax.fill_between(*band, color=colour, alpha=0.15, lw=0)
     ax.set(xlabel="decoder layer", ylabel=ylabel)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend(fontsize="small")
+
+
+def projections(table: pd.DataFrame) -> Figure:
+    """Pictures of `findings.states.project`: a row per layer, a column per view."""
+    layers, views = (list(dict.fromkeys(table[c])) for c in ("layer", "view"))
+    size = 2 * len(views), 1.9 * len(layers) + 0.4
+    fig, axes = plt.subplots(len(layers), len(views), figsize=size, squeeze=False)
+    for (layer, view), part in table.groupby(["layer", "view"], sort=False):
+        ax = axes[layers.index(layer), views.index(view)]
+        for kind, dots in part.groupby("kind"):
+            style = {"color": COLOURS[kind], "marker": MARKERS[kind], "label": kind}
+            ax.scatter(
+                dots["x"], dots["y"], s=12 if kind == "special" else 7, alpha=0.75, lw=0, **style
+            )
+        ax.set(xticks=[], yticks=[], title=view if layer == layers[0] else "")
+        where = f"layer {layer}" if layer else "embeddings"
+        ax.set_ylabel(where if view == views[0] else "")
+    legend = axes[0, 0].get_legend_handles_labels()
+    fig.legend(*legend, ncols=5, markerscale=2, loc="outside lower center")
+    return fig
 
 
 def stacked(counts: pd.DataFrame, ax: Axes, *, xlabel: str = "", ylabel: str = "") -> None:
@@ -186,11 +222,44 @@ def medium(sample, ax: Axes) -> None:
     if sample.image is not None:
         ax.imshow(sample.image, interpolation="nearest")
     elif sample.video is not None:
-        frames = sample.video[:: max(1, len(sample.video) // 4)][:4]
-        top, bottom = np.hstack(frames[:2]), np.hstack(frames[2:4])
-        ax.imshow(np.vstack([top, bottom]), interpolation="nearest")
+        four = sample.video[np.linspace(0, len(sample.video) - 1, 4).round().astype(int)]
+        ax.imshow(np.vstack([np.hstack(four[:2]), np.hstack(four[2:])]), interpolation="nearest")
     elif sample.audio is not None:
-        ax.specgram(sample.audio + 1e-6, NFFT=400, Fs=16_000, noverlap=240, cmap="magma")
+        rate = sample.sampling_rate
+        ax.specgram(sample.audio + 1e-6, NFFT=400, Fs=rate, noverlap=240, cmap="magma")
         ax.set(xlabel="time / s", ylabel="frequency / Hz")
         return
     ax.axis("off")
+
+
+def save(fig: Figure, files: Iterable[Path], about: dict) -> None:
+    """Write a figure into PNG files; what it is about, as JSON, into their metadata."""
+    how = {"format": "png", "dpi": 150, "bbox_inches": "tight"}
+    how["metadata"] = {"Configuration": json.dumps(about)}
+    for file in files:
+        atomically(file, lambda part: fig.savefig(part, **how))
+
+
+def show(table: pd.DataFrame | pd.Series, digits: int | Mapping = 2, index: bool = False) -> None:
+    """Show a table as a table, its floats rounded; as text, for comparison, it never wraps.
+
+    digits may be given per column. NaN is left empty, truth values are yes and no. A series
+    keeps its index.
+    """
+    from IPython.display import display
+
+    def shown(value: object, places: int) -> object:
+        if isinstance(value, bool | np.bool_):
+            return "yes" if value else "no"
+        if not isinstance(value, float | np.floating):
+            return value
+        return "" if np.isnan(value) else f"{round(float(value), places) + 0.0:.{places}f}"  # no -0
+
+    index = index or isinstance(table, pd.Series)
+    text = pd.DataFrame(table).astype(object)
+    for i, name in enumerate(text):
+        places = digits.get(name, 2) if isinstance(digits, Mapping) else digits
+        text.isetitem(i, [shown(value, places) for value in text.iloc[:, i]])
+    with pd.option_context("display.max_colwidth", None):
+        forms = {"text/plain": text.to_string(index=index), "text/html": text.to_html(index=index)}
+    display(forms, raw=True)

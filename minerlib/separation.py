@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import torch
 
 from minerlib.model import KINDS, MLLM
@@ -41,3 +42,12 @@ def separate(mllm: MLLM, batch) -> dict[str, torch.Tensor]:
 def stack(sets: dict[str, torch.Tensor]) -> torch.Tensor:
     """The sets as one mask, bool [batch, set, token], in the order of SETS."""
     return torch.stack([sets[name] for name in SETS], dim=1)
+
+
+def token_table(mllm: MLLM, sample) -> pd.DataFrame:
+    """A prompt's tokens, as text, and the kind of each: columns token, kind."""
+    batch = mllm.encode([sample])
+    sets = separate(mllm, batch)
+    kinds = [next(k for k in BASE_SETS if sets[k][0, i]) for i in range(sets["prompt"].shape[1])]
+    text = [mllm.tokenizer.decode([i]) for i in batch["input_ids"][0].tolist()]
+    return pd.DataFrame({"token": text, "kind": kinds})

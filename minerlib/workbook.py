@@ -9,7 +9,6 @@ wb.answers(neurons)                             # one row per sample, cached
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -24,13 +23,13 @@ import xarray as xr
 from pydantic import PrivateAttr
 
 from minerlib.aggregation import aggregate
-from minerlib.artifacts import Run, atomically, digest
+from minerlib.artifacts import Run, digest
 from minerlib.deactivation import deactivate
 from minerlib.model import MLLM, load
 from minerlib.parameters import Parameters, at_least
-from minerlib.plots import show
-from minerlib.scoring import METRICS, score
-from minerlib.selection import matched_random, select
+from minerlib.plots import save, show
+from minerlib.scoring import METRICS, own_metrics, score
+from minerlib.selection import STRATEGIES, matched_random, select
 from minerlib.tasks import REGISTRY, Benchmark, benchmark
 from minerlib.tasks.evaluation import Prepared, evaluate, prepare, summarise
 from minerlib.tasks.rows import split as apart
@@ -115,8 +114,8 @@ class Workbook(Parameters):
     def mllm(self) -> MLLM:
         local = ROOT / self.model
         name = os.path.relpath(local) if local.is_dir() else self.model
-        pixels = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
-        pixels = {bound: n for bound, n in pixels.items() if n is not None}
+        bounds = ("min_pixels", "max_pixels")
+        pixels = {bound: n for bound in bounds if (n := getattr(self, bound)) is not None}
         transformers.logging.set_verbosity_error()
         return load(name, device=self.device, dtype=self.dtype, processor_kwargs=pixels)
 
@@ -170,6 +169,7 @@ class Workbook(Parameters):
     ) -> Any:
         """The artefact of this model, these rows (default: the evaluation's) and config."""
         config |= {"rows": _prints(self.evaluation if rows is None else rows)}
+        of = [*([of] if callable(of) else of), *self._plugged]
         return self.run.cached(name, compute, of=of, on_error=self.on_error, **config)
 
     def mine(self) -> dict[str, xr.DataArray]:
@@ -178,9 +178,8 @@ class Workbook(Parameters):
 
     def scores(self) -> dict[str, xr.DataArray]:
         """Stage 2 per benchmark, as notebook 02 left it."""
-        return {
-            name: self._mined(name, self._loaded("02_importance_scores")) for name in self.mining
-        }
+        load = self._loaded("02_importance_scores")
+        return {name: self._mined(name, load) for name in self.mining}
 
     def aggregate(self) -> xr.DataArray:
         """Stage 3, computed from notebook 02's artefacts or read."""
@@ -194,15 +193,22 @@ class Workbook(Parameters):
         return lambda name, compute, **key: self.run.load(name, made_by, **key)
 
     def _mined(self, name: str, get: Callable[..., Any]) -> xr.DataArray:
-        bench, part = self.mining[name], self.folder / f"scores-{name}"
-        key = {"rows": bench.fingerprint, "on_error": self.on_error}
-        compute = partial(score, self.mllm, bench, self.batch_size, part, self.on_error)
-        return get(f"scores-{name}", compute, of=(score, *METRICS.values()), **key)
+        bench, how = self.mining[name], {"on_error": self.on_error}
+        key = {"rows": bench.fingerprint, **how}
+        how |= {"batch_size": self.batch_size, "checkpoint": self.folder / f"scores-{name}"}
+        compute = partial(score, self.mllm, bench, **how)
+        return get(f"scores-{name}", compute, of=(score, *self._plugged), **key)
 
     def _total(self, get: Callable[..., Any]) -> xr.DataArray:
         key = {"rows": _prints(self.mining), "on_error": self.on_error}
-        of = (score, aggregate, *METRICS.values())
+        of = (score, aggregate, *self._plugged)
         return get("total", lambda: aggregate(self.scores().values()), of=of, **key)
+
+    @property
+    def _plugged(self) -> list[Callable]:
+        """The user's own metrics and strategy: what they are is part of a key."""
+        own = [STRATEGIES[self.strategy], *(METRICS[name] for name in own_metrics())]
+        return [function for function in own if function.__module__ != select.__module__]
 
     def select(self, total: xr.DataArray | None = None, **other: Any) -> xr.DataArray:
         """Stage 4 with this workbook's parameters, or others given by name."""
@@ -278,9 +284,8 @@ class Workbook(Parameters):
     def sanity(self) -> pd.DataFrame:
         """The model as it is beside its published figures, one row per benchmark.
 
-        Columns benchmark, corpus (its usual figure over the evaluation rows), low, high (95 %
-        interval of the rows' mean), published, verdict: near, FAR OFF (by more than `FAR` beyond
-        the interval: check prompt, picture size and dtype before mining), or none published.
+        Columns benchmark, corpus (its usual figure), low, high (95 % interval of the rows' mean),
+        published, verdict: near, FAR OFF (more than `FAR` beyond the interval), none published.
         """
         table = summarise(self.answers())[["benchmark", "corpus", "low", "high"]]
         table = table[table["benchmark"] != "average"]
@@ -297,31 +302,32 @@ class Workbook(Parameters):
         value = {"finding": name, "model": self.label, "parameters": self.parameters}
         for key, table in {"claims": claims, **tables}.items():
             value[key] = table.to_dict("records") if isinstance(table, pd.DataFrame) else table
-        self.run.save(f"finding-{name}", value, of=(), **self.configuration)
+        self.run.save(f"finding-{name}", value, of=self._plugged, **self.configuration)
         print(f"finding {name} of {self.label} is kept in the run folder")
 
     def save_figure(self, fig: Any, name: str) -> None:
-        """Keep a figure in the run folder and, without its digest, where MINER_FIGURES says."""
-        files = [
-            self.folder / "figures" / f"{self.run.stem(name, of=(), **self.configuration)}.png"
-        ]
-        if tracked := os.environ.get("MINER_FIGURES"):
-            files.append(ROOT / tracked / f"{name}-{self.label}.png")
-        about = {"Configuration": json.dumps({"model": self.label, **self.configuration})}
-        how = {"format": "png", "dpi": 150, "bbox_inches": "tight", "metadata": about}
-        for file in files:
-            atomically(file, lambda part: fig.savefig(part, **how))
+        """Keep a figure in the run folder, and without its digest where MINER_FIGURES says."""
+        stem = self.run.stem(name, of=self._plugged, **self.configuration)
+        files = [self.folder / f"figures/{stem}.png", *tracked(f"{name}-{self.label}.png")]
+        save(fig, files, {"model": self.label, **self.configuration})
 
     def __repr__(self) -> str:
-        m = self.mllm
+        m, n = self.mllm, self.mllm.model.num_parameters() / 1e6
         what = "a stand-in, see data/README.md" if self.is_shipped else "checkpoint"
+        rows = f"rows each: {self.limit} to mine"
+        if "eval_limit" in self._declared:
+            rows += f", {self.eval_limit} others to evaluate"
         return (
             f"{self.label} ({what}): {m.n_layers} decoder layers x {m.n_neurons} neurons, "
-            f"{m.model.num_parameters() / 1e6:.1f} M parameters\n"
-            f"token kinds: {', '.join(m.kinds)}\n"
-            f"benchmarks: {', '.join(self.names)}; rows each: {self.limit} to mine, "
-            f"{self.eval_limit} others to evaluate"
+            f"{n:.1f} M parameters\ntoken kinds: {', '.join(m.kinds)}\n"
+            f"benchmarks: {', '.join(self.names)}; {rows}"
         )
+
+
+def tracked(name: str) -> list[Path]:
+    """Where a figure of this name goes besides the run folder: the folder MINER_FIGURES, if any."""
+    folder = os.environ.get("MINER_FIGURES")
+    return [ROOT / folder / name] if folder else []
 
 
 def _prints(rows: Mapping[str, Benchmark]) -> dict[str, str]:
