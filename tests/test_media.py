@@ -38,7 +38,7 @@ def corner(mode: str = "RGB", colour=RED, ground=BLUE) -> Image.Image:
 @pytest.mark.fault("picture: orientation flag")
 @pytest.mark.parametrize(
     ("flag", "size", "where"),
-    [(1, (6, 4), (0, 0)), (3, (6, 4), (5, 3)), (6, (4, 6), (3, 0)), (8, (4, 6), (0, 5))],
+    [(2, (6, 4), (5, 0)), (3, (6, 4), (5, 3)), (6, (4, 6), (3, 0)), (8, (4, 6), (0, 5))],
 )
 def test_a_picture_is_turned_as_its_orientation_says(flag, size, where):
     exif = Image.Exif()
@@ -91,16 +91,22 @@ def test_pure_cyan_in_cmyk():
         ((RAMP * 65535).astype(np.uint16), "PPM"),
         ((RAMP * (2**31 - 1)).astype(np.int32), "TIFF"),
         (RAMP.astype(np.float32), "TIFF"),
-        ((RAMP * 255).astype(np.float32), "TIFF"),
         ((RAMP * 2 - 1).astype(np.float32), "TIFF"),
     ],
-    ids=["16-png", "16-tiff", "16-pgm", "32-integer", "unit-float", "255-float", "signed-float"],
+    ids=["16-png", "16-tiff", "16-pgm", "32-integer", "float", "signed-float"],
 )
 def test_deep_pictures_are_scaled(pixels, kind):
     ramp = np.asarray(media.picture(encoded(Image.fromarray(pixels), kind)))
     assert ramp.shape == (16, 16, 3)
     assert np.abs(ramp.reshape(-1, 3) - np.arange(256)[:, None]).max() <= 1
     assert ramp[0, 0, 0] == 0 and ramp[-1, -1, 0] == 255
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.float32])
+def test_eight_bits_in_a_deeper_array_stay_as_they_are(dtype):
+    pixels = (RAMP * 254).round().astype(dtype)  # not even white is needed to tell
+    assert np.array_equal(np.asarray(media.picture(pixels))[..., 0], pixels)
+    assert np.array_equal(np.asarray(media.picture(RAMP > 0.5))[..., 0], (RAMP > 0.5) * 255)
 
 
 @pytest.mark.fault("picture: a dark 16-bit one is not stretched")
@@ -121,7 +127,7 @@ def test_an_animation_is_its_first_frame():
     [
         (encoded(corner().resize((99, 99)), "PNG")[:-60], "(?i)truncated"),
         (b"no picture", "cannot be decoded: cannot identify image file its bytes"),
-        (b"", "a file of no bytes"),
+        (b"", "cannot be decoded"),
         (None, "neither a file nor numbers: NoneType"),
         ({"bytes": None, "path": None}, "neither bytes nor a path"),
         ({"bytes": None, "path": "gone.png"}, "no file 'gone.png'"),
@@ -158,7 +164,9 @@ def video(
 ) -> bytes:
     """Black frames 64 x 32 with a red top left corner, frame i of 10 * i blue, 10 a second."""
     random = np.random.default_rng(0)
-    options = {"movflags": "faststart"} if kind == "mp4" else {}
+    options = {"avoid_negative_ts": "disabled"}
+    if kind == "mp4":  # the header first, so that a cut file has one
+        options["movflags"] = "faststart"
     with av.open(str(path), "w", format=kind, options=options) as container:
         stream = container.add_stream(codec, rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
@@ -193,7 +201,6 @@ def red(frame: np.ndarray) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("turned", "shape", "where"),
     [
-        (None, (32, 64), (0, 0)),
         ((90,), (64, 32), (1, 0)),
         ((-90,), (64, 32), (0, 1)),
         ((180,), (32, 64), (1, 1)),
@@ -259,6 +266,13 @@ def test_a_cut_clip_without_a_count_of_frames_is_reported(tmp_path):
     assert len(cut.frames) == 4
 
 
+@pytest.mark.fault("clip: frames that its container cuts out")
+def test_frames_before_an_edit_list_do_not_count(tmp_path):
+    clip = media.clip(video(tmp_path / "v", times=[i / 10 - 0.3 for i in range(10)]), 4)
+    assert clip.times.tolist() == pytest.approx([0, 0.2, 0.4, 0.6]) and clip.notice is None
+    assert np.abs(clip.frames[:, -1, -1, 2].astype(int) - [30, 50, 70, 90]).max() <= 6
+
+
 @pytest.mark.fault("clip: half a frame at its end")
 def test_half_a_frame_is_none(tmp_path):
     whole = video(tmp_path / "v", noise=True, codec="mpeg4")
@@ -280,13 +294,15 @@ def test_what_is_no_clip_says_why(tmp_path):
 
 
 @pytest.mark.fault("clip: transparency")
-def test_an_animated_gif_is_a_clip_over_white():
-    frames = [corner("RGBA", (255, 0, 0, 255), (0, 0, 255, 0))] * 2
-    frames = [frame.resize((60, 40), 0) for frame in frames]
-    frames[1].putpixel((59, 39), (0, 255, 0, 255))
-    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:], disposal=2)
-    clip = media.clip(data)
-    assert tuple(clip.frames[0, 0, 0]) == RED and tuple(clip.frames[0, -1, 20]) == WHITE
+def test_a_transparent_clip_lies_on_white(tmp_path):
+    pixels = np.asarray(corner("RGBA", (255, 0, 0, 255), (0, 0, 255, 0)))
+    with av.open(str(tmp_path / "v"), "w", format="mov") as container:
+        stream = container.add_stream("png", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 6, 4, "rgba"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgba")))
+        container.mux(stream.encode())
+    frame = media.clip(tmp_path / "v").frames[0]
+    assert tuple(frame[0, 0]) == RED and tuple(frame[-1, -1]) == WHITE
 
 
 def raw(shape, **columns) -> dict:
@@ -296,14 +312,14 @@ def raw(shape, **columns) -> dict:
 
 
 @pytest.mark.fault("raw frames: grey and transparent ones")
-@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("channels", [1, 2, 4])
 def test_raw_frames_become_rgb(channels):
     row = raw((5, 2, 3, channels))
     clip = media.raw_clip(row, 3)
     values = np.frombuffer(row["binary_frames"], np.uint8).reshape(5, 2, 3, channels)[[0, 2, 4]]
     assert clip.frames.shape == (3, 2, 3, 3) and clip.times is None
-    if channels == 4:
-        colour, alpha = values[..., :3].astype(float), values[..., 3:] / 255
+    if channels in (2, 4):
+        colour, alpha = values[..., :-1].astype(float), values[..., -1:] / 255
         values = (colour * alpha + 255 * (1 - alpha)).round()
     assert np.array_equal(clip.frames, np.broadcast_to(values, clip.frames.shape))
 
@@ -438,7 +454,6 @@ def test_duration_without_decoding(monkeypatch, tmp_path):
 # --- sources -------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault("fingerprint: a medium's source, not its path")
 def test_source_bytes_are_of_the_content_and_never_of_the_path(tmp_path):
     data = wav(tone(), 8000)
     for name in ("a.wav", "b.wav"):
@@ -450,7 +465,6 @@ def test_source_bytes_are_of_the_content_and_never_of_the_path(tmp_path):
     assert media.source_bytes({**decoded, "path": "a"}) == media.source_bytes({**decoded})
 
 
-@pytest.mark.fault("fingerprint: shape, depth and rate of decoded media")
 def test_source_bytes_tell_decoded_media_apart():
     zeros = np.zeros((2, 6), np.uint8)
     row = raw((2, 2, 3, 1))

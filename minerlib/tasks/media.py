@@ -72,9 +72,7 @@ def clip(value: Any, frames: int = FRAMES) -> Clip:
         if (source := _encoded(value)) is None:
             array = _array(value)
             return Clip(_rgb(array[_evenly(len(array), frames)], 4), None)
-        taken, times, promised, notice = _sample(source, frames)
-        if len(times) != promised:  # a header that has no count, or a wrong one
-            taken, times, *_ = _sample(source, frames, len(times))
+        taken, times, notice = _sample(source, frames)
         if not taken:
             raise ValueError("no frame of this clip can be decoded; is its file damaged?")
         known = None not in times
@@ -194,8 +192,6 @@ def _encoded(value: Any) -> io.BytesIO | str | None:
         if value is None:
             raise ValueError("neither bytes nor a path")
     if isinstance(value, bytes | bytearray | memoryview):
-        if not len(value):
-            raise ValueError("a file of no bytes")
         return io.BytesIO(value)
     if isinstance(value, str | os.PathLike):
         if not os.path.isfile(value):
@@ -220,9 +216,9 @@ def _decoded_sound(value: Any) -> tuple[np.ndarray, float]:
 
 def _sample(
     source: io.BytesIO | str, frames: int, total: int | None = None
-) -> tuple[list[np.ndarray], list[float | None], int, str | None]:
-    """Evenly spaced frames of a video file of `total` frames (by default those its header counts),
-    the times of all frames that decode, the header's count, and what is missing.
+) -> tuple[list[np.ndarray], list[float | None], str | None]:
+    """Evenly spaced frames of a video file of `total` frames (first what its header counts), the
+    times of all frames that decode, and what is missing.
     """
     if isinstance(source, io.BytesIO):
         source.seek(0)
@@ -233,7 +229,8 @@ def _sample(
             raise ValueError("this file has no video stream")
         stream = container.streams.video[0]
         promised, end = stream.frames, 0.0
-        wanted = set(_evenly(promised if total is None else total, frames).tolist())
+        total = promised if total is None else total
+        wanted = set(_evenly(total, frames).tolist())
         with suppress(av.FFmpegError):  # a damaged file: what is missing is counted below
             for packet in container.demux(stream):
                 if packet.is_discard:  # cut out of the clip by its container
@@ -246,13 +243,15 @@ def _sample(
                             taken.append(_shown(frame, stream.sample_aspect_ratio or 1))
                         times.append(frame.time)
                         end = (frame.time or 0) + float(frame.duration * (frame.time_base or 0))
-        notice, found = None, len(times)
+        if (found := len(times)) != total:  # a header that has no count, or a wrong one
+            return _sample(source, frames, found)
+        notice = None
         seconds = (container.duration or 0) / av.time_base
         if found < promised:
             notice = f"{found} of the {promised} frames that its header promises can be decoded"
         elif not promised and len(container.streams) == 1 and end < 0.95 * seconds:
             notice = f"{end:.2f} of the {seconds:.2f} s that its header promises can be decoded"
-    return taken, times, promised, notice
+    return taken, times, notice
 
 
 def _shown(frame: av.VideoFrame, aspect: Any) -> np.ndarray:
@@ -296,9 +295,11 @@ def _eight_bits(values: np.ndarray) -> np.ndarray:
     if not np.isfinite(values).all():
         raise ValueError("these pixels have NaN or infinite values")
     low, high = min(0.0, float(values.min())), float(values.max())
-    if low == 0:
-        depths = (65535,) if values.dtype.kind + str(values.itemsize) == "u2" else (1, 255, 65535)
-        high = next((d for d in depths if high <= d and (d > 1 or values.dtype.kind in "bf")), high)
+    if values.dtype.kind == "u" and values.itemsize == 2:
+        high = 65535
+    elif low == 0:
+        depths = (1, 255, 65535)[values.dtype.kind in "iu" :]
+        high = next((depth for depth in depths if high <= depth), high)
     return ((values - low) * (255 / ((high - low) or 1))).round().astype(np.uint8)
 
 
