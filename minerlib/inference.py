@@ -51,10 +51,12 @@ def middle95(draws: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     draws = np.asarray(draws, float)
     if not len(draws):
         raise ValueError("no draws, so no quantiles")
-    low, high = np.full((2, *draws.shape[1:]), np.nan)
-    there = ~np.isnan(draws).all(0)
-    low[there], high[there] = np.nanquantile(draws[:, there], [0.025, 0.975], axis=0)
-    return low[()], high[()]
+    flat = draws.reshape(len(draws), -1)
+    there = ~np.isnan(flat).all(0)
+    ends = np.full((2, flat.shape[1]), np.nan)
+    ends[:, there] = np.nanquantile(flat[:, there], [0.025, 0.975], axis=0)
+    low, high = ends.reshape(2, *draws.shape[1:])
+    return low, high
 
 
 def interval(values: np.ndarray, n: int = 2000, seed: int = 0) -> tuple[np.ndarray, ...]:
@@ -63,9 +65,10 @@ def interval(values: np.ndarray, n: int = 2000, seed: int = 0) -> tuple[np.ndarr
     values [sample, ...]; NaN where a sample has no value, and in the result where none has.
     """
     values = np.asarray(values, float)
+    counts = resamples(len(values), n, seed)
     flat = values.reshape(len(values), -1)
     mean = weighted(flat, np.ones((1, len(flat))))[0]
-    ends = middle95(weighted(flat, resamples(len(flat), n, seed)))
+    ends = middle95(weighted(flat, counts))
     return tuple(x.reshape(values.shape[1:]) for x in (mean, *ends))
 
 
@@ -248,6 +251,18 @@ class Layers(NamedTuple):
     yes: np.ndarray
     line: pd.Series
 
+    def claim(self, text: str, null: str | None = None, value: str = "value") -> dict:
+        """The line of a `claims_table`: the most favourable layer, and how many say yes."""
+        at = self.line
+        return {
+            "claim": text,
+            "measured": f"{spread(at[value], at['low'], at['high'])} at layer {at['layer']:.0f}; "
+            f"yes at {self.yes.sum()} of {len(self.yes)}",
+            "null": null or spread(at["null"], at["null_low"], at["null_high"]),
+            "p": at.get("p"),
+            "verdict": self.verdict,
+        }
+
 
 class Converged(NamedTuple):
     """A verdict on a curve, its closest layer, and whether that is clearly nearer than layer 0."""
@@ -276,13 +291,11 @@ def _at_least(need: int, signed: ArrayLike) -> float:
     return float(np.sort(signed)[-need])
 
 
-def _verdict(holds, fails) -> Verdict:
+def _verdict(holds, fails, neither=None) -> Verdict:
     """The verdict of a rule that says when a claim holds, and when it does not."""
-    if holds > 0:
-        return Verdict(HOLDS, float(holds))
-    if fails > 0:
-        return Verdict(FAILS, float(fails))
-    return Verdict(UNKNOWN, float(min(-holds, -fails)))
+    neither = min(-holds, -fails) if neither is None else neither
+    word = HOLDS if holds > 0 else FAILS if fails > 0 else UNKNOWN
+    return Verdict(word, float({HOLDS: holds, FAILS: fails, UNKNOWN: neither}[word]))
 
 
 def beyond(
@@ -402,13 +415,17 @@ def converged(
     sign = 1 if falling else -1
     values = sign * curve["value"].to_numpy(float)
     ends = sign * curve[["low", "high"]].to_numpy(float)
-    best = int(np.nanargmin(values))
-    nearer = _more(ends[0].min(), ends[best].max(), tolerance)
-    others = np.nanmin(values[1:], initial=np.inf)
-    never = min(-nearer, _more(others, values[0], tolerance, equal=True))
+    best = int(values.argmin())
+    # Which layer is closest may change too: the others count unless they are further by more.
+    near = _more(ends[0].min(), ends.max(1), tolerance)
+    further = _more(values, values[best], tolerance, equal=True)
+    further[best] = -np.inf
+    nearer, not_nearer = (np.maximum(further, x).min() for x in (near, -near))
+    never = _more(values[1:].min(initial=np.inf), values[0], tolerance, equal=True)
     early = _more(middle, half[1], tolerance)
     late = _more(half[0], middle, tolerance, equal=True)
-    verdict = _verdict(min(nearer, early), max(never, min(nearer, late)))
+    neither = min(-never, max(not_nearer, -early), max(not_nearer, -late))
+    verdict = _verdict(min(nearer, early), max(never, min(nearer, late)), neither)
     return Converged(verdict, curve.index[best], bool(nearer > 0))
 
 
