@@ -57,7 +57,7 @@ def identity(function: Callable) -> str:
     The hash is of its source file or notebook cell, its place there, defaults and closure; what it
     calls elsewhere is not followed. TypeError for what is no plain function or has no source.
     """
-    name = f"{function.__module__}.{getattr(function, '__qualname__', function)}"
+    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
     if name in COMPUTATIONS:
         return f"{name} {COMPUTATIONS[name]}"
     try:
@@ -208,17 +208,16 @@ class Checkpoint:
     def save(self, tensors: dict[str, torch.Tensor], **meta: Any) -> None:
         """Replace the file with these tensors and facts that JSON can hold."""
         data = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        facts = {"meta": json.dumps(meta)}
-        atomically(self.path, lambda part: safetensors.torch.save_file(data, part, facts))
+        data["meta"] = torch.frombuffer(bytearray(json.dumps(meta).encode()), dtype=torch.uint8)
+        atomically(self.path, lambda part: safetensors.torch.save_file(data, part))
         self._last = time.monotonic()
 
     def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """Tensors, on the CPU, and facts of the last save; None if there is none that is whole."""
         if self.path.exists():
-            try:
-                with safetensors.safe_open(self.path, "pt") as file:
-                    meta = json.loads(file.metadata()["meta"])
-                    return {name: file.get_tensor(name) for name in file.offset_keys()}, meta
+            try:  # one read: a file by itself is whole, two opened in turn need not be the same
+                tensors = safetensors.torch.load(self.path.read_bytes())
+                return tensors, json.loads(bytes(tensors.pop("meta").numpy()))
             except Exception as error:
                 log.warning("%s is damaged (%s); starting anew", self.path.name, error)
         return None
