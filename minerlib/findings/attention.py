@@ -1,26 +1,22 @@
 """Where attention goes: between token sets (paper hypothesis 1) and to attention sinks.
 
 The model's own attention makes its output. What is measured is recomputed in float32 from the
-queries and keys that `MLLM.tap` shows, under the mask the model used, in chunks of queries, and
-reduced to token sets at once: no [head, token, token] tensor exists. What reaches the last prompt
-token is in `last_token`.
+queries and keys that `MLLM.tap` shows, under the mask the model used, and reduced to token sets
+prompt by prompt: no [head, token, token] tensor exists. What reaches the last prompt token is in
+`last_token`.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 import torch
 
-from minerlib.findings.states import batches
+from minerlib.artifacts import computation
 from minerlib.inference import interval
 from minerlib.model import MLLM
+from minerlib.scoring import attention
 from minerlib.separation import separate
-
-_BLOCK = 2**19  # attention logits at a time: about what stays in a cache
-_GPU_BLOCK = 2**26
 
 
 def visible(
@@ -43,26 +39,6 @@ def visible(
     return seen.expand(batch, queries, n) & real[:, None]
 
 
-def attention_rows(
-    query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, scaling: float | None = None
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """One prompt's head-averaged attention, a chunk of queries after another, float32.
-
-    query [head, token, dim], key [kv head, token, dim], seen bool [query, key]; scaling defaults
-    to 1/sqrt(dim). Yields (queries, [chunk, key]).
-    """
-    heads, n, dim = query.shape
-    keys = key.float().transpose(-1, -2).contiguous()
-    query = query.reshape(len(key), -1, n, dim)
-    scale = dim**-0.5 if scaling is None else scaling
-    chunk = max(1, (_GPU_BLOCK if query.is_cuda else _BLOCK) // (heads * n))
-    for i in range(0, n, chunk):
-        rows = slice(i, min(i + chunk, n))
-        q = query[:, :, rows].float().reshape(len(key), -1, dim) * scale
-        logits = (q @ keys).view(heads, -1, n).masked_fill_(~seen[rows], float("-inf"))
-        yield rows, logits.softmax(-1).mean(0)
-
-
 def mass_between(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -72,23 +48,23 @@ def mass_between(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One prompt's mean attention mass from each set's tokens to each set, and its uniform null.
 
-    sets float [set, token]; the rest as in `attention_rows`. Both are [query set, key set], rows
-    summing to 1 if the sets partition the prompt; NaN where a set is empty. The null is what the
-    same tokens would give if each attended uniformly over the tokens it sees, itself included.
+    query [head, token, dim], key [kv head, token, dim], seen bool [query, key], sets float
+    [set, token]; scaling defaults to 1/sqrt(dim). Both are [query set, key set], rows summing to 1
+    if the sets partition the prompt; NaN where a set is empty. The null is what the same tokens
+    would give if each attended uniformly over the tokens it sees, itself included.
     """
-    parts = [p @ sets.T for _, p in attention_rows(query, key, seen, scaling)]
-    even = seen.float()
-    even = (even @ sets.T) / even.sum(-1, keepdim=True).clamp(min=1)
+    even = seen / seen.sum(-1, keepdim=True).clamp(min=1)
     count = sets.sum(-1, keepdim=True)
     here = (count > 0) & (count > 0).T
-    return tuple(
-        torch.where(here, (sets @ rows) / count.clamp(min=1), torch.nan)
-        for rows in (torch.cat(parts), even)
+    mass, null = (
+        torch.where(here, sets @ p @ sets.T / count.clamp(min=1), torch.nan)
+        for p in (attention(query[None], key[None], seen[None], scaling)[0], even)
     )
+    return mass, null
 
 
 @torch.inference_mode()
-def _masses(mllm: MLLM, bench, batch_size, progress) -> tuple[np.ndarray, ...]:
+def _masses(mllm: MLLM, bench, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Attention mass and its null per sample, and the tokens of each set.
 
     The first two are [sample, layer, set, set], the last [sample, set]; the sets are the model's
@@ -97,7 +73,7 @@ def _masses(mllm: MLLM, bench, batch_size, progress) -> tuple[np.ndarray, ...]:
     n_sets = len(mllm.kinds) + 2
     found = np.full((2, len(bench), mllm.n_layers, n_sets, n_sets), np.nan, np.float32)
     counts = np.zeros((len(bench), n_sets))
-    for first, batch in batches(mllm, bench, batch_size, progress, "attention"):
+    for first, batch in mllm.batches(bench, batch_size, "attention"):
         base = separate(mllm, batch)
         real = base["prompt"]
         opening = real & (real.cumsum(1) == 1)
@@ -119,9 +95,21 @@ def _masses(mllm: MLLM, bench, batch_size, progress) -> tuple[np.ndarray, ...]:
     return found[0], found[1], counts
 
 
-def attention_between(
-    mllm: MLLM, bench, *, batch_size: int = 8, progress: bool | None = None
-) -> pd.DataFrame:
+def _table(value: str, values: np.ndarray, uniform=None, **axes) -> pd.DataFrame:
+    """Means over samples of values [sample, layer, *axes], a row per entry that any sample has."""
+    mean, low, high = interval(values)
+    n = (~np.isnan(values)).sum(0)
+    columns = {value: mean, "low": low, "high": high}
+    if uniform is not None:
+        columns["uniform"] = np.nansum(uniform, axis=0) / n.clip(1)
+    axes = {"layer": range(values.shape[1]), **axes}
+    index = pd.MultiIndex.from_product(axes.values(), names=axes)
+    table = pd.DataFrame({k: x.ravel() for k, x in (columns | {"n": n}).items()}, index)
+    return table[table["n"] > 0].reset_index()
+
+
+@computation(version=1)
+def attention_between(mllm: MLLM, bench, *, batch_size: int = 8) -> pd.DataFrame:
     """Mean attention mass from each base set's tokens to each base set, by layer.
 
     Attention is the model's own (causal, masked), averaged over heads; a sample's value is the
@@ -134,24 +122,13 @@ def attention_between(
     hold both sets).
     """
     kinds = list(mllm.kinds)
-    mass, null, _ = _masses(mllm, bench, batch_size, progress)
-    share, low, high = interval(mass)
-    held = (~np.isnan(mass)).sum(0)
-    uniform = np.nansum(null, axis=0) / held.clip(1)
-    rows = [
-        (layer, q, k, *(float(x[layer, i, j]) for x in (share, low, high, uniform)), n)
-        for layer in range(mllm.n_layers)
-        for i, q in enumerate(kinds)
-        for j, k in enumerate(kinds)
-        if (n := int(held[layer, i, j]))
-    ]
-    columns = ["layer", "query", "key", "share", "low", "high", "uniform", "n"]
-    return pd.DataFrame(rows, columns=columns)
+    mass, null, _ = _masses(mllm, bench, batch_size)
+    own = np.s_[:, :, : len(kinds), : len(kinds)]
+    return _table("share", mass[own], null[own], query=kinds, key=kinds)
 
 
-def attention_within(
-    mllm: MLLM, bench, *, batch_size: int = 8, progress: bool | None = None
-) -> pd.DataFrame:
+@computation(version=1)
+def attention_within(mllm: MLLM, bench, *, batch_size: int = 8) -> pd.DataFrame:
     """Share of attention that stays within a token's own base set, by layer (hypothesis 1).
 
     Returns
@@ -159,14 +136,13 @@ def attention_within(
     Columns layer, set, share, low, high (95 % bootstrap interval over samples), uniform (the
     share if every token attended uniformly over the tokens it sees, itself included), n.
     """
-    table = attention_between(mllm, bench, batch_size=batch_size, progress=progress)
+    table = attention_between(mllm, bench, batch_size=batch_size)
     own = table[table["query"] == table["key"]].drop(columns="key")
     return own.rename(columns={"query": "set"}).reset_index(drop=True)
 
 
-def attention_sinks(
-    mllm: MLLM, bench, *, batch_size: int = 8, progress: bool | None = None
-) -> pd.DataFrame:
+@computation(version=1)
+def attention_sinks(mllm: MLLM, bench, *, batch_size: int = 8) -> pd.DataFrame:
     """Attention that each base set collects, relative to uniform attention, by layer.
 
     Sums over all of the prompt's queries: 1 is what the set's tokens would collect if every token
@@ -178,19 +154,10 @@ def attention_sinks(
     -------
     Columns layer, set, collected, low, high (95 % bootstrap interval over samples), n.
     """
-    mass, null, counts = _masses(mllm, bench, batch_size, progress)
+    mass, null, counts = _masses(mllm, bench, batch_size)
     kinds = len(mllm.kinds)  # they partition the queries; the others would count some twice
     queries = counts[:, None, :kinds, None]
     got, even = (np.nansum(queries * x[:, :, :kinds], axis=2) for x in (mass, null))
-    names = [*mllm.kinds, "first", "later special"]
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = np.where(even > 0, got / even, np.nan)
-    value, low, high = interval(ratio)
-    n = (~np.isnan(ratio)).sum(0)
-    rows = [
-        (layer, name, value[layer, j], low[layer, j], high[layer, j], int(n[layer, j]))
-        for layer in range(mllm.n_layers)
-        for j, name in enumerate(names)
-        if n[layer, j]
-    ]
-    return pd.DataFrame(rows, columns=["layer", "set", "collected", "low", "high", "n"])
+    return _table("collected", ratio, set=[*mllm.kinds, "first", "later special"])

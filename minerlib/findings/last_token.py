@@ -4,16 +4,16 @@ Attention and saliency by source set, attention knockout and the logit lens, eac
 sample, so that conditions compare in pairs:
 
     answers = answer_tokens(mllm, bench, "model")          # before anything is silenced
-    before = last_token_flow(mllm, bench, answers)
+    before = measures(mllm, bench, answers)
     with deactivate(mllm, neurons, ["image"]):
-        after = last_token_flow(mllm, bench, answers)
-    summarise(paired(before, after, "saliency"), "saliency")
+        after = measures(mllm, bench, answers)
+    over_layers(changes(before, {"image": after}))
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Literal
@@ -22,10 +22,31 @@ import numpy as np
 import pandas as pd
 import torch
 
+from minerlib.artifacts import computation
 from minerlib.findings.attention import visible
-from minerlib.findings.states import batches, residual_stream
+from minerlib.inference import (
+    HOLDS,
+    bootstrap,
+    change_against_draws,
+    claims_table,
+    clear_of,
+    majority,
+    mean_over_samples,
+    paired,
+    rank_p,
+    spread,
+)
 from minerlib.model import MLLM
 from minerlib.separation import separate
+
+_CLAIMS = {
+    "attention": "the last token's attention to {}",
+    "saliency": "the saliency that reaches it from {}",
+    "knockout": "what cutting it off from {} costs the answer",
+    "lens": "how well the answer can be read along the layers",
+}
+MEASURES = tuple(_CLAIMS)
+_BY = ["measure", "layer", "set"]
 
 
 def answer_tokens(
@@ -34,7 +55,6 @@ def answer_tokens(
     target: Literal["reference", "model"] = "reference",
     *,
     batch_size: int = 8,
-    progress: bool | None = None,
 ) -> np.ndarray:
     """The token id that answers each sample, int [sample]: what the other functions follow.
 
@@ -52,7 +72,7 @@ def answer_tokens(
     with torch.inference_mode():
         parts = [
             mllm.forward(batch).logits[:, -1].argmax(-1).cpu().numpy()
-            for _, batch in batches(mllm, bench, batch_size, progress, "answers")
+            for _, batch in mllm.batches(bench, batch_size, "answers")
         ]
     return np.concatenate(parts)
 
@@ -132,17 +152,6 @@ def _needs_dense_masks(mllm: MLLM) -> None:
         )
 
 
-def _output_projection(mllm: MLLM, layer: int) -> torch.nn.Module:
-    for module in mllm.layers[layer].modules():
-        for name in ("o_proj", "out_proj"):
-            if hasattr(module, name):
-                return getattr(module, name)
-    raise ValueError(
-        f"{mllm.name}: layer {layer} has no attention output projection o_proj or out_proj, which "
-        "the saliency needs; call with saliency=False"
-    )
-
-
 def last_row(
     query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, scaling: float | None = None
 ) -> torch.Tensor:
@@ -160,7 +169,6 @@ def last_token_flow(
     *,
     saliency: bool = True,
     batch_size: int = 8,
-    progress: bool | None = None,
 ) -> pd.DataFrame:
     """What the last prompt token draws from each source set, by layer and sample (finding III).
 
@@ -182,7 +190,7 @@ def last_token_flow(
     if saliency:
         _needs_dense_masks(mllm)
     parts = []
-    for first, batch in batches(mllm, bench, batch_size, progress, "last token"):
+    for first, batch in mllm.batches(bench, batch_size, "last token"):
         names, sets = _sources(mllm, batch)
         real, rows, even, gates, outputs = sets.any(1), {}, {}, {}, {}
 
@@ -201,7 +209,7 @@ def last_token_flow(
             def hook(module, args):
                 outputs[layer] = args[0]
 
-            return _output_projection(mllm, layer).register_forward_pre_hook(hook)
+            return mllm.family.output_projection(mllm.layers[layer]).register_forward_pre_hook(hook)
 
         with ExitStack() as stack:
             for layer in range(mllm.n_layers if saliency else 0):
@@ -236,6 +244,25 @@ def _saliency(loss: torch.Tensor, rows: dict, gates: dict, outputs: dict) -> dic
     return found
 
 
+def width(mllm: MLLM, window: int | None = None) -> int:
+    """Layers in which attention is cut at a time: `window`, or a fifth of the layers."""
+    window = max(1, round(mllm.n_layers / 5)) if window is None else window
+    if not 1 <= window <= mllm.n_layers:
+        raise ValueError(f"window={window}: give 1 to {mllm.n_layers} layers")
+    return window
+
+
+def side_by_side(n_layers: int, window: int) -> list[int]:
+    """Centres of windows that lie side by side and together cut every layer."""
+    return [min(i + window // 2, n_layers - 1) for i in range(0, n_layers, window)]
+
+
+def around(centre: int, window: int, n_layers: int) -> range:
+    """The `window` layers around a centre, an even one reaching further down; less at the ends."""
+    low = centre - window // 2
+    return range(max(low, 0), min(low + window, n_layers))
+
+
 @torch.inference_mode()
 def knockout(
     mllm: MLLM,
@@ -247,7 +274,6 @@ def knockout(
     layers: Sequence[int] | None = None,
     cache: bool | None = None,
     batch_size: int = 8,
-    progress: bool | None = None,
 ) -> pd.DataFrame:
     """The answer's probability when the last token may not look at a set (Geva et al. 2023).
 
@@ -267,14 +293,12 @@ def knockout(
     answers = _answers(mllm, bench, answers)
     if cache is None:
         cache = set(getattr(mllm.text_config, "layer_types", None) or ()) <= {"full_attention"}
-    window = max(1, round(mllm.n_layers / 5)) if window is None else window
-    if not 1 <= window <= mllm.n_layers:
-        raise ValueError(f"window={window}: give 1 to {mllm.n_layers} layers")
+    window = width(mllm, window)
     centres = range(mllm.n_layers) if layers is None else layers
     if unknown := set(sets or ()) - set(mllm.kinds):
         raise ValueError(f"{mllm.name} has no sets {sorted(unknown)}; there are {mllm.kinds}")
     parts = []
-    for first, batch in batches(mllm, bench, batch_size, progress, "knockout"):
+    for first, batch in mllm.batches(bench, batch_size, "knockout"):
         names, members = _sources(mllm, batch)
         real, answer = members.any(1), answers[first : first + len(members)]
         if cache:
@@ -296,9 +320,8 @@ def knockout(
                 return bias
 
             for centre in centres:
-                low = centre - window // 2
-                within = range(max(low, 0), min(low + window, mllm.n_layers))
-                with mllm.tap(attention=block, layers=within):
+                cuts = around(centre, window, mllm.n_layers)
+                with mllm.tap(attention=block, layers=cuts):
                     after = run()
                 parts += [
                     (first + b, centre, name, float(before[b]), float(after[b])) for b in held
@@ -316,12 +339,9 @@ def unembed(mllm: MLLM, hidden: torch.Tensor) -> torch.Tensor:
 
     A model's own scaling or capping of its logits is left out.
     """
-    decoder = mllm.model.get_decoder()
-    names = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
-    norm = next((getattr(decoder, n) for n in names if hasattr(decoder, n)), None)
-    head = mllm.model.get_output_embeddings()
-    if norm is None or head is None:
-        raise ValueError(f"{mllm.name}: found no final norm among {names}, or no output embeddings")
+    norm, head = mllm.family.final_norm(), mllm.model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{mllm.name} has no output embeddings to read hidden states with")
     return head(norm(hidden.to(head.weight.device, head.weight.dtype))).float()
 
 
@@ -340,7 +360,6 @@ def logit_lens(
     answers: np.ndarray | None = None,
     *,
     batch_size: int = 8,
-    progress: bool | None = None,
 ) -> pd.DataFrame:
     """How far the answer can be read at the last prompt token, by layer (the logit lens).
 
@@ -351,7 +370,7 @@ def logit_lens(
     """
     answers = _answers(mllm, bench, answers)
     parts = []
-    for first, batch in batches(mllm, bench, batch_size, progress, "logit lens"):
+    for first, batch in mllm.batches(bench, batch_size, "logit lens"):
         answer = answers[first : first + len(batch["input_ids"])]
 
         def lens(layer, h, first=first, answer=answer):
@@ -361,7 +380,132 @@ def logit_lens(
             for b, (p, r) in enumerate(zip(own, rank, strict=True)):
                 parts.append((first + b, layer, np.exp(p), p, r))
 
-        with residual_stream(mllm, lens):
+        with mllm.tap(hidden=lens):
             mllm.forward(batch)
     columns = ["sample", "layer", "probability", "log_probability", "rank"]
     return pd.DataFrame(parts, columns=columns)
+
+
+# --- the finding ---------------------------------------------------------------------------------
+
+
+@computation(version=1)
+def measures(
+    mllm: MLLM,
+    bench,
+    answers: np.ndarray | None = None,
+    *,
+    window: int | None = None,
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """The four measures as one table, in percent; windows of knockout lie side by side.
+
+    Returns
+    -------
+    Columns measure (one of MEASURES, or `uniform`, the attention's null), sample, layer, set,
+    value: share of attention; share of the sample's whole saliency, over all layers and sets;
+    probability of the answer lost by knockout (layer: the window's centre); and its probability
+    in the logit lens (set `answer`; layer 0: the embeddings).
+    """
+    window = width(mllm, window)
+    flow = last_token_flow(mllm, bench, answers, batch_size=batch_size)
+    flow["saliency"] /= flow.groupby("sample")["saliency"].transform("sum")
+    centres = side_by_side(mllm.n_layers, window)
+    cut = knockout(mllm, bench, answers, window=window, layers=centres, batch_size=batch_size)
+    lens = logit_lens(mllm, bench, answers, batch_size=batch_size).assign(set="answer")
+    tables = {"loss": cut.assign(measure="knockout"), "probability": lens.assign(measure="lens")}
+    tables |= {name: flow.assign(measure=name) for name in ("attention", "uniform", "saliency")}
+    columns = ["measure", "sample", "layer", "set", "value"]
+    parts = [table.rename(columns={name: "value"})[columns] for name, table in tables.items()]
+    table = pd.concat(parts, ignore_index=True)
+    return table.assign(value=100 * table["value"])
+
+
+def changes(before: pd.DataFrame, after: Mapping[Hashable, pd.DataFrame]) -> pd.DataFrame:
+    """Tables of `measures` under several conditions, minus the same before, in points.
+
+    Columns silenced (the condition), sample, measure, layer, set, value.
+    """
+    parts = [paired(before, t, "value", _BY).assign(silenced=name) for name, t in after.items()]
+    return pd.concat(parts, ignore_index=True)
+
+
+def over_layers(table: pd.DataFrame) -> pd.Series:
+    """One value for each measure, set and sample: the mean over layers, of saliency the sum.
+
+    From a table of `measures` or `changes`; indexed by silenced (if there), measure, set, sample.
+    """
+    by = [name for name in ("silenced", "measure", "set", "sample") if name in table]
+    value = table.groupby(by, sort=False)["value"].agg(["mean", "sum"])
+    shares = value.index.get_level_values("measure") == "saliency"
+    return value["mean"].mask(shares, value["sum"]).rename("value")
+
+
+def by_source(changed: pd.DataFrame, chance: pd.DataFrame) -> pd.DataFrame:
+    """Mean change by measure and silenced modality, then `random` (rows) and source (columns)."""
+    random = over_layers(chance).groupby(["measure", "set", "sample"], sort=False).mean()
+    both = [over_layers(changed), pd.concat({"random": random}, names=["silenced"])]
+    means = pd.concat(both).groupby(["measure", "silenced", "set"], sort=False).mean()
+    return means.unstack("set")
+
+
+def at_own_source(changed: pd.DataFrame, chance: pd.DataFrame) -> pd.DataFrame:
+    """Each modality's change at its own source by layer, against the range of the random draws.
+
+    changed and chance from `changes`, the former under the modalities' names. The lens has no
+    source: its change is the answer's own.
+
+    Returns
+    -------
+    Columns silenced, measure, layer, set, value, low, high (95 % interval over samples), n, null
+    (the draws' mean), null_low, null_high (their range), beyond (whether the interval is clear of
+    that range).
+    """
+    own = changed[changed["measure"].isin(MEASURES)]
+    own = own[(own["set"] == own["silenced"]) | (own["set"] == "answer")]
+    table = mean_over_samples(own, "value", ["silenced", *_BY])
+    draws = chance.pivot_table("value", _BY, "silenced")  # means over samples
+    draws = draws.reindex(pd.MultiIndex.from_frame(table[_BY])).to_numpy().T
+    clear = clear_of(table["low"], table["high"], draws)
+    band = {"null": draws.mean(0), "null_low": draws.min(0), "null_high": draws.max(0)}
+    return table.assign(**band, beyond=clear)
+
+
+def claims(before: pd.DataFrame, changed: pd.DataFrame, chance: pd.DataFrame) -> pd.DataFrame:
+    """The paper's claim, then a line for each modality's neurons and measure, over all layers.
+
+    before from `measures`, changed and chance as in `at_own_source`; columns of `claims_table`.
+    """
+    start, change = over_layers(before), over_layers(changed)
+    draws = over_layers(chance).groupby(["measure", "set", "silenced"]).mean()
+    far = at_own_source(changed, chance).query("beyond").astype({"layer": str})
+    since = far.groupby(["silenced", "measure"])["layer"].agg(", ".join)
+    lines, verdicts = [], []
+    for modality in changed["silenced"].unique():
+        for measure, what in _CLAIMS.items():
+            source = "answer" if measure == "lens" else modality
+            values, null = change[modality, measure, source], draws[measure, source].to_numpy()
+            mean, low, high = bootstrap(values)
+            verdicts.append(
+                change_against_draws(mean, low, high, null, n=len(values), tolerance=0.1)
+            )
+            layers = since.get((modality, measure))
+            lines.append(
+                {
+                    "claim": f"{modality} neurons change {what.format(modality)}",
+                    "measured": f"{start[measure, source].mean():z.1f} %, change "
+                    + spread(mean, low, high, "+", 1)
+                    + (f", in layers {layers}" if layers else ""),
+                    "null": f"random: {null.min():+z.1f} to {null.max():+z.1f}",
+                    "p": rank_p(mean, null, "two-sided"),
+                    "verdict": verdicts[-1],
+                }
+            )
+    whole = {
+        "claim": "modality-specific neurons influence how key information of each modality "
+        "reaches the last token",
+        "measured": f"{sum(v.word == HOLDS for v in verdicts)} of {len(lines)} lines hold",
+        "null": "the lines below",
+        "verdict": majority(verdicts),
+    }
+    return claims_table("III", [whole, *lines])
