@@ -4,6 +4,8 @@
 #     make test                              pytest and nbval; test-fast takes under two minutes
 #     make bench                             how fast it is, beside its floors and other libraries
 #     make data                              make the benchmarks and train the models again
+#     make api                               the library's reference, into build/api/
+#     make clean                             remove what runs made
 # MODEL, RUN and every notebook parameter, in upper or lower case or in PARAMS="ratio=0.05 seed=1",
 # go to the workbook.
 
@@ -11,10 +13,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-TESTING := HF_HUB_OFFLINE=1 MINER_PROGRESS=0 OMP_NUM_THREADS=1
+TESTING := HF_HUB_OFFLINE=1 TQDM_DISABLE=1 OMP_NUM_THREADS=1
 GIVEN = $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
 
-.PHONY: env workbook notebooks test test-fast lint bench data
+.PHONY: env workbook notebooks test test-fast lint api bench data clean
 
 env: $(INSTALLED)
 
@@ -28,9 +30,10 @@ workbook: env
 	$(BIN)/python notebooks/run.py $(foreach v,$(filter-out PYTHON,$(GIVEN)),$(v)="$$$(v)")
 
 # Execute the committed notebooks in place, after a change that is meant to change their outputs.
+# The figures that the README shows are drawn here and nowhere else.
 notebooks: env
-	$(TESTING) $(BIN)/python notebooks/run.py
-	$(TESTING) $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+	$(TESTING) MINER_FIGURES=figures $(BIN)/python notebooks/run.py
+	$(TESTING) MINER_FIGURES=figures $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.record_timing=False notebooks/[0-9]*.ipynb
 
 # The notebooks that nbval executes find the artefacts that the workbook has just made.
@@ -45,6 +48,10 @@ test-fast: env
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+api: env
+	$(BIN)/pdoc -o build/api minerlib
 
 # SECTIONS="scoring memory" measures those alone. Nothing else should run.
 bench: env
@@ -57,3 +64,6 @@ data: env
 	$(BIN)/python -m data.make.vision
 	$(BIN)/python -m data.make.train_vl
 	$(BIN)/python -m data.make.train_audio
+
+clean:
+	rm -rf runs build

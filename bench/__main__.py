@@ -183,7 +183,7 @@ def growth(rounds: int) -> list[dict]:
     mllm = stand_in("tiny-qwen2-vl")
     benches = {n: rows_of("tiny-qwen2-vl", n) for n in (32, 64, 128, 256)}
     sides = {
-        n: lambda bench=bench: ml.score(mllm, bench, batch_size=32, progress=False)
+        n: lambda bench=bench: ml.score(mllm, bench, batch_size=32)
         for n, bench in benches.items()
     }
     times = alternate(sides, max(3, rounds // 2))
@@ -229,7 +229,7 @@ def plain_way(rounds: int) -> list[dict]:
                     "plain": lambda mllm=mllm, rows=rows: reference.plain_score(
                         mllm, list(rows), Path(folder, "sums.pt")
                     ),
-                    "minerlib": lambda mllm=mllm, rows=rows: ml.score(mllm, rows, progress=False),
+                    "minerlib": lambda mllm=mllm, rows=rows: ml.score(mllm, rows),
                 }
                 seconds = alternate(sides, 3 if setting != name else rounds)
                 setting = f"{setting}, {len(rows)} row{'s' * (len(rows) > 1)} of {bench.name}"

@@ -1,9 +1,10 @@
 """minerlib: find, silence and study modality-specific neurons in multimodal language models.
 
-The modules in the order in which data passes through them: model, benchmarks, separation,
-scoring, aggregation, selection, deactivation, metrics, evaluation; clouds, geometry, semantics,
-flow and last_token measure hidden states and attention; artifacts keeps results, plots draws
-them, and workbook is what the notebooks open with.
+The rooms in the order in which data passes through them, each knowing only those before it:
+families, model and tap (a model and the way in); artifacts (what was computed, never stale);
+separation, scoring, aggregation, selection (the four stages) and deactivation; inference
+(intervals, nulls, verdicts); tasks (what models are asked); findings (one room per finding);
+plots; and workbook, which the notebooks open with.
 """
 
 from minerlib.aggregation import aggregate

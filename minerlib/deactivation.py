@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import safetensors
 import torch
 import xarray as xr
 
@@ -31,6 +32,7 @@ def deactivate(
     at every token, in the prompt and in generation: 0; or, recorded during scoring and passed as
     constants=scores, each neuron's `mean` or its layer's minimum (`min`; the paper's code takes
     the minimum of whatever tensor is at hand, which depends on batch, padding and decode step).
+    A forward pass in which a silenced layer's hook does not fire raises RuntimeError.
     """
     chosen = _union(mllm, neurons, modalities)
     values = _constants(mode, constants, chosen)
@@ -61,20 +63,29 @@ def export(
     """Write a checkpoint whose weights silence the neurons (mode zero), loadable by any engine.
 
     A neuron reaches the rest of the model only through its column of the MLP's down projection,
-    so that column becomes 0. The model in memory is unchanged. Raises ValueError for layers
-    without a plain down_proj weight, such as quantised ones.
+    so that column becomes 0. The model in memory is unchanged. What was written is read back and
+    compared before the card is written. Raises ValueError for a model that is quantised or partly
+    offloaded, and for layers whose down projection is not one plain weight.
     """
     chosen = _union(mllm, neurons, modalities)
+    if getattr(mllm.model, "hf_quantizer", None) is not None:
+        raise ValueError(f"{mllm.name} is quantised; export needs it loaded with float weights")
     state = dict(mllm.model.state_dict())
+    if absent := [name for name, tensor in state.items() if tensor.is_meta]:
+        raise ValueError(
+            f"{mllm.name}: {len(absent)} weights are offloaded ({absent[0]}); export needs it "
+            "loaded whole, so without device_map or with one that has no disk or cpu part"
+        )
     names = {module: name for name, module in mllm.model.named_modules()}
+    silenced = {}
     for layer in np.flatnonzero(chosen.any(-1)).tolist():
-        projection = _down_projection(mllm, layer)
-        key = f"{names[projection]}.weight"
-        state[key] = state[key].clone()
+        key = f"{names[_down_projection(mllm, layer)]}.weight"
+        silenced[key] = state[key] = state[key].clone()
         state[key][:, torch.from_numpy(chosen[layer]).to(state[key].device)] = 0
     folder = Path(folder)
     mllm.model.save_pretrained(folder, state_dict=state)
     mllm.processor.save_pretrained(folder)
+    _verify(folder, silenced)
     how = {k: v for k, v in getattr(neurons, "attrs", {}).items()}
     counts = "\n".join(f"| {i} | {int(c)} |" for i, c in enumerate(chosen.sum(-1)))
     (folder / "README.md").write_text(
@@ -85,6 +96,23 @@ def export(
         f"| decoder layer | silenced of {mllm.n_neurons} |\n|---|---|\n{counts}\n"
     )
     return folder
+
+
+def _verify(folder: Path, silenced: dict[str, torch.Tensor]) -> None:
+    """Raises RuntimeError unless the folder holds these weights, whatever it calls them."""
+    held = {}
+    for file in folder.glob("*.safetensors"):
+        with safetensors.safe_open(file, "pt") as tensors:
+            held |= dict.fromkeys(tensors.keys(), file)
+    for key, weight in silenced.items():
+        for name in (n for n in held if n.split(".")[-4:] == key.split(".")[-4:]):
+            with safetensors.safe_open(held[name], "pt") as tensors:
+                if torch.equal(tensors.get_tensor(name), weight.cpu()):
+                    break
+        else:
+            raise RuntimeError(
+                f"{folder} does not hold {key} as it was silenced; do not use this checkpoint"
+            )
 
 
 def _names(neurons) -> list[str]:
@@ -108,7 +136,7 @@ def _union(mllm: MLLM, neurons, modalities) -> np.ndarray:
     names = _names(neurons)
     if missing := sorted(set(modalities) - set(names)):
         raise ValueError(f"no neurons of modality {missing}; there are {names}")
-    return values[[names.index(m) for m in modalities]].any(0)
+    return values[[name in modalities for name in names]].any(0)
 
 
 def _constants(mode: str, constants, chosen: np.ndarray) -> np.ndarray:
@@ -125,16 +153,23 @@ def _constants(mode: str, constants, chosen: np.ndarray) -> np.ndarray:
         )
     values = constants[name].values
     values = values[:, None] if mode == "min" else values
+    if len(values) != len(chosen) or values.shape[1] not in (1, chosen.shape[1]):
+        raise ValueError(f"{name} is {values.shape}, of another model; the neurons {chosen.shape}")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} is not finite: mine again, with dtype='bfloat16' or 'float32'")
     return np.broadcast_to(values, chosen.shape).astype(np.float32)
 
 
 def _down_projection(mllm: MLLM, layer: int) -> torch.nn.Module:
-    for module in mllm.layers[layer].modules():
-        down = getattr(module, "down_proj", None)
-        if down is not None and mllm.activations[layer] in list(module.children()):
-            if not getattr(getattr(down, "weight", None), "is_floating_point", bool)():
-                raise ValueError(
-                    f"layer {layer}: down_proj is quantised; export needs float weights"
-                )
-            return down
-    raise ValueError(f"layer {layer}: no down_proj beside the activation; export cannot silence it")
+    down = mllm.family.down_projection(mllm.layers[layer])
+    if down is None:
+        raise ValueError(
+            f"layer {layer}: no down_proj beside the activation; export cannot silence it"
+        )
+    if {n for n, _ in down.named_parameters()} - {"weight", "bias"} or not isinstance(
+        getattr(down, "weight", None), torch.Tensor
+    ):
+        raise ValueError(f"layer {layer}: its down projection is more than one weight; merge it")
+    if not down.weight.is_floating_point():
+        raise ValueError(f"layer {layer}: down_proj is quantised; export needs float weights")
+    return down

@@ -8,26 +8,54 @@ O(n^2 N). Sums stream per layer; no activation outlives its hook.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
+import warnings
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
 import xarray as xr
 from tqdm.auto import tqdm
 
-from minerlib.model import MLLM
+from minerlib.artifacts import Checkpoint, computation, key
+from minerlib.model import MLLM, RowError, starts
 from minerlib.separation import BASE_SETS, SETS, separate, stack
 
-METRICS = ("prob", "mean", "max", "attn_k", "attn_q")
-"""The five importance metrics, in the order of the scores' `metric` coordinate."""
+
+class Layer(NamedTuple):
+    """What a metric may look at: one layer's neurons over a batch of prompts, float32.
+
+    activations [batch, token, neuron] in the model's precision; masks bool [batch, set, token];
+    tokens in each set, at least 1, [batch, set, 1]; and, fused into two passes over the
+    activations, [batch, set, neuron] each: how many tokens are positive, the sum, the highest (0
+    where a set is empty), and the two attention-weighted sums.
+    """
+
+    activations: torch.Tensor
+    masks: torch.Tensor
+    tokens: torch.Tensor
+    positive: torch.Tensor
+    total: torch.Tensor
+    highest: torch.Tensor
+    attn_k: torch.Tensor
+    attn_q: torch.Tensor
+
+
+METRICS: dict[str, Callable[[Layer], torch.Tensor]] = {
+    "prob": lambda layer: layer.positive / layer.tokens,
+    "mean": lambda layer: layer.total / layer.tokens,
+    "max": lambda layer: layer.highest,
+    "attn_k": lambda layer: layer.attn_k,
+    "attn_q": lambda layer: layer.attn_q,
+}
+"""The importance metrics, in the order of the scores' `metric` coordinate: the paper's five, and
+whatever is registered besides: a function of a `Layer` that returns [batch, set, neuron]."""
 
 _BASE = [SETS.index(name) for name in BASE_SETS]
-_MEAN, _PROMPT = METRICS.index("mean"), SETS.index("prompt")
+_MEAN, _PROMPT = list(METRICS).index("mean"), SETS.index("prompt")
 _UNIONS = {"special_text": ("special", "text"), "prompt": BASE_SETS}
 _BLOCK = 2**19  # elements of scratch memory: what stays in a core's cache between two passes
 _GPU_BLOCK = 2**25  # a GPU wants few large kernels instead
@@ -84,7 +112,8 @@ def attention(
     """Attention averaged over heads, no causal mask, [batch, token, token] float32.
 
     Computed for a few heads and queries at a time, so that no [head, token, token] tensor exists.
-    query [batch, head, token, dim], key [batch, kv head, token, dim], real bool [batch, token].
+    query [batch, head, token, dim], key [batch, kv head, token, dim]; real bool [batch, token], or
+    [batch, query, key] where tokens see different ones.
     """
     batch, heads, n, dim = query.shape
     kv_heads = key.shape[1]
@@ -97,7 +126,7 @@ def attention(
     at_once = min(kv_heads, max(1, 2 * _block(query) // (batch * groups * chunk * n)))
     # On CPUs, memory that is used again costs half as much as fresh memory.
     scratch = p.new_empty(2, batch * at_once * groups * chunk * n)
-    padding = torch.where(real, 0, float("-inf"))[:, None]
+    padding = torch.where(real, 0, float("-inf")).view(batch, -1, n)  # [batch, 1 or query, key]
     padded = query.is_cuda or not real.all()  # asking a GPU would wait for it
     for i, some in product(range(0, n, chunk), _parts(kv_heads, at_once)):
         q = query[:, some, :, i : i + chunk].float() * scale
@@ -106,7 +135,8 @@ def attention(
         logits, shares = scratch[:, : math.prod(shape)].view(2, len(k), -1, n)
         torch.bmm(q.reshape(len(k), -1, dim), k, out=logits)
         if padded:
-            logits.view(batch, -1, n).add_(padding)
+            hidden = padding[:, i : i + chunk] if real.ndim == 3 else padding
+            logits.view(batch, -1, q.shape[3], n).add_(hidden[:, None])
         torch.softmax(logits, -1, out=shares)
         for head in shares.view(shape).flatten(1, 2).unbind(1):
             p[:, i : i + chunk] += head
@@ -130,7 +160,7 @@ def layout(masks: torch.Tensor) -> np.ndarray:
 
 
 def metrics(x, weights_k, weights_q, masks, kinds, minimum=None) -> torch.Tensor:
-    """The five metrics before normalisation, [batch, metric, set, neuron] float32.
+    """The metrics before normalisation, [batch, metric, set, neuron] float32.
 
     x [batch, token, neuron]; kinds is the masks' `layout`; minimum, a 0-dim tensor, is lowered in
     place to the smallest activation seen.
@@ -168,9 +198,9 @@ def metrics(x, weights_k, weights_q, masks, kinds, minimum=None) -> torch.Tensor
         highest[:, SETS.index(union)] = highest[:, [SETS.index(k) for k in names]].amax(1)
     count = masks.sum(-1, keepdim=True)
     highest.masked_fill_(count == 0, 0)
-    total, attn_k, attn_q = sums.chunk(3, 1)
-    count = count.clamp(min=1)
-    return torch.stack([positive.div_(count), total.div_(count), highest, attn_k, attn_q], 1)
+    layer = Layer(x, masks, count.clamp(min=1), positive, sums, highest, *sums.chunk(3, 1)[1:])
+    layer = layer._replace(total=sums[:, : len(SETS)])
+    return torch.stack([metric(layer) for metric in METRICS.values()], 1)
 
 
 def normalise(values: torch.Tensor) -> torch.Tensor:
@@ -182,42 +212,42 @@ def normalise(values: torch.Tensor) -> torch.Tensor:
 class Sums:
     """Running sums of one benchmark's scores; per layer, on that layer's device."""
 
+    lists = ("scores", "mean", "minimum")
+
     def __init__(self, n_layers: int):
         self.scores: list = [0] * n_layers  # [metric, set, neuron]
         self.mean: list = [0] * n_layers  # [neuron], raw activations over prompt tokens
-        self.minimum: list = [None] * n_layers
+        self.minimum: list = [float("inf")] * n_layers
         self.samples = torch.zeros(len(SETS), dtype=torch.long)
         self.rows = 0
+        self.skipped: list[str] = []
 
-    def save(self, path: Path, key: str) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: torch.stack([t.cpu() for t in getattr(self, name)]) for name in self.lists}
-        part = path.with_name(path.name + ".part")
-        metadata = {"key": key, "rows": str(self.rows)}
-        safetensors.torch.save_file({**tensors, "samples": self.samples}, part, metadata)
-        part.replace(path)
+    def save(self, checkpoint: Checkpoint, done: int) -> None:
+        tensors = {n: torch.stack([t.cpu() for t in getattr(self, n)]) for n in self.lists}
+        facts = {"done": done, "rows": self.rows, "skipped": self.skipped}
+        checkpoint.save({**tensors, "samples": self.samples}, **facts)
 
-    def load(self, path: Path, key: str, devices: list) -> None:
-        with safetensors.safe_open(path, "pt") as file:
-            if file.metadata()["key"] != key:
-                raise ValueError(f"checkpoint {path} is of another model or benchmark; delete it")
-            for name in self.lists:
-                tensors = file.get_tensor(name)
-                setattr(self, name, [t.to(d) for t, d in zip(tensors, devices, strict=True)])
-            self.samples = file.get_tensor("samples")
-            self.rows = int(file.metadata()["rows"])
-
-    lists = ("scores", "mean", "minimum")
+    def load(self, checkpoint: Checkpoint, devices: list) -> int:
+        """Go on from the checkpoint, if there is one; returns how many rows are done."""
+        if (found := checkpoint.load()) is None:
+            return 0
+        tensors, facts = found
+        for name in self.lists:
+            moved = [t.to(d) for t, d in zip(tensors[name], devices, strict=True)]
+            setattr(self, name, moved)
+        self.samples, self.rows, self.skipped = tensors["samples"], facts["rows"], facts["skipped"]
+        return facts["done"]
 
 
+@computation(version=1)
 def score(
     mllm: MLLM,
     bench,
     *,
     batch_size: int = 8,
-    progress: bool | None = None,
     checkpoint: str | Path | None = None,
-    checkpoint_every: int = 50,
+    every: float = 60.0,
+    on_error: str = "raise",
 ) -> xr.DataArray:
     """Stage 2 for a benchmark: scores averaged over its samples (paper sections 3.2 and 3.3).
 
@@ -225,37 +255,64 @@ def score(
     `samples` (how many samples hold the set; its mean is over those) and, for silencing with a
     constant, `activation_mean` [layer, neuron] and `activation_min` [layer] over prompt tokens.
 
-    Only the prompt's forward pass is scored (prefill). With `checkpoint`, the sums are written
-    there every `checkpoint_every` batches and a rerun continues from them.
+    Only the prompt's forward pass is scored (prefill). With `checkpoint`, a path, the sums are
+    written beside it every `every` seconds and a rerun of the same rows continues from them.
+    Raises RowError for a row that cannot be used, or whose activations are not finite; with
+    on_error="skip" it is left out and named in attrs["skipped"].
     """
-    if len(bench) == 0:
-        raise ValueError(f"benchmark {bench.name!r} has no rows to score; raise its limit")
-    sums = Sums(mllm.n_layers)
-    key = hashlib.sha256(f"{mllm.fingerprint}{bench.fingerprint}".encode()).hexdigest()
-    checkpoint = None if checkpoint is None else Path(checkpoint)
-    if checkpoint is not None and checkpoint.exists():
-        sums.load(checkpoint, key, [next(layer.parameters()).device for layer in mllm.layers])
-    if progress is None:
-        progress = os.environ.get("MINER_PROGRESS", "1") != "0"
-    starts = range(sums.rows, len(bench), batch_size)
-    for done, i in enumerate(tqdm(starts, desc=f"score {bench.name}", disable=not progress), 1):
-        rows = bench[i : i + batch_size]
-        add_batch(mllm, mllm.encode(rows), sums)
-        sums.rows += len(rows)
-        if checkpoint is not None and done % checkpoint_every == 0:
-            sums.save(checkpoint, key)
-    result = _to_array(sums, mllm.n_layers, bench.name)
+    sums, done, saved = Sums(mllm.n_layers), 0, None
     if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
+        made_by = [score, *(METRICS[name] for name in own_metrics())]
+        made = key(mllm, made_by, data=bench.fingerprint, on_error=on_error)
+        saved = Checkpoint(checkpoint, made, every)
+        done = sums.load(saved, [next(layer.parameters()).device for layer in mllm.layers])
+    for i in tqdm(starts(bench, batch_size, done), desc=f"score {bench.name}"):
+        _add(mllm, bench, range(i, min(i + batch_size, len(bench))), sums, on_error)
+        if saved is not None and saved.due():
+            sums.save(saved, i + batch_size)
+    if sums.skipped:
+        warnings.warn("; ".join(["rows skipped", *sums.skipped]), stacklevel=2)
+    if not sums.rows:
+        raise ValueError(f"benchmark {bench.name!r}: every row was skipped: {sums.skipped[0]}")
+    result = _to_array(sums, mllm.n_layers, bench.name)
+    if saved is not None:
+        saved.done()
     return result
 
 
+def own_metrics() -> list[str]:
+    """The registered metrics that are not the paper's: part of the key of scores."""
+    return [name for name, metric in METRICS.items() if metric.__module__ != __name__]
+
+
+def _add(mllm: MLLM, bench, positions, sums: Sums, on_error: str) -> None:
+    """Add these rows; where one of them fails and may be skipped, the others one by one."""
+    _, samples, batch, skipped = mllm.gather(bench, positions, on_error)
+    sums.skipped += skipped
+    if not samples:
+        return
+    try:
+        add_batch(mllm, batch, sums, [(s.benchmark or bench.name, s.row) for s in samples])
+    except RowError as error:
+        if on_error == "raise":
+            raise
+        if len(positions) == 1:
+            sums.skipped.append(str(error))
+            return
+        for i in positions:
+            _add(mllm, bench, [i], sums, on_error)
+
+
 @torch.inference_mode()
-def add_batch(mllm: MLLM, batch, sums: Sums) -> None:
-    """Run the prompts once and add their normalised scores to the sums."""
+def add_batch(mllm: MLLM, batch, sums: Sums, rows: list[tuple[str, int]] | None = None) -> None:
+    """Run the prompts once and add their normalised scores to the sums.
+
+    `rows` names them, (benchmark, row) each. Raises RowError for the first whose activations are
+    not finite, and then leaves the sums as they were.
+    """
     masks = stack(separate(mllm, batch))
     kinds = layout(masks)
-    weights, on_device, fired = {}, {}, set()
+    weights, on_device, found = {}, {}, {}
 
     def masks_on(device):
         if device not in on_device:
@@ -266,27 +323,33 @@ def add_batch(mllm: MLLM, batch, sums: Sums) -> None:
         weights[layer] = attention_weights(query, key, masks_on(query.device), scaling)
 
     def activate(layer, x):
-        if sums.minimum[layer] is None:
-            sums.minimum[layer] = torch.full((), float("inf"), device=x.device, dtype=x.dtype)
         if layer not in weights:
             raise RuntimeError(
                 f"{mllm.name}: layer {layer}'s attention did not go through transformers' "
                 "attention interface, so its queries and keys are unknown"
             )
-        raw = metrics(x, *weights.pop(layer), masks_on(x.device), kinds, sums.minimum[layer])
-        sums.scores[layer] = sums.scores[layer] + normalise(raw).sum(0)
-        sums.mean[layer] = sums.mean[layer] + raw[:, _MEAN, _PROMPT].sum(0)
-        fired.add(layer)
+        low = torch.full((), float("inf"), device=x.device, dtype=x.dtype)
+        raw = metrics(x, *weights.pop(layer), masks_on(x.device), kinds, low)
+        finite = raw.isfinite().all(-1).flatten(1).all(-1)
+        found[layer] = normalise(raw).sum(0), raw[:, _MEAN, _PROMPT].sum(0), low, finite
 
     with mllm.tap(activation=activate, attention=attend):
         mllm.forward(batch)
-    if len(fired) < mllm.n_layers:
-        raise RuntimeError(
-            f"{mllm.name}: the activation modules of layers "
-            f"{sorted(set(range(mllm.n_layers)) - fired)} never ran; a fused MLP kernel may skip "
-            "them: load the model without it"
+    finite = torch.stack([found[i][3].cpu() for i in range(mllm.n_layers)])  # [layer, batch]
+    if not finite.all():
+        layer, row = (~finite).nonzero()[0].tolist()
+        raise RowError(
+            *(rows[row] if rows else ("batch", row)),
+            f"layer {layer}",
+            f"activations or scores of {mllm.name} in {mllm.model.dtype} are not finite; try "
+            "dtype='bfloat16' or 'float32'",
         )
+    for layer, (scores, mean, low, _) in found.items():
+        sums.scores[layer] = sums.scores[layer] + scores
+        sums.mean[layer] = sums.mean[layer] + mean
+        sums.minimum[layer] = low.clamp(max=sums.minimum[layer])
     sums.samples += masks.any(-1).sum(0).cpu()
+    sums.rows += len(masks)
 
 
 def _to_array(sums: Sums, n_layers: int, name: str) -> xr.DataArray:
@@ -306,5 +369,6 @@ def _to_array(sums: Sums, n_layers: int, name: str) -> xr.DataArray:
             "activation_min": ("layer", minimum.numpy()),
         },
         name="importance",
-        attrs={"benchmark": name, "rows": sums.rows},
+        attrs={"benchmark": name, "rows": sums.rows}
+        | ({"skipped": sums.skipped} if sums.skipped else {}),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -14,21 +14,70 @@ from minerlib.separation import SPLITS
 PAPER_WEIGHTS = {"prob": 0.0, "mean": 0.25, "max": 0.25, "attn_k": 0.5, "attn_q": 0.0}
 """The paper's default weighting of the five metrics."""
 
-WEIGHTINGS = {
-    "default": PAPER_WEIGHTS,
-    **{metric: {metric: 1.0} for metric in METRICS},
-    "mean+max": {"mean": 0.5, "max": 0.5},
-    "attn_k+attn_q": {"attn_k": 0.5, "attn_q": 0.5},
-    "mean+max+attn_q": {"mean": 0.25, "max": 0.25, "attn_q": 0.5},
-    "all": dict.fromkeys(METRICS, 0.2),
-}
-"""The metric weightings that the paper compares."""
-
-STRATEGIES = ("adaptive", "LA_MU", "LU_MA", "uniform", "random")
-"""LA / LU: layers adaptive / uniform; MA / MU: modalities adaptive / uniform."""
+STRATEGIES: dict[str, Callable[[np.ndarray, int, np.random.Generator], np.ndarray]] = {}
+"""How a budget is spent: (V [modality, layer, neuron], budget, draws) -> bool of V's shape.
+LA / LU: layers adaptive / uniform; MA / MU: modalities adaptive / uniform."""
 
 RATIOS = (0.001, 0.005, 0.01, 0.015, 0.02, 0.05, 0.1)
 """The shares of neurons that the paper compares."""
+
+
+def strategy(function: Callable) -> Callable:
+    """Register a way to spend the budget, under the function's name."""
+    STRATEGIES[function.__name__] = function
+    return function
+
+
+def weightings() -> dict[str, dict[str, float]]:
+    """The weightings of the importance metrics that the paper compares, and each metric alone."""
+    return {
+        "default": PAPER_WEIGHTS,
+        **{metric: {metric: 1.0} for metric in METRICS},
+        "mean+max": {"mean": 0.5, "max": 0.5},
+        "attn_k+attn_q": {"attn_k": 0.5, "attn_q": 0.5},
+        "mean+max+attn_q": {"mean": 0.25, "max": 0.25, "attn_q": 0.5},
+        "all": dict.fromkeys(PAPER_WEIGHTS, 0.2),
+    }
+
+
+@strategy
+def adaptive(value: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
+    """The top K of the sum over modalities, each given to its highest modality."""
+    chosen = _top(value.sum(0).reshape(1, -1), budget).reshape(value.shape[1:])
+    mask = np.zeros(value.shape, bool)
+    np.put_along_axis(mask, value.argmax(0)[None], chosen[None], 0)
+    return mask
+
+
+@strategy
+def LA_MU(value: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
+    """Per modality the top K // M of all layers."""
+    m = len(value)
+    return _top(value.reshape(m, -1), budget // m).reshape(value.shape)
+
+
+@strategy
+def LU_MA(value: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
+    """Per layer the top K // L of all (modality, neuron)."""
+    m, n_layers, n = value.shape
+    by_layer = value.transpose(1, 0, 2).reshape(n_layers, -1)
+    return _top(by_layer, budget // n_layers).reshape(n_layers, m, n).transpose(1, 0, 2)
+
+
+@strategy
+def uniform(value: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
+    """Per layer and modality the top K // (M L)."""
+    m, n_layers, n = value.shape
+    return _top(value.reshape(-1, n), budget // (m * n_layers)).reshape(value.shape)
+
+
+@strategy
+def random(value: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
+    """K neurons drawn from all without replacement, dealt out to the modalities."""
+    mask = np.zeros((len(value), value[0].size), bool)
+    drawn = rng.choice(mask.shape[1], budget, replace=False)
+    mask[np.arange(budget) % len(value), drawn] = True
+    return mask.reshape(value.shape)
 
 
 def select(
@@ -41,37 +90,22 @@ def select(
 ) -> xr.DataArray:
     """The selected neurons, bool [modality, layer, neuron] over the split's sets that occur.
 
-    With budget K = int(ratio L N) and V the weighted score:
-    adaptive  top K of the sum of V over modalities, each given to its highest modality;
-    LA_MU     per modality the top K // M of all layers;
-    LU_MA     per layer the top K // L of all (modality, neuron);
-    uniform   per layer and modality the top K // (M L);
-    random    K neurons drawn from all without replacement, dealt out to the modalities.
-    All but adaptive and random may pick one neuron for several modalities, so fewer than K
-    neurons are silenced: see `unique`. Ties go to the lower layer, then the lower neuron.
+    The budget K = int(ratio L N) is spent by one of `STRATEGIES` on the weighted score V. All but
+    adaptive and random may pick one neuron for several modalities, so fewer than K neurons are
+    silenced: see `unique`. Ties go to the lower layer, then the lower neuron.
     """
     if strategy not in STRATEGIES:
-        raise ValueError(f"unknown strategy {strategy!r}; use one of {STRATEGIES}")
+        raise ValueError(f"unknown strategy {strategy!r}; use one of {tuple(STRATEGIES)}")
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio is {ratio!r}; it is a share of all neurons, in (0, 1]")
     modalities = modalities_of(scores, split)
     value = weighted(scores.sel(modality=modalities), weights)
-    m, n_layers, n = value.shape
-    budget = int(ratio * n_layers * n)
-    mask = np.zeros(value.shape, bool)
-    if strategy == "adaptive":
-        chosen = _top(value.sum(0).reshape(1, -1), budget).reshape(n_layers, n)
-        np.put_along_axis(mask, value.argmax(0)[None], chosen[None], 0)
-    elif strategy == "LA_MU":
-        mask = _top(value.reshape(m, -1), budget // m).reshape(value.shape)
-    elif strategy == "LU_MA":
-        by_layer = value.transpose(1, 0, 2).reshape(n_layers, -1)
-        mask = _top(by_layer, budget // n_layers).reshape(n_layers, m, n).transpose(1, 0, 2)
-    elif strategy == "uniform":
-        mask = _top(value.reshape(m * n_layers, n), budget // (m * n_layers)).reshape(value.shape)
-    else:
-        drawn = np.random.default_rng(seed).choice(n_layers * n, budget, replace=False)
-        mask.reshape(m, -1)[np.arange(budget) % m, drawn] = True
+    budget = int(ratio * value[0].size)
+    mask = STRATEGIES[strategy](value, budget, np.random.default_rng(seed))
+    if mask.dtype != bool or mask.shape != value.shape:
+        raise ValueError(
+            f"strategy {strategy!r} gave {mask.dtype} {mask.shape}, not bool {value.shape}"
+        )
     attrs = {"ratio": ratio, "strategy": strategy, "split": split, "budget": budget, "seed": seed}
     coords = {"modality": modalities, "layer": scores.layer.values}
     return xr.DataArray(mask, coords, ("modality", "layer", "neuron"), "neurons", attrs)
@@ -93,16 +127,19 @@ def modalities_of(scores: xr.DataArray, split: str) -> list[str]:
 def weighted(scores: xr.DataArray, weights: Mapping[str, float] | Sequence[float]) -> np.ndarray:
     """The weighted score V, [modality, layer, neuron]; weights are non-negative and sum to 1."""
     if not isinstance(weights, Mapping):
-        if len(weights) != len(METRICS):
-            raise ValueError(f"{len(weights)} weights, expected one for each of {METRICS}")
-        weights = dict(zip(METRICS, weights, strict=True))
-    if unknown := set(weights) - set(METRICS):
-        raise ValueError(f"unknown metric {sorted(unknown)} in weights; use {METRICS}")
+        if len(weights) != len(PAPER_WEIGHTS):
+            raise ValueError(f"{len(weights)} weights, expected one for each of {[*PAPER_WEIGHTS]}")
+        weights = dict(zip(PAPER_WEIGHTS, weights, strict=True))
+    held = scores.metric.values.tolist()
+    if unknown := set(weights) - set(held):
+        raise ValueError(f"unknown metric {sorted(unknown)} in weights; the scores hold {held}")
     if min(weights.values()) < 0 or abs(sum(weights.values()) - 1) > 1e-6:
         raise ValueError(f"weights {weights} must be at least 0 and sum to 1")
-    w = np.array([weights.get(metric, 0) for metric in METRICS], np.float32)
-    values = scores.sel(metric=list(METRICS)).transpose("metric", "modality", "layer", "neuron")
-    return np.tensordot(w, values.values, 1)
+    w = np.array([weights.get(metric, 0) for metric in held], np.float32)
+    values = scores.transpose("metric", "modality", "layer", "neuron").values
+    if not np.isfinite(values).all():
+        raise ValueError("scores are not finite: mine again, with dtype='bfloat16' or 'float32'")
+    return np.tensordot(w, values, 1)
 
 
 def _top(values: np.ndarray, k: int) -> np.ndarray:

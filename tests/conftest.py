@@ -9,7 +9,7 @@ import os
 
 # Before torch and transformers read them: no network, no bars, the same sums on any machine.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("MINER_PROGRESS", "0")
+os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from dataclasses import dataclass
@@ -123,10 +123,10 @@ def random_neurons(mllm: MLLM, share: float = 0.1, modalities: int = 2, seed: in
 
 def footprints(mllm: MLLM) -> tuple:
     """Everything that a tap may touch: the hooks of all modules, the attention of all configs."""
-    from minerlib import model as model_module
+    from minerlib import tap as tap_module
 
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in mllm.model.modules()]
     attention = [
         m.config._attn_implementation for m in mllm.model.modules() if hasattr(m, "config")
     ]
-    return hooks, attention, dict(model_module._listeners)
+    return hooks, attention, dict(tap_module._listeners)

@@ -208,6 +208,40 @@ def test_wrong_parameters_are_named(mllm, neurons, constants):
     assert not any(m._forward_hooks for m in mllm.activations)
 
 
+@pytest.mark.fault("silencing that never happened")
+def test_a_hook_that_does_not_fire_is_an_error(mllm, samples, neurons, monkeypatch):
+    """A fused MLP passes the activation module by: in the prompt, and in generation."""
+    batch, before = mllm.encode(samples[:1]), footprints(mllm)
+    monkeypatch.setattr(mllm.layers[3].mlp, "forward", lambda x: x)
+    for run in (mllm.forward, mllm.generate):
+        missed = pytest.raises(RuntimeError, match=r"the activation of layers \[3\] never ran")
+        with missed, deactivate(mllm, neurons):
+            run(batch)
+    neurons[:, 3] = False
+    with deactivate(mllm, neurons):  # nothing is to be silenced there
+        mllm.forward(batch)
+    assert footprints(mllm) == before
+
+
+@pytest.mark.fault("constants of another model, or not finite")
+def test_constants_must_fit(mllm, neurons, constants):
+    half = constants.isel(layer=slice(0, 4))
+    with pytest.raises(ValueError, match="activation_min is .* of another model"):
+        deactivate(mllm, neurons, mode="min", constants=half).__enter__()
+    broken = constants.assign_coords(activation_mean=constants.activation_mean * np.nan)
+    with pytest.raises(ValueError, match="activation_mean is not finite"):
+        deactivate(mllm, neurons, mode="mean", constants=broken).__enter__()
+
+
+def test_a_name_that_occurs_twice_silences_both(mllm, samples, neurons):
+    twice = neurons.assign_coords(modality=["m", "m"])
+    batch = mllm.encode(samples)
+    with deactivate(mllm, neurons):
+        expected = logits(mllm, batch)
+    with deactivate(mllm, twice, ["m"]):
+        assert torch.equal(logits(mllm, batch), expected)
+
+
 # --- baked into a checkpoint ---------------------------------------------------------------------
 
 
@@ -253,3 +287,32 @@ def test_export_of_a_quantised_layer_is_refused(mllm, neurons, tmp_path, monkeyp
     with pytest.raises(ValueError, match="layer 0: down_proj is quantised"):
         export(mllm, neurons, tmp_path / "silenced")
     assert not (tmp_path / "silenced").exists()
+
+
+@pytest.mark.fault("export of an offloaded model")
+def test_export_of_an_offloaded_model_is_refused(mllm, neurons, tmp_path, monkeypatch):
+    projection = mllm.layers[1].mlp.down_proj
+    away = torch.nn.Parameter(torch.empty_like(projection.weight, device="meta"), False)
+    monkeypatch.setitem(projection._parameters, "weight", away)
+    with pytest.raises(ValueError, match=r"1 weights are offloaded \(.*1.mlp.down_proj.weight\)"):
+        export(mllm, neurons, tmp_path / "silenced")
+    assert not (tmp_path / "silenced").exists()
+
+
+@pytest.mark.fault("export of a quantised model")
+def test_export_of_a_quantised_model_is_refused(mllm, neurons, tmp_path, monkeypatch):
+    monkeypatch.setattr(mllm.model, "hf_quantizer", object(), raising=False)
+    with pytest.raises(ValueError, match="is quantised"):
+        export(mllm, neurons, tmp_path / "silenced")
+
+
+@pytest.mark.fault("a checkpoint whose card says otherwise")
+def test_what_was_written_is_read_back(mllm, neurons, tmp_path, monkeypatch):
+    """An engine that saves the weights as they were: no card, and an error that names one."""
+    save = type(mllm.model).save_pretrained
+    monkeypatch.setattr(
+        type(mllm.model), "save_pretrained", lambda self, folder, state_dict: save(self, folder)
+    )
+    with pytest.raises(RuntimeError, match=r"does not hold .*layers\.0\.mlp\.down_proj\.weight"):
+        export(mllm, neurons, tmp_path / "silenced")
+    assert not (tmp_path / "silenced/README.md").exists()

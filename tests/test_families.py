@@ -12,7 +12,8 @@ import transformers as tf
 from families import FAMILIES, LAYERS, NEURONS, TEXT, Rows, chatml, randomise, samples, tokenizer
 
 import minerlib as ml
-from minerlib import model as model_module
+from minerlib import families
+from minerlib.families import Family as Adapter
 from minerlib.findings.attention import attention_between
 from minerlib.findings.convergence import CONVERGENCE, convergence
 from minerlib.findings.last_token import answer_tokens, knockout, last_token_flow, logit_lens
@@ -131,7 +132,7 @@ def mined(loaded):
     @cache
     def mine(name):
         parts = [Rows(rows) for rows in samples(FAMILIES[name].media).values()]
-        total = ml.aggregate(ml.score(loaded(name), p, progress=False) for p in parts)
+        total = ml.aggregate(ml.score(loaded(name), p) for p in parts)
         return total, ml.select(total, ratio=0.2)
 
     return mine
@@ -143,7 +144,7 @@ def test_scores_and_neurons(name, mined):
     assert np.isfinite(total).all() and total.min() >= 0 and total.max() <= 1
     rows = dict(zip(total.modality.values.tolist(), total.samples.values.tolist(), strict=True))
     assert rows["prompt"] == rows["text"] == 2 + 2 * len(FAMILIES[name].media)
-    assert all(rows[kind] == 2 * (kind in FAMILIES[name].media) for kind in model_module.MEDIA)
+    assert all(rows[kind] == 2 * (kind in FAMILIES[name].media) for kind in families.MEDIA)
     for kind in ("text", *FAMILIES[name].media):  # no set's scores are those of another
         assert (total.sel(modality=kind).std("neuron") > 0).all()
     assert set(neurons.modality.values) == {m for m in BASE_SETS if rows[m]}
@@ -189,12 +190,12 @@ def test_an_exported_checkpoint_answers_as_the_silenced_model(name, mllm, mined,
 
 def test_evaluation(name, mllm):
     rows = every(name)
-    table = ml.evaluate(mllm, Rows(rows), batch_size=3, progress=False)
+    table = ml.evaluate(mllm, Rows(rows), batch_size=3)
     assert table["prompt"].tolist() == [s.prompt for s in rows]
     assert table["score"].between(0, 1).all()
-    prepared = ml.prepare(mllm, Rows(rows), batch_size=3, progress=False)
-    assert ml.evaluate(mllm, prepared, progress=False).equals(table)
-    letters = ml.evaluate(mllm, Rows(rows, tuple("ABCD")), progress=False)
+    prepared = ml.prepare(mllm, Rows(rows), batch_size=3)
+    assert ml.evaluate(mllm, prepared).equals(table)
+    letters = ml.evaluate(mllm, Rows(rows, tuple("ABCD")))
     with torch.inference_mode():
         last = mllm.forward(mllm.encode(rows)).logits[:, -1]
     ids = [mllm.tokenizer.encode(c, add_special_tokens=False)[-1] for c in "ABCD"]
@@ -206,7 +207,7 @@ def test_evaluation(name, mllm):
 
 def test_the_findings_are_measured_on_every_family(name, mllm, mined):
     rows, media = every(name), FAMILIES[name].media
-    states = hidden_states(mllm, 2 * rows, batch_size=3, progress=False)
+    states = hidden_states(mllm, 2 * rows, batch_size=3)
     assert states.hidden.shape[0] == LAYERS + 1 and np.isfinite(states.hidden).all()
     few = {"n_boot": 20, "n_null": 20}
     special = {"special"} & {*states.tokens["kind"]}  # llama's test tokenizer has no chat template
@@ -218,15 +219,15 @@ def test_the_findings_are_measured_on_every_family(name, mllm, mined):
     if special:
         assert telomeres(states, **few)["layer"].nunique() == LAYERS + 1
 
-    within = attention_between(mllm, rows, batch_size=3, progress=False)
+    within = attention_between(mllm, rows, batch_size=3)
     assert np.isfinite(within.select_dtypes("number").dropna()).all(axis=None)
     answers = answer_tokens(mllm, rows)
-    flow = last_token_flow(mllm, rows, answers, batch_size=3, progress=False)
+    flow = last_token_flow(mllm, rows, answers, batch_size=3)
     shares = flow.groupby(["sample", "layer"])["attention"].sum()
     np.testing.assert_allclose(shares, 1, atol=1e-4)
     assert flow["saliency"].gt(0).any()
-    lens = logit_lens(mllm, rows, answers, batch_size=3, progress=False)
-    cut = knockout(mllm, rows, answers, window=1, batch_size=3, progress=False)
+    lens = logit_lens(mllm, rows, answers, batch_size=3)
+    cut = knockout(mllm, rows, answers, window=1, batch_size=3)
     assert {"text", *media} <= set(cut["set"])
     with torch.inference_mode():
         last = mllm.forward(mllm.encode(rows)).logits[:, -1].float().softmax(-1)
@@ -236,7 +237,7 @@ def test_the_findings_are_measured_on_every_family(name, mllm, mined):
     end = lens[lens["layer"] == LAYERS]["probability"]
     np.testing.assert_allclose(end, expected, rtol=1e-3, atol=1e-6)
     with ml.deactivate(mllm, mined(name)[1]):
-        silenced = logit_lens(mllm, rows, answers, batch_size=3, progress=False)
+        silenced = logit_lens(mllm, rows, answers, batch_size=3)
     assert not np.allclose(silenced["probability"], lens["probability"])
 
 
@@ -305,7 +306,7 @@ def test_a_row_scores_and_answers_alike_alone_and_in_any_batch(name, loaded):
 
 def test_batch_size_does_not_change_scores(name, loaded):
     mllm = loaded(name, dtype="float64")
-    one, many = (ml.score(mllm, Rows(every(name)), batch_size=n, progress=False) for n in (1, 99))
+    one, many = (ml.score(mllm, Rows(every(name)), batch_size=n) for n in (1, 99))
     np.testing.assert_allclose(one, many, rtol=0, atol=1e-4)
     np.testing.assert_allclose(one.activation_min, many.activation_min, atol=1e-6)
 
@@ -426,7 +427,7 @@ def toy(tmp_path_factory):
 def test_an_unknown_family_with_gated_mlps_just_works(toy):
     mllm = ml.load(toy(own_names=False))
     assert type(mllm.model) is ToyForCausalLM
-    scores = ml.score(mllm, Rows(samples()["text"]), progress=False)
+    scores = ml.score(mllm, Rows(samples()["text"]))
     with ml.deactivate(mllm, ml.select(scores, ratio=0.1)):
         assert len(mllm.generate(mllm.encode(samples()["text"]), 3)) == 2
 
@@ -436,16 +437,20 @@ def test_a_family_with_other_names_says_what_was_sought_and_is_described_once(
 ):
     with pytest.raises(ValueError) as caught:
         ml.load(toy(own_names=True))
-    for words in ("decoder layer 0 (LlamaDecoderLayer)", "down_proj", "act_fn", "mlp.squash",
-                  "minerlib.model.FAMILIES[class name] = lambda model:"):  # fmt: skip
+    for words in ("ToyForCausalLM", "LlamaDecoderLayer", "down_proj", "act_fn", "mlp.squash",
+                  "a subclass of minerlib.families.Family"):  # fmt: skip
         assert words in str(caught.value)
 
-    def describe(model):
-        return model.model.layers, [layer.mlp.squash for layer in model.model.layers]
+    class Toy(Adapter):
+        def activation(self, layer):
+            return layer.mlp.squash
 
-    monkeypatch.setitem(model_module.FAMILIES, "ToyForCausalLM", describe)
+        def down_projection(self, layer):
+            return None
+
+    monkeypatch.setitem(families.FAMILIES, "ToyForCausalLM", Toy)
     mllm = ml.load(toy(own_names=True))
-    scores = ml.score(mllm, Rows(samples()["text"]), progress=False)
+    scores = ml.score(mllm, Rows(samples()["text"]))
     neurons = ml.select(scores, ratio=0.1)
     batch = mllm.encode(samples()["text"])
     with ml.deactivate(mllm, neurons):

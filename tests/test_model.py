@@ -9,7 +9,7 @@ import transformers
 from conftest import MODELS, ROOT, footprints, random_mllm, samples_for, shared_mllm
 from torch import nn
 
-from minerlib import model as model_module
+from minerlib import tap as tap_module
 from minerlib.model import MLLM, load
 from minerlib.separation import separate
 from minerlib.tasks import Sample
@@ -21,6 +21,7 @@ def test_parts(mllm):
     text = mllm.model.config.get_text_config()
     assert (mllm.n_layers, mllm.n_neurons) == (text.num_hidden_layers, text.intermediate_size)
     assert mllm.activations == [layer.mlp.act_fn for layer in mllm.layers]
+    assert mllm.n_neurons == mllm.layers[0].mlp.down_proj.in_features
     assert not mllm.model.training
     assert not any(p.requires_grad for p in mllm.model.parameters())
 
@@ -36,7 +37,9 @@ def test_load_is_the_checkpoint(name):
     mllm = load(folder, device="cpu")
     assert type(mllm.model).__name__ == mllm.model.config.architectures[0]
     assert mllm.fingerprint.keys() >= {"config.json", "model.safetensors", "tokenizer.json"}
-    assert all(len(sha) == 64 for sha in mllm.fingerprint.values())
+    files = {f.name for f in folder.iterdir()} - {"README.md"}
+    assert files <= mllm.fingerprint.keys()
+    assert all(len(mllm.fingerprint[file]) == 64 for file in files)
     assert mllm.model.dtype == torch.float32
     assert load(folder, device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
 
@@ -74,14 +77,21 @@ def test_other_decoders(config):
 
 def test_no_gated_mlp_is_explained():
     config = transformers.GPT2Config(vocab_size=1100, n_embd=32, n_layer=1, n_head=2)
-    with pytest.raises(ValueError, match=r"GPT2.*looked for .*model\.FAMILIES\[class name\]"):
+    with pytest.raises(
+        ValueError, match=r"GPT2.*looked for .*a subclass of minerlib\.families\.Family"
+    ):
         text_only(config)
 
 
 def test_shared_activation_modules_are_refused(mllm):
-    activations = [mllm.activations[0]] * mllm.n_layers
-    with pytest.raises(ValueError, match="share activation modules"):
-        MLLM(mllm.model, mllm.processor, mllm.name, mllm.layers, activations)
+    model = random_mllm(mllm.name.rsplit("/")[-1]).model
+    layers = model.get_decoder().layers
+    own, layers[2].mlp.act_fn = layers[2].mlp.act_fn, layers[0].mlp.act_fn
+    with pytest.raises(ValueError, match=r"layers \[2\] share their activation modules with"):
+        MLLM(model, mllm.processor, mllm.name)
+    layers[2].mlp.act_fn, layers[3] = own, layers[1]
+    with pytest.raises(ValueError, match=r"layers \[3\] share their layers with earlier ones"):
+        MLLM(model, mllm.processor, mllm.name)
 
 
 # --- inputs and answers --------------------------------------------------------------------------
@@ -210,7 +220,7 @@ def test_no_trace_after_an_error(mllm, samples, where, error):
         mllm.forward(batch)
         fail(last)
     assert footprints(mllm) == before
-    assert not model_module._listeners
+    assert not tap_module._listeners
 
 
 def test_no_trace_when_a_layer_cannot_be_tapped(mllm):
@@ -241,7 +251,8 @@ def test_only_the_named_layers_fire(mllm, samples):
         layers=[1, 3],
     ):
         mllm.forward(mllm.encode(samples[:1]))
-    assert fired == [(what, i) for i in (1, 3) for what in ("attention", "activation", "hidden")]
+    expected = [[("attention", i), ("activation", i), ("hidden", i + 1)] for i in (1, 3)]
+    assert fired == sum(expected, [])
 
 
 def test_all_fire_once_for_the_prompt_and_once_for_each_new_token(mllm, samples, monkeypatch):
@@ -256,8 +267,10 @@ def test_all_fire_once_for_the_prompt_and_once_for_each_new_token(mllm, samples,
     ):
         mllm.generate(batch, new)
     # The last new token is not fed back, and the first comes from the prompt.
-    expected = [(i, n) for n in [prompt] + [1] * (new - 1) for i in range(mllm.n_layers)]
-    assert all(firings == expected for firings in seen.values())
+    steps = [prompt] + [1] * (new - 1)
+    expected = [(i, n) for n in steps for i in range(mllm.n_layers)]
+    assert seen["activation"] == seen["attention"] == expected
+    assert seen["hidden"] == [(i, n) for n in steps for i in range(mllm.n_layers + 1)]
 
 
 def test_queries_and_keys_are_those_of_the_models_attention(samples, mllm):
@@ -300,7 +313,7 @@ def test_hidden_sees_the_layers_outputs(mllm, samples):
     seen = []
     with torch.inference_mode(), mllm.tap(hidden=lambda i, h: seen.append(h.clone())):
         states = mllm.model(**batch, output_hidden_states=True).hidden_states
-    assert all(torch.equal(a, b) for a, b in zip(seen[:-1], states[1:-1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(seen[:-1], states[:-1], strict=True))
 
 
 def test_activations_may_be_replaced(mllm, samples):

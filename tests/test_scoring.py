@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +11,13 @@ import reference
 import torch
 from conftest import ROOT, Rows, footprints, random_mllm, samples_for
 
-from minerlib import scoring
+from minerlib import artifacts, scoring
+from minerlib.model import RowError
 from minerlib.scoring import METRICS, importance, score
+from minerlib.selection import select, weightings
 from minerlib.separation import BASE_SETS, SETS, separate, stack
 
-PROB = METRICS.index("prob")
+PROB = list(METRICS).index("prob")
 
 
 # --- known answers and the oracle ----------------------------------------------------------------
@@ -150,7 +153,10 @@ def test_a_constant_metric_gives_zero():
     x = torch.full((*masks.shape[::2], 9), 0.7)
     result = importance(x, query, key, masks)
     assert result.isfinite().all()
-    assert not result[:, METRICS.index("prob")].any() and not result[:, METRICS.index("max")].any()
+    assert (
+        not result[:, list(METRICS).index("prob")].any()
+        and not result[:, list(METRICS).index("max")].any()
+    )
 
 
 def test_absent_sets_give_zero():
@@ -216,7 +222,9 @@ def test_the_plain_way_gives_the_same(mllm, samples, tmp_path):
 def test_labels(mllm, samples):
     result = scores_of(mllm, samples)
     assert result.dims == ("metric", "modality", "layer", "neuron")
-    assert tuple(result.metric.values) == METRICS == ("prob", "mean", "max", "attn_k", "attn_q")
+    assert (
+        tuple(result.metric.values) == tuple(METRICS) == ("prob", "mean", "max", "attn_k", "attn_q")
+    )
     assert tuple(result.modality.values) == SETS
     assert result.shape == (5, 7, mllm.n_layers, mllm.n_neurons)
     assert result.dtype == np.float32 and result.min() >= 0 and result.max() <= 1
@@ -288,27 +296,33 @@ def test_half_precision_model(mllm, samples):
     assert difference.mean() < 0.02
 
 
+@pytest.mark.fault("no checkpoint before so many batches")
 def test_a_killed_run_continues_to_identical_sums(mllm, samples, tmp_path, monkeypatch):
     whole = scores_of(mllm, samples, batch_size=1)
-    file = tmp_path / "sums.safetensors"
+    file = tmp_path / "sums"
     add, seen = scoring.add_batch, []
 
-    def killed(mllm, batch, sums):
-        if len(seen) == 3:
+    def killed(mllm, batch, sums, rows):
+        if len(seen) == 2:
             raise KeyboardInterrupt
         seen.append(batch)
-        add(mllm, batch, sums)
+        add(mllm, batch, sums, rows)
 
-    def run():
-        return scores_of(mllm, samples, batch_size=1, checkpoint=file, checkpoint_every=2)
+    def run(every):
+        return scores_of(mllm, samples, batch_size=1, checkpoint=file, every=every)
 
     monkeypatch.setattr(scoring, "add_batch", killed)
     with pytest.raises(KeyboardInterrupt):
-        run()
-    assert file.exists()
+        run(3600)
+    assert not list(tmp_path.iterdir())  # not due for an hour
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(0)
+    (saved,) = tmp_path.iterdir()
+    assert saved.name.startswith("sums-")
     done = []
     monkeypatch.setattr(scoring, "add_batch", lambda *args: (done.append(1), add(*args)))
-    resumed = run()
+    resumed = run(3600)
     assert len(done) == len(samples) - 2  # the two rows of the checkpoint are not run again
     np.testing.assert_array_equal(resumed, whole)
     for name in ("samples", "activation_mean", "activation_min"):
@@ -316,13 +330,90 @@ def test_a_killed_run_continues_to_identical_sums(mllm, samples, tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_of_other_rows_is_refused(mllm, samples, tmp_path):
-    file = tmp_path / "sums.safetensors"
-    sums = scoring.Sums(mllm.n_layers)
-    scoring.add_batch(mllm, mllm.encode(samples[:1]), sums)
-    sums.save(file, "another")
-    with pytest.raises(ValueError, match="sums.safetensors is of another model or benchmark"):
-        scores_of(mllm, samples, checkpoint=file)
+@pytest.mark.fault("sums of another dtype, rows or version continued")
+def test_a_checkpoint_is_continued_by_the_same_rows_model_and_version_only(
+    mllm, samples, tmp_path, monkeypatch
+):
+    half = random_mllm(mllm.name.rsplit("/")[-1], dtype=torch.bfloat16)
+    add, runs = scoring.add_batch, []
+
+    def killed(mllm, batch, sums, rows):
+        runs.append(len(rows))
+        if len(runs) == 2:
+            raise KeyboardInterrupt
+        add(mllm, batch, sums, rows)
+
+    def run(mllm, fingerprint="rows", **options):
+        runs.clear()
+        bench = Rows(samples, fingerprint=fingerprint)
+        options = {"batch_size": 1, "checkpoint": tmp_path / "sums", "every": 0, **options}
+        return score(mllm, bench, **options)
+
+    monkeypatch.setattr(scoring, "add_batch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(half)
+    monkeypatch.setattr(scoring, "add_batch", lambda *args: (runs.append(1), add(*args)))
+    for other in (
+        lambda: run(mllm),
+        lambda: run(half, fingerprint="edited"),
+        lambda: run(half, on_error="skip"),
+    ):
+        other()
+        assert len(runs) == len(samples), "nothing of another key may be continued"
+    monkeypatch.setitem(artifacts.COMPUTATIONS, "minerlib.scoring.score", 99)
+    run(half)
+    assert len(runs) == len(samples)
+    monkeypatch.undo()
+    monkeypatch.setattr(scoring, "add_batch", lambda *args: (runs.append(1), add(*args)))
+    run(half)
+    assert len(runs) == len(samples) - 1
+
+
+@pytest.mark.fault("NaN reaches selection")
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stops_with_layer_benchmark_and_row(mllm, samples, value):
+    """The last row of a batch; it is named, and can be skipped."""
+    few = samples[-3:]
+
+    def poison(module, args, out):
+        if len(out) > 1 or out.shape[1] == length:
+            out[-1, -1, 3] = value
+
+    length = mllm.encode(few[-1:])["input_ids"].shape[1]
+    hook = mllm.activations[2].register_forward_hook(poison)
+    try:
+        message = rf"row {few[-1].row}: layer 2: .*not finite; try dtype='bfloat16'"
+        with pytest.raises(RowError, match=message):
+            scores_of(mllm, few, batch_size=3)
+        with pytest.warns(UserWarning, match=message):
+            rest = scores_of(mllm, few, batch_size=3, on_error="skip")
+    finally:
+        hook.remove()
+    np.testing.assert_allclose(rest, scores_of(mllm, few[:-1]), atol=1e-5)
+
+
+@pytest.mark.fault("one bad row ends mining")
+def test_rows_that_fail_are_skipped_on_request(mllm, samples):
+    bad = dataclasses.replace(samples[0], video=None, audio=np.zeros(10, np.float32), row=77)
+    rows = [*samples[:1], bad, *samples[1:]]
+    with pytest.raises(RowError, match=r"row 77: audio: .*"):
+        scores_of(mllm, rows, batch_size=3)
+    with pytest.warns(UserWarning, match="rows skipped; .* row 77: audio"):
+        found = scores_of(mllm, rows, batch_size=3, on_error="skip")
+    assert len(found.attrs["skipped"]) == 1 and found.attrs["rows"] == len(samples)
+    np.testing.assert_allclose(found, scores_of(mllm, samples, batch_size=1), atol=1e-5)
+    with pytest.raises(ValueError, match="every row was skipped: .*row 77"):
+        scores_of(mllm, [bad], on_error="skip")
+
+
+def test_an_importance_metric_is_one_entry(mllm, samples, monkeypatch):
+    """It sees the layer, is normalised as the others are, and can weigh in selection."""
+    monkeypatch.setitem(METRICS, "range", lambda layer: layer.highest - layer.total / layer.tokens)
+    assert scoring.own_metrics() == ["range"]
+    found = scores_of(mllm, samples)
+    assert found.metric.values.tolist()[-1] == "range" and found.shape[0] == 6
+    assert found.sel(metric="range").max() <= 1 and found.sel(metric="range").std() > 0
+    assert select(found, weights={"range": 1.0}).any() and weightings()["range"] == {"range": 1.0}
 
 
 def test_no_rows_is_an_error(mllm):
@@ -349,5 +440,5 @@ def test_an_attention_that_bypasses_the_interface_is_an_error(mllm, samples, mon
 def test_a_fused_mlp_is_an_error(mllm, samples, monkeypatch):
     mlp = mllm.layers[2].mlp
     monkeypatch.setattr(mlp, "forward", lambda x: x)
-    with pytest.raises(RuntimeError, match=r"activation modules of layers \[2\]"):
+    with pytest.raises(RuntimeError, match=r"the activation of layers \[2\] never ran"):
         scores_of(mllm, samples[:1])

@@ -15,7 +15,7 @@ from minerlib.selection import (
     PAPER_WEIGHTS,
     RATIOS,
     STRATEGIES,
-    WEIGHTINGS,
+    weightings,
     matched_random,
     overlap,
     select,
@@ -193,7 +193,7 @@ def test_weights_as_mapping_or_sequence():
     scores = random_scores()
     a = select(scores, 0.1, weights=PAPER_WEIGHTS)
     np.testing.assert_array_equal(a, select(scores, 0.1, weights=(0, 0.25, 0.25, 0.5, 0)))
-    for name, weights in WEIGHTINGS.items():
+    for name, weights in weightings().items():
         assert sum(weights.values()) == pytest.approx(1), name
     assert PAPER_WEIGHTS == {"prob": 0, "mean": 0.25, "max": 0.25, "attn_k": 0.5, "attn_q": 0}
 

@@ -1,0 +1,392 @@
+"""What differs between architectures: one small adapter each, in a registry open to plug-ins.
+
+`Family` finds everything by structure, from the config and from the tokenizer; a subclass says
+what differs and registers itself under the model classes that it names:
+
+    class Mine(Family):
+        architectures = ("MyModelForCausalLM",)
+
+        def layers(self):
+            return self.model.trunk.blocks
+
+        def activation(self, layer):
+            return layer.ff.nonlinearity
+
+What is guaranteed: where a part is not found, or is not what the method needs, loading fails and
+says what was looked for and what is there.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from types import FunctionType
+from typing import Any, ClassVar
+
+import numpy as np
+import soundfile
+import torch
+from torch import nn
+from transformers.video_utils import VideoMetadata
+
+from minerlib.artifacts import digest
+
+MEDIA = ("image", "video", "audio")
+KINDS = ("text", "special", *MEDIA)
+"""The base kinds: every prompt token has exactly one (paper section 3.1)."""
+
+FAMILIES: dict[str, type[Family]] = {}
+"""The adapter of each model class; filled by subclassing `Family`."""
+
+_ACTIVATIONS = ("act_fn", "activation_fn", "act")
+_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+_OUTPUTS = ("o_proj", "out_proj")
+_TICKS = 1000  # per second: video processors take times as whole frames at a rate
+
+
+class RowError(ValueError):
+    """One row cannot be used: names its benchmark, row, field and the cause."""
+
+    def __init__(self, benchmark: str, row: int, field: str, cause: Exception | str):
+        self.benchmark, self.row, self.field, self.cause = benchmark, row, field, cause
+        what = f"{type(cause).__name__}: {cause}" if isinstance(cause, Exception) else cause
+        super().__init__(f"{benchmark or 'sample'} row {row}: {field}: {what}")
+
+
+class Family:
+    """How a model is entered and asked. Subclasses override what differs, and nothing else.
+
+    `model` is the part whose decoder is mined, `processor` its processor or tokenizer.
+    """
+
+    architectures: ClassVar[tuple[str, ...]] = ()
+    version: ClassVar[int] = 1
+    """Raised when what the adapter changes changes numbers: part of every artefact's key."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        FAMILIES.update(dict.fromkeys(cls.architectures, cls))
+
+    def __init__(self, model: nn.Module, processor: Any):
+        self.model, self.processor = model, processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.name = type(model).__name__
+
+    @classmethod
+    def identity(cls) -> str:
+        """What of the adapter changes numbers: its version, or a plug-in's source."""
+        if cls.__module__ == __name__:
+            return f"{cls.__name__} {cls.version}"
+        return digest({n: f for n, f in vars(cls).items() if isinstance(f, FunctionType)})
+
+    @staticmethod
+    def part(model: nn.Module) -> nn.Module:
+        """The part of a loaded model that is mined."""
+        return model
+
+    # ------------------------------------------------------------------ parts
+
+    def layers(self) -> Sequence[nn.Module]:
+        """The decoder layers, in order."""
+        get_decoder = getattr(self.model, "get_decoder", None)
+        decoder = self.model if get_decoder is None else get_decoder()
+        layers = getattr(decoder, "layers", None)
+        if not isinstance(layers, nn.ModuleList) or not len(layers):
+            raise ValueError(
+                f"{self.name}: looked for decoder layers in get_decoder().layers, found "
+                f"{type(decoder).__name__} with {[n for n, _ in decoder.named_children()]}; "
+                f"{_DESCRIBE}"
+            )
+        return layers
+
+    def activation(self, layer: nn.Module) -> nn.Module:
+        """The module whose output is the layer's neurons, found beside a down projection."""
+        found = [mlp for mlp in layer.modules() if hasattr(mlp, "down_proj") and _acts(mlp)]
+        # Experts fused into one module hold their projections as bare parameters.
+        if len(found) == 1 and isinstance(found[0].down_proj, nn.Module):
+            return _acts(found[0])[0]
+        experts = f" in {len(found)} MLPs or fused experts" if found else ""
+        raise ValueError(
+            f"{self.name}: looked for one gated MLP in a {type(layer).__name__}, a module with "
+            f"down_proj and one of {_ACTIVATIONS}; found{experts} "
+            f"{sorted({n for n, _ in layer.named_modules() if n})}; {_DESCRIBE}"
+        )
+
+    def down_projection(self, layer: nn.Module) -> nn.Module | None:
+        """The linear module that reads the layer's neurons, [hidden, neuron]; None if unknown."""
+        activation = self.activation(layer)
+        for module in layer.modules():
+            if hasattr(module, "down_proj") and activation in list(module.children()):
+                return module.down_proj
+        return None
+
+    def output_projection(self, layer: nn.Module) -> nn.Module:
+        """The linear module that reads the layer's attention heads."""
+        for module in layer.modules():
+            for name in _OUTPUTS:
+                if hasattr(module, name):
+                    return getattr(module, name)
+        raise ValueError(
+            f"{self.name}: a {type(layer).__name__} has no attention output projection, looked for "
+            f"{_OUTPUTS}; give the family an output_projection"
+        )
+
+    def final_norm(self) -> nn.Module:
+        """The norm between the last decoder layer and the output embeddings."""
+        decoder = self.model.get_decoder()
+        for name in _NORMS:
+            if hasattr(decoder, name):
+                return getattr(decoder, name)
+        raise ValueError(
+            f"{self.name}: found no final norm among {_NORMS}; give the family a final_norm"
+        )
+
+    def patch(self) -> None:
+        """Mend in the loaded model what would make a batch differ from its rows alone."""
+
+    # ------------------------------------------------------------------ token kinds
+
+    def placeholder(self, kind: str) -> int | None:
+        """The placeholder token id of a medium: on the config, its text part, or the medium's."""
+        config, tower = self.model.config, "vision" if kind == "image" else kind
+        parts = (config, *(getattr(config, f"{p}_config", None) for p in ("text", tower)))
+        for part in filter(None, parts):
+            for name in (f"{kind}_token_id", f"{kind}_token_index"):
+                if isinstance(id_ := getattr(part, name, None), int):
+                    return id_
+        return None
+
+    def special(self) -> set[int]:
+        """Ids of the tokenizer's special tokens, placeholders among them."""
+        added = self.tokenizer.added_tokens_decoder
+        if not isinstance(added, dict):  # mistral-common: all_special_ids has them all
+            added = {}
+        return {i for i, t in added.items() if t.special} | set(self.tokenizer.all_special_ids)
+
+    # ------------------------------------------------------------------ prompts
+
+    @property
+    def template(self) -> str | None:
+        """The chat template in force."""
+        own = getattr(self.processor, "chat_template", None)
+        return own or getattr(self.tokenizer, "chat_template", None)
+
+    def chat(self, sample) -> str:
+        """The sample's prompt in the chat template, media first, ready to be answered."""
+        if not self.template:
+            return sample.prompt
+        content: Any = sample.prompt
+        if self.processor is not self.tokenizer:
+            media = [{"type": kind} for kind in MEDIA if getattr(sample, kind) is not None]
+            content = [*media, {"type": "text", "text": sample.prompt}]
+        return self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=self.template,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+
+    def inputs(self, samples: Sequence) -> dict:
+        """What the processor makes of the samples: padded model inputs."""
+        text = [self.chat(s) for s in samples]
+        kwargs: dict[str, Any] = {}
+        if clips := [s.audio for s in samples if s.audio is not None]:
+            kwargs = {"audio": clips, "sampling_rate": self.extractor.sampling_rate}
+        for kind, key in (("image", "images"), ("video", "videos")):
+            # One list per prompt: some processors take a flat one to be one prompt's.
+            media = [[m] if (m := getattr(s, kind)) is not None else [] for s in samples]
+            if any(media):
+                kwargs[key] = media
+        if "videos" in kwargs:
+            kwargs["do_sample_frames"] = False  # a sample's frames are sampled already
+            kwargs |= self.video_times([s for s in samples if s.video is not None])
+        # A template that opens with a token must not get the tokenizer's own one on top of it.
+        if (bos := self.tokenizer.bos_token) and text[0].startswith(bos):
+            kwargs["add_special_tokens"] = False
+        return self.processor(text=text, padding=True, return_tensors="pt", **kwargs)
+
+    def video_times(self, samples: Sequence) -> dict[str, Any]:
+        """Processor arguments that say when the frames were taken; most families take none."""
+        return {}
+
+    # ------------------------------------------------------------------ what the processor obeys
+
+    @property
+    def extractor(self):
+        """The processor's audio part, which most families call feature_extractor."""
+        names = ("feature_extractor", "audio_processor")
+        return next((p for n in names if (p := getattr(self.processor, n, None))), None)
+
+    @property
+    def sampling_rate(self) -> int:
+        """What the audio tower hears, in Hz."""
+        return getattr(self.extractor, "sampling_rate", 16_000)
+
+    def check(self, sample, kinds: Sequence[str]) -> None:
+        """Raises RowError for media that the model does not take, or would hear wrongly."""
+        for kind in MEDIA:
+            if (medium := getattr(sample, kind)) is None:
+                continue
+            fault = self.fault_of_audio(medium, sample.sampling_rate) if kind == "audio" else ""
+            if kind not in kinds:
+                fault = f"{self.name} has no placeholder token for {kind} (it takes {kinds}); "
+                fault += f"use benchmarks without {kind}"
+            if fault:
+                raise RowError(sample.benchmark, sample.row, kind, fault)
+
+    def fault_of_audio(self, clip: np.ndarray, rate: int) -> str:
+        """Why the encoder would hear a clip wrongly or in part; empty if it would not."""
+        if (extractor := self.extractor) is None:
+            return ""
+        expected, window = extractor.sampling_rate, getattr(extractor, "n_samples", None)
+        cuts = getattr(self.processor, "audio_kwargs", {}).get("truncation", True)
+        if rate != expected:
+            return (
+                f"sampled at {rate} Hz, but {self.name} hears {expected} Hz; load the benchmark "
+                f"with sampling_rate={expected}"
+            )
+        if cuts and window and len(clip) > window:
+            return (
+                f"an audio clip of {len(clip) / rate:.2f} s exceeds the encoder's window of "
+                f"{window / rate:.0f} s and would be cut silently; split or drop it"
+            )
+        if len(clip) < 0.1 * rate:
+            return f"an audio clip of {len(clip) / rate:.3f} s; needs >= 0.1 s"
+        return ""
+
+    def check_settings(self, settings: dict[str, Any]) -> None:
+        """Raises ValueError for bounds of a picture's size that the processor would ignore."""
+        bounds = sorted({"min_pixels", "max_pixels"} & set(settings))
+        pictures = getattr(self.processor, "image_processor", None)
+        known = getattr(getattr(pictures, "valid_kwargs", None), "__annotations__", {})
+        if ignored := [b for b in bounds if b not in known]:
+            raise ValueError(
+                f"{self.name}: {ignored[0]}={settings[ignored[0]]} would be ignored, for its "
+                f"{type(pictures).__name__} scales pictures in another way; leave it out"
+            )
+
+
+def _acts(mlp: nn.Module) -> list[nn.Module]:
+    found = (getattr(mlp, name, None) for name in _ACTIVATIONS)
+    return [module for module in found if isinstance(module, nn.Module)]
+
+
+_DESCRIBE = (
+    "describe it with a subclass of minerlib.families.Family whose `architectures` name the class "
+    "and whose `layers` and `activation` return the parts"
+)
+
+
+class QwenVL(Family):
+    """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: the last two place frames in time."""
+
+    architectures = (
+        "Qwen2VLForConditionalGeneration",
+        "Qwen2_5_VLForConditionalGeneration",
+        "Qwen3VLForConditionalGeneration",
+    )
+
+    def video_times(self, samples: Sequence) -> dict[str, Any]:
+        return {"video_metadata": [_metadata(s.video, s.times) for s in samples]}
+
+
+class QwenOmni(Family):
+    """Qwen2.5-Omni: only its thinker is mined; the talker's MLPs are left alone."""
+
+    architectures = (
+        "Qwen2_5OmniForConditionalGeneration",
+        "Qwen2_5OmniThinkerForConditionalGeneration",
+    )
+
+    @staticmethod
+    def part(model: nn.Module) -> nn.Module:
+        return getattr(model, "thinker", model)
+
+    def inputs(self, samples: Sequence) -> dict:
+        batch = super().inputs(samples)
+        if "video_second_per_grid" in batch:  # its processor knows one rate for all videos
+            clips = [s for s in samples if s.video is not None]
+            patch = self.processor.video_processor.temporal_patch_size
+            batch["video_second_per_grid"] = torch.tensor(
+                [patch * _step(s.times, default=0.5) for s in clips]
+            )
+        return batch
+
+
+class Voxtral(Family):
+    """Voxtral: mistral-common makes ids from conversations whose audio is base64 WAV."""
+
+    architectures = ("VoxtralForConditionalGeneration",)
+
+    def chat(self, sample) -> str:
+        return sample.prompt
+
+    def inputs(self, samples: Sequence) -> dict:
+        return self.processor.apply_chat_template(
+            [self._conversation(s) for s in samples], return_tensors="pt"
+        )
+
+    def _conversation(self, sample) -> list[dict]:
+        content = [{"type": "text", "text": sample.prompt}]
+        if sample.audio is not None:
+            wav, rate = io.BytesIO(), self.extractor.sampling_rate
+            soundfile.write(wav, sample.audio, rate, format="WAV", subtype="FLOAT")
+            encoded = base64.b64encode(wav.getvalue()).decode()
+            content.insert(0, {"type": "audio", "base64": encoded})
+        return [{"role": "user", "content": content}]
+
+
+class Phi4Multimodal(Family):
+    """Phi-4-multimodal, whose audio encoder must hear each clip alone."""
+
+    architectures = ("Phi4MultimodalForCausalLM",)
+
+    def patch(self) -> None:
+        for module in self.model.modules():
+            if type(module).__name__ == "Phi4MultimodalAudioEmbedding":
+                _embed_clips_alone(module)
+
+
+def _embed_clips_alone(embed: nn.Module) -> None:
+    """Make this audio embedding treat each prompt as if it were alone.
+
+    In transformers 5.23 its encoder adds the padding mask to the attention logits as 0 and 1, so
+    that clips of different lengths see padding, and one image in a batch changes the projection of
+    every clip in it.
+    """
+    forward, config = embed.forward, embed.config
+
+    def alone(input_ids, inputs_embeds, audio_input_features, audio_embed_sizes, **kwargs):
+        audio = input_ids == config.audio_config.audio_token_id
+        image = input_ids == config.vision_config.image_token_id
+        frames = kwargs.get("audio_attention_mask")
+        rows = list(inputs_embeds.split(1))
+        for clip, b in enumerate(audio.any(1).nonzero().flatten().tolist()):
+            stop = None if frames is None else int(frames[clip].sum())
+            rows[b] = forward(
+                input_ids[b : b + 1],
+                rows[b],
+                audio_input_features[clip : clip + 1, :stop],
+                audio_embed_sizes[clip : clip + 1],
+                audio_projection_mode="vision" if image[b].any() else "speech",
+            )
+        return torch.cat(rows)
+
+    embed.forward = alone
+
+
+def _step(times: np.ndarray | None, default: float = 1.0) -> float:
+    """Seconds between two frames; `default` where it is not known."""
+    if times is None or len(times) < 2 or not np.isfinite(times).all():
+        return default
+    return float(times[-1] - times[0]) / (len(times) - 1) or default
+
+
+def _metadata(video: np.ndarray, times: np.ndarray | None) -> VideoMetadata:
+    """When the frames were taken, as transformers' processors take it."""
+    if times is None or not np.isfinite(times).all():
+        return VideoMetadata(total_num_frames=len(video))
+    indices = (np.asarray(times) * _TICKS).round().astype(int).tolist()
+    whole = round(len(indices) * _step(times) * _TICKS)  # so that the sampled rate comes out right
+    return VideoMetadata(total_num_frames=whole, fps=_TICKS, frames_indices=indices)
