@@ -1,25 +1,45 @@
-"""The benchmarks' official scores, per row and per corpus, and bootstrap intervals.
+"""The benchmarks' official scores, per row and per corpus.
 
-    score("vqa_accuracy", ["Stop."], [("stop",) * 10])         # [1.0], one number per row
+    row_scores("vqa_accuracy", ["Stop."], [("stop",) * 10])    # [1.0], one number per row
     corpus_score("wrr", ["a b"], [("A B C",)])                 # 1 - corpus WER
-    bootstrap([0.0, 1.0, 1.0])                                 # mean, low, high
 
-Rows' scores lie in [0, 1], so that they can enter an average over benchmarks.
+Rows' scores lie in [0, 1], so that they can enter an average over benchmarks. All texts are
+compared in Unicode's NFC; where normalising leaves nothing of a reference, it is compared as it is
+written, or "An!" would be a right answer to "A".
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
+from itertools import chain
 
 import numpy as np
 
+from minerlib.artifacts import computation
+
 Answers = Sequence[str]
 References = Sequence[Sequence[str]]
+Rows = Callable[[Answers, References], np.ndarray]
 
 VOCAL_SOUNDS = ("Laughter", "Sniff", "Throat clearing", "Cough", "Sigh", "Sneeze")
+
+
+def _pairs(answers: Answers, references: References) -> list[tuple[str, list[str]]]:
+    """Each answer beside its references, in one Unicode form: what every metric compares."""
+    form = partial(unicodedata.normalize, "NFC")
+    return [(form(a), [*map(form, refs)]) for a, refs in zip(answers, references, strict=True)]
+
+
+def _bare(text: str) -> str:
+    """What stands for a text of which normalising leaves nothing."""
+    text = text.casefold().strip()
+    return re.sub(r"[^\w\s]|_", "", text).strip() or text
+
 
 # --- VQA accuracy and exact match ----------------------------------------------------------------
 
@@ -66,37 +86,39 @@ def normalise_answer(text: str) -> str:
     return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES)
 
 
+def _compared(text: str) -> str:
+    return normalise_answer(text) or _bare(text)
+
+
+@computation(version=1)
 def vqa_accuracy(answers: Answers, references: References) -> np.ndarray:
     """VQA accuracy per row: mean over the humans i of min(1, matches among the others / 3).
 
     Defined for ten human answers; a single reference has no others and scores 0.
     """
     scores = []
-    for answer, humans in zip(answers, references, strict=True):
-        answer = normalise_answer(answer)
-        matches, n = sum(normalise_answer(human) == answer for human in humans), len(humans)
+    for answer, humans in _pairs(answers, references):
+        given, n = _compared(answer), len(humans)
+        matches = sum(_compared(human) == given for human in humans)
         agreeing, others = min(1.0, (matches - 1) / 3), min(1.0, matches / 3)
         scores.append((matches * agreeing + (n - matches) * others) / n)
     return np.array(scores)
 
 
+@computation(version=1)
 def exact_match(answers: Answers, references: References) -> np.ndarray:
     """1 where the normalised answer equals a normalised reference, else 0."""
-    return np.array(
-        [
-            float(normalise_answer(answer) in {normalise_answer(r) for r in refs})
-            for answer, refs in zip(answers, references, strict=True)
-        ]
-    )
+    pairs = _pairs(answers, references)
+    return np.array([float(_compared(a) in map(_compared, refs)) for a, refs in pairs])
 
 
+@computation(version=1)
 def contains(answers: Answers, references: References) -> np.ndarray:
     """1 where a normalised reference occurs in the normalised answer as whole words, else 0."""
     hits = []
-    for answer, refs in zip(answers, references, strict=True):
-        padded = f" {normalise_answer(answer)} "
-        wanted = [normalise_answer(r) for r in refs]
-        hits.append(float(any(w and f" {w} " in padded for w in wanted)))
+    for answer, refs in _pairs(answers, references):
+        padded = f" {_compared(answer)} "
+        hits.append(float(any(w and f" {w} " in padded for w in map(_compared, refs))))
     return np.array(hits)
 
 
@@ -126,24 +148,38 @@ def _penn(captions: Sequence[Sequence[str]]) -> list[list[str]]:
     return [tokens[i] for i in listed]
 
 
-def cider_d(answers: Answers, references: References, penn: bool = False) -> np.ndarray:
-    """CIDEr-D per row (n-grams to 4, sigma 6), from 0 to 10, by pycocoevalcap's scorer.
+def _tokens(captions: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [[tokenise_caption(caption) for caption in group] for group in captions]
 
-    Document frequencies come from the references given here: scores of a subset do not compare
-    with those of the whole set, and one row alone scores 0. Tokens are `tokenise_caption`'s, or
-    with `penn` those of the official Java tokeniser.
-    """
+
+def _cider(answers: Answers, references: References, tokens: Callable = _tokens) -> np.ndarray:
     from pycocoevalcap.cider.cider import Cider
 
-    groups = [[answer, *refs] for answer, refs in zip(answers, references, strict=True)]
+    groups = [[answer, *refs] for answer, refs in _pairs(answers, references)]
     if not groups:
         return np.empty(0)
     if empty := [i for i, group in enumerate(groups) if len(group) < 2]:
         raise ValueError(f"rows {empty[:5]} have no reference caption, and CIDEr-D needs one")
-    groups = _penn(groups) if penn else [[tokenise_caption(c) for c in g] for g in groups]
+    groups = tokens(groups)
     truth = {i: group[1:] for i, group in enumerate(groups)}
     guess = {i: group[:1] for i, group in enumerate(groups)}
     return Cider(n=4, sigma=6.0).compute_score(truth, guess)[1]
+
+
+@computation(version=1)
+def cider_d(answers: Answers, references: References) -> np.ndarray:
+    """CIDEr-D per row (n-grams to 4, sigma 6), from 0 to 10, by pycocoevalcap's scorer.
+
+    Document frequencies come from the references given here: scores of a subset do not compare
+    with those of the whole set, and one row alone scores 0. Tokens are `tokenise_caption`'s.
+    """
+    return _cider(answers, references)
+
+
+@computation(version=1)
+def cider_d_penn(answers: Answers, references: References) -> np.ndarray:
+    """As `cider_d`, with the tokens of the official tokeniser, which runs Java."""
+    return _cider(answers, references, _penn)
 
 
 # --- speech --------------------------------------------------------------------------------------
@@ -158,19 +194,24 @@ def _english() -> Callable[[str], str]:
 
 def _transcripts(answers: Answers, references: References) -> tuple[list[str], list[str]]:
     """Normalised references and answers; the first reference is the transcript."""
-    normal = _english()
-    pairs = list(zip(answers, references, strict=True))
-    return [normal(refs[0]) for _, refs in pairs], [normal(answer) for answer, _ in pairs]
+    normal, truth, heard = _english(), [], []
+    for answer, (transcript, *_) in _pairs(answers, references):
+        form = normal if normal(transcript).strip() else _bare
+        truth.append(form(transcript))
+        heard.append(form(answer))
+    return truth, heard
 
 
+@computation(version=1)
 def word_recognition_rate(answers: Answers, references: References) -> np.ndarray:
     """1 - WER of each row after Whisper's English normaliser; negative with many insertions."""
     import jiwer
 
-    truth, heard = _transcripts(answers, references)
-    return np.array([1.0 - jiwer.wer(t, h) for t, h in zip(truth, heard, strict=True)])
+    pairs = zip(*_transcripts(answers, references), strict=True)
+    return np.array([1.0 - jiwer.wer(truth, heard) for truth, heard in pairs])
 
 
+@computation(version=1)
 def corpus_wrr(answers: Answers, references: References) -> float:
     """1 - corpus WER: all errors over all reference words, after Whisper's English normaliser."""
     import jiwer
@@ -190,83 +231,131 @@ def find_sound(text: str) -> str | None:
     return next((s for s in VOCAL_SOUNDS if s.replace(" ", "").lower() == key), None)
 
 
+def _class_of(references: Sequence[str]) -> str:
+    if (truth := find_sound(references[0])) is None:
+        raise ValueError(f"{references[0]!r} is none of the classes {', '.join(VOCAL_SOUNDS)}")
+    return truth
+
+
+@computation(version=1)
 def vocal_sound_accuracy(answers: Answers, references: References) -> np.ndarray:
     """1 where the first class named in the answer is the row's class, else 0."""
-    hits = []
-    for answer, refs in zip(answers, references, strict=True):
-        truth = find_sound(refs[0])
-        if truth is None:
-            raise ValueError(f"{refs[0]!r} is none of the classes {', '.join(VOCAL_SOUNDS)}")
-        hits.append(float(find_sound(answer) == truth))
-    return np.array(hits)
+    pairs = _pairs(answers, references)
+    return np.array([float(find_sound(answer) == _class_of(refs)) for answer, refs in pairs])
 
 
+@computation(version=1)
 def choice_accuracy(answers: Answers, references: References) -> np.ndarray:
-    """1 where the chosen letter is the reference letter, else 0."""
-    return np.array(
-        [float(a.strip() == refs[0].strip()) for a, refs in zip(answers, references, strict=True)]
-    )
+    """1 where the chosen letter is a reference letter, else 0."""
+    pairs = _pairs(answers, references)
+    return np.array([float(a.strip() in {r.strip() for r in refs}) for a, refs in pairs])
 
 
 # --- the table of metrics ------------------------------------------------------------------------
-
-
-def _mean(rows: Callable[[Answers, References], np.ndarray]) -> Callable[..., float]:
-    return lambda answers, references: float(np.mean(rows(answers, references)))
 
 
 @dataclass(frozen=True)
 class Metric:
     """A score per row, the corpus figure (the rows' mean unless given), and what to call them.
 
-    `extra` holds further per-row columns of an evaluation table.
+    `extra` holds further per-row columns of an evaluation table; `language` is the only one that
+    the metric fits, if there is one; `clip` says that rows may lie outside [0, 1] and are cut
+    there; `check` raises ValueError on references of a row that the metric cannot score.
     """
 
-    rows: Callable[[Answers, References], np.ndarray]
+    rows: Rows
     label: str
     corpus: Callable[[Answers, References], float] | None = None
-    extra: Mapping[str, Callable[[Answers, References], np.ndarray]] = field(default_factory=dict)
+    extra: Mapping[str, Rows] = field(default_factory=dict)
+    language: str | None = None
+    clip: bool = False
+    check: Callable[[Sequence[str]], object] | None = None
+
+    @property
+    def functions(self) -> list[Callable]:
+        """All that computes numbers: what the metric's identity in a key is made of."""
+        return [self.rows, *([self.corpus] if self.corpus else []), *self.extra.values()]
 
 
-METRICS: dict[str, Metric] = {
-    "vqa_accuracy": Metric(vqa_accuracy, "VQA accuracy"),
+ANSWER_METRICS: dict[str, Metric] = {
+    "vqa_accuracy": Metric(vqa_accuracy, "VQA accuracy", language="en"),
     "cider_d": Metric(
-        cider_d, "CIDEr-D (regex tokens; rows clipped at 1)", extra={"cider_d": cider_d}
+        cider_d, "CIDEr-D (regex tokens; rows clipped at 1)",
+        extra={"cider_d": cider_d}, language="en", clip=True,
     ),
     "cider_d_penn": Metric(
-        lambda a, r: cider_d(a, r, penn=True),
-        "CIDEr-D (Penn tokens; rows clipped at 1)",
-        extra={"cider_d": lambda a, r: cider_d(a, r, penn=True)},
+        cider_d_penn, "CIDEr-D (Penn tokens; rows clipped at 1)",
+        extra={"cider_d": cider_d_penn}, language="en", clip=True,
     ),
     "exact_match": Metric(
-        exact_match,
-        "exact match (no LLM judge: not comparable with judged scores)",
-        extra={"contains": contains},
+        exact_match, "exact match (no LLM judge: not comparable with judged scores)",
+        extra={"contains": contains}, language="en",
     ),
-    "contains": Metric(contains, "reference contained (no LLM judge)"),
-    "wrr": Metric(word_recognition_rate, "WRR = 1 - WER (rows clipped to 0..1)", corpus_wrr),
-    "vocal_sound": Metric(vocal_sound_accuracy, "accuracy of the first class named"),
+    "contains": Metric(contains, "reference contained (no LLM judge)", language="en"),
+    "wrr": Metric(
+        word_recognition_rate, "WRR = 1 - WER (rows clipped to 0..1)", corpus_wrr,
+        language="en", clip=True,
+    ),
+    "vocal_sound": Metric(
+        vocal_sound_accuracy, "accuracy of the first class named", language="en", check=_class_of
+    ),
     "choice_accuracy": Metric(choice_accuracy, "accuracy of the most probable choice"),
-}
+}  # fmt: skip
 
 
 def metric_of(name: str) -> Metric:
-    """The entry of `METRICS`; ValueError names what there is."""
-    if name not in METRICS:
+    """The entry of `ANSWER_METRICS`; ValueError names what there is."""
+    if name not in ANSWER_METRICS:
         raise ValueError(
-            f"unknown metric {name!r}; there are {', '.join(METRICS)}. "
-            "Add your own with METRICS[name] = Metric(...)"
+            f"unknown metric {name!r}; there are {', '.join(ANSWER_METRICS)}. "
+            "Add your own with ANSWER_METRICS[name] = Metric(...)"
         )
-    return METRICS[name]
+    return ANSWER_METRICS[name]
 
 
-def score(metric: str, answers: Answers, references: References) -> list[float]:
-    """Each row's score, clipped to [0, 1] so that it can enter an average over benchmarks."""
-    rows = metric_of(metric).rows(list(answers), list(references))
-    return np.clip(rows, 0.0, 1.0).tolist()
+def misfit(metric: str, references: References, language: str = "en") -> str:
+    """Why a metric made for one language does not fit these references; empty if it does."""
+    fits = metric_of(metric).language
+    if fits is None:
+        return ""
+    counts = Counter("".join(chain(*references)))
+    letters = {c: n for c, n in counts.items() if c.isalpha()}
+    latin = sum(n for c, n in letters.items() if "LATIN" in unicodedata.name(c, ""))
+    if language == fits and 2 * latin >= sum(letters.values()):
+        return ""
+    why = f"language={language!r}" if language != fits else "most letters here are not Latin"
+    return f"metric {metric!r} is made for {fits!r}, but {why}: its scores may mislead"
+
+
+def _values(metric: str, answers: Answers, references: References, corpus: bool) -> np.ndarray:
+    """Unclipped scores [row] of a metric, or its corpus figure; ValueError names what is wrong."""
+    pairs, entry = _pairs(answers, references), metric_of(metric)
+    given = [answer for answer, _ in pairs], [refs for _, refs in pairs]
+    if figure := corpus and entry.corpus:
+        values = np.array(figure(*given), dtype=float, ndmin=1)
+    else:
+        values = np.asarray(entry.rows(*given), dtype=float)
+        if values.shape != (len(pairs),):
+            raise ValueError(f"metric {metric!r} gives {values.shape} scores for {len(pairs)} rows")
+    for row in np.flatnonzero(~np.isfinite(values)):
+        place = "all rows" if figure else f"row {row}: {pairs[row]}"
+        raise ValueError(f"metric {metric!r} gives {values[row]} for {place}")
+    return values
+
+
+def row_scores(metric: str, answers: Answers, references: References) -> list[float]:
+    """Each row's score in [0, 1], so that it can enter an average over benchmarks."""
+    values = _values(metric, answers, references, False)
+    if not metric_of(metric).clip and (far := np.abs(values - 0.5) > 0.5 + 1e-9).any():
+        raise ValueError(
+            f"metric {metric!r} gives {values[far][0]:g} for row {np.argmax(far)}; scores lie in "
+            "[0, 1]: divide by the largest, or have them cut by Metric(..., clip=True)"
+        )
+    return np.clip(values, 0.0, 1.0).tolist()
 
 
 def corpus_score(metric: str, answers: Answers, references: References) -> float:
     """The figure that is published for the whole set: unclipped CIDEr-D, 1 - corpus WER, means."""
-    entry = metric_of(metric)
-    return float((entry.corpus or _mean(entry.rows))(list(answers), list(references)))
+    if not len(answers):
+        raise ValueError(f"metric {metric!r}: no answers, so no figure")
+    return float(_values(metric, answers, references, True).mean())

@@ -2,94 +2,129 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import logging
 import os
+import re
+import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minerlib.tasks import metrics
-from minerlib.tasks.media import _MEDIA_COLUMNS, FRAMES, SAMPLING_RATE, _blob
-from minerlib.tasks.spec import REGISTRY, Repo, Sample, Spec
+from minerlib.artifacts import digest, identity
+from minerlib.families import RowError
+from minerlib.tasks import media, metrics
+from minerlib.tasks.spec import REGISTRY, Repo, Sample, blamed
 
 if TYPE_CHECKING:
     import datasets
 
 log = logging.getLogger(__name__)
 
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.parquet")
+
 
 # --- where rows come from ------------------------------------------------------------------------
 
 
 def _parquet_files(folder: Path, split: str, config: str | None = None) -> list[Path]:
-    """Parquet files of one split: the split is a folder, or a part of the file's name.
+    """Parquet files of one split, all its shards: the split is a folder, or in the file's name.
 
     Covers `data/test-00000-of-00002.parquet`, `all/test-*.parquet`, `clean/test/0000.parquet`.
     """
-    found = []
+    found, shards = [], defaultdict(set)
     for file in sorted(folder.rglob("*.parquet")):
         *folders, name = file.relative_to(folder).parts
         in_config = config is None or config in folders
         if in_config and (split in folders or split in name.removesuffix(".parquet").split("-")):
             found.append(file)
+            if part := _SHARD.fullmatch(name):
+                shards[file.parent / part[1]].add((int(part[2]), int(part[3])))
+    for stem, have in shards.items():
+        total = max(of for _, of in have)
+        if odd := have ^ {(i, total) for i in range(total)}:
+            names = ", ".join(f"{stem.name}-{i:05}-of-{of:05}.parquet" for i, of in sorted(odd))
+            raise FileNotFoundError(
+                f"{stem.parent}: {names} missing, or left from other shards; a split needs all "
+                f"{total} of one kind"
+            )
     return found
 
 
-def _download(repo: Repo) -> Path:
-    """The folder with a hub repository's parquet files of one split, downloaded or cached."""
-    from huggingface_hub import snapshot_download
+def _download(repo: Repo) -> Path | None:
+    """A hub repository's folder with the files of its split; None if there is no such repository.
+
+    Raises FileNotFoundError that says what failed and the way out.
+    """
+    from huggingface_hub import constants, errors, snapshot_download
 
     inside = f"{repo.config}/" if repo.config else ""
     patterns = [f"{inside}{repo.split}/*.parquet", f"{inside}*{repo.split}-*.parquet"]
     if not inside:
         patterns.append(f"*/{repo.split}/*.parquet")
-    return Path(snapshot_download(repo.name, repo_type="dataset", allow_patterns=patterns))
+    try:
+        return Path(snapshot_download(repo.name, repo_type="dataset", allow_patterns=patterns))
+    except Exception as error:  # the network's and the hub's own errors differ by version
+        way_out = "check the network and HF_TOKEN and try again"
+        if isinstance(error, errors.GatedRepoError):  # which is a RepositoryNotFoundError too
+            way_out = f"ask for access on https://huggingface.co/datasets/{repo.name}, set HF_TOKEN"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            return None
+        elif constants.HF_HUB_OFFLINE:
+            way_out = "HF_HUB_OFFLINE=1 allows cached files only: unset it once to download"
+        cause = (str(error).strip() or "no message").splitlines()[0]
+        raise FileNotFoundError(
+            f"{repo.name} on the hub failed: {type(error).__name__}: {cause}; {way_out}, or give "
+            "source=, a folder with its rows"
+        ) from error
 
 
 def _locate(
-    name: str, candidates: Sequence[Repo], source: str | os.PathLike | None, split: str | None
-) -> tuple[list[Path], bool]:
-    """Files of a split from the first candidate that has them, and whether it is a hub set.
+    name: str,
+    candidates: Sequence[Repo],
+    source: str | os.PathLike | None,
+    split: str | None = None,
+    other: Sequence[str] = (),
+) -> tuple[Path, dict[str, Any], datasets.Dataset]:
+    """A file of a split, where it comes from, and the rows, of the first candidate that exists.
 
-    A local `source` holds either `NAME/*.parquet` or folders laid out like the hub: `owner/name/`.
+    A local `source` holds either `NAME/*.parquet`, where the split may also be called as in
+    `other`, or folders laid out like the hub: `owner/name/`.
     """
-    tried = []
-    if source is not None and not Path(source).is_dir():
+    base = None if source is None else Path(source)
+    if base and not base.is_dir():
         raise FileNotFoundError(
             f"source {str(source)!r} is not a folder; give the folder that holds {name}/*.parquet, "
             "or leave source out to load from the hub"
         )
-    if source is not None and (own := Path(source) / name).is_dir():
-        # "test" stands for the split that is evaluated, whatever the published set calls it.
-        for wanted in dict.fromkeys([split] if split else [candidates[0].split, "test"]):
-            if files := _parquet_files(own, wanted):
-                return files, False
-            tried.append(f"{name}/*{wanted}*.parquet")
-    else:
-        for repo in candidates:
-            wanted = split or repo.split
-            place = f"{repo.name} ({repo.config + ', ' if repo.config else ''}{wanted})"
-            try:
-                folder = (
-                    _download(Repo(repo.name, wanted, repo.config))
-                    if source is None
-                    else Path(source) / repo.name
-                )
-            except Exception as error:  # the hub's own errors differ by version and by cause
-                tried.append(f"{place}: {type(error).__name__}: {str(error).splitlines()[0]}")
-                continue
-            if files := _parquet_files(folder, wanted, repo.config):
-                return files, True
-            tried.append(f"{place}: no parquet file of this split")
-    where = "on the hub" if source is None else f"in {str(source)!r}"
+    if own := base is not None and (base / name).is_dir():
+        splits = [split] if split else dict.fromkeys([candidates[0].split, *other])
+        candidates = [Repo(name, each) for each in splits]
+    tried = []
+    for repo in candidates:
+        repo = replace(repo, split=split or repo.split)
+        tried.append(f"{repo.name} ({repo.config + ', ' if repo.config else ''}{repo.split})")
+        folder = base / repo.name if base else _download(repo)
+        if folder is None or not folder.is_dir():
+            tried[-1] += ": no such repository"
+        elif files := _parquet_files(folder, repo.split, repo.config):
+            origin = {"repo": None if own else repo.name, "split": repo.split}
+            origin["revision"] = folder.name if folder.parent.name == "snapshots" else None
+            origin["files"] = [file.relative_to(folder).as_posix() for file in files]
+            return files[0], origin | {"config": repo.config}, _read(files)
+        elif not own:  # the next owner's rows may be others
+            tried[-1] += ": no parquet file of this split"
+            break
+    where = f"in {str(source)!r}" if base else "on the hub (a private one needs HF_TOKEN)"
     raise FileNotFoundError(
         f"no rows for {name!r} {where}. Tried: {'; '.join(tried)}. Give source=, a folder with "
-        f"{name}/{split or candidates[0].split}-*.parquet, or check the network and the split"
+        f"{name}/{candidates[0].split}-*.parquet, or check the split"
     )
 
 
@@ -110,26 +145,20 @@ def _read(files: Sequence[Path]) -> datasets.Dataset:
     return rows
 
 
-def _require(
-    name: str, rows: datasets.Dataset, columns: Sequence[str], files: Sequence[Path]
-) -> None:
+def _require(name: str, rows: datasets.Dataset, columns: Iterable[str], file: Path) -> None:
     have = set(rows.column_names)
-    missing = [c for c in columns if not have & set(c.split("|"))]
-    if missing:
+    if missing := [c for c in columns if not have & set(c.split("|"))]:
         raise ValueError(
-            f"{name}: column {', '.join(map(repr, missing))} is missing in {files[0].name}; found "
+            f"{name}: column {', '.join(map(repr, missing))} is missing in {file.name}; found "
             f"{sorted(have)}. Rename the column, or change `columns` of REGISTRY[{name!r}]"
         )
 
 
-@lru_cache(maxsize=256)
-def _file_hash(path: str, size: int, modified: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class _Rows:
-    """The rows of a split, those joined to them, and the list of samples they hold."""
+    """The rows of a split, those joined to them, and the samples that they hold, by number.
+
+    `kept` are the numbers of the samples that can be used; `references` has those of all.
+    """
 
     def __init__(
         self,
@@ -138,141 +167,211 @@ class _Rows:
         split: str | None,
         frames: int,
         sampling_rate: int,
+        on_error: str,
     ) -> None:
         self.name, self.frames, self.sampling_rate = name, frames, sampling_rate
         self.spec = spec = REGISTRY[name]
-        self.files, published = _locate(name, spec.hub, source, split)
-        self.rows = _read(self.files)
+        self.notices: list[str] = []
+        file, self.origin, self.rows = _locate(name, spec.hub, source, split, ["test"])
         self.joined: datasets.Dataset | None = None
         self.join_index: dict[Any, list[int]] = defaultdict(list)
-        wanted = list(spec.columns)
+        wanted = spec.columns
         if spec.join and not set(spec.join.provides) <= set(self.rows.column_names):
-            files, _ = _locate(name, spec.join.hub, source, spec.join.hub[0].split)
-            self.joined = _read(files)
-            _require(name, self.joined, spec.join.columns, files)
+            other, self.origin["joined"], self.joined = _locate(name, spec.join.hub, source)
+            _require(name, self.joined, spec.join.columns, other)
             for i, key in enumerate(self.joined[spec.join.theirs]):
                 self.join_index[key].append(i)
-            self.files = [*self.files, *files]
         elif spec.join:
             wanted += spec.join.provides
-        _require(name, self.rows, wanted, self.files)
-        # Sample number -> (row, element of the `each` column).
-        counts = (
-            [len(value) for value in self.rows[spec.each]]
-            if spec.each
-            else np.ones(len(self.rows), dtype=int)
-        )
-        self.row_of = np.repeat(np.arange(len(self.rows)), counts)
-        self.element_of = np.concatenate([np.arange(n) for n in counts] or [np.empty(0, int)])
-        if published and spec.rows and len(self.row_of) != spec.rows:
-            log.warning(
-                "%s: loaded %d samples, the published split has %d: scores may not compare",
-                name, len(self.row_of), spec.rows,
-            )  # fmt: skip
-        else:
-            log.info("%s: loaded %d samples", name, len(self.row_of))
+        _require(name, self.rows, wanted, file)
+        # Of each sample: its row, the element of the `each` column, and the references.
+        self.row_of: list[int] = []
+        self.element_of: list[int] = []
+        self.references: list[tuple[str, ...]] = []
+        self._raw = lru_cache(1)(self.rows.__getitem__)  # one clip, many questions
+        self._made_of: dict[int, tuple[str, str]] = {}
+        self._sources: dict[int, str] = {}
+        self._check(on_error)
 
-    def keep(self) -> np.ndarray:
-        """Numbers of the samples that are not too long for the model's audio encoder."""
-        import soundfile
+    def _check(self, on_error: str) -> None:
+        """Find all that can be known before a medium is decoded: faults, lengths, numbers."""
+        name, spec = self.name, self.spec
+        faults: dict[int, RowError] = {}
 
-        numbers = np.arange(len(self.row_of))
-        if self.spec.max_seconds is None:
-            return numbers
-        seconds = np.array([soundfile.info(_blob(clip)).duration for clip in self.rows["audio"]])
-        short = seconds[self.row_of] <= self.spec.max_seconds
-        if not short.all():
-            log.warning(
-                "%s: skipped %d of %d clips longer than %g s, which the audio encoder would cut",
-                self.name, (~short).sum(), len(short), self.spec.max_seconds,
-            )  # fmt: skip
-        return numbers[short]
+        def attempt(step: Callable, number: int, *given) -> Any:
+            try:
+                return step(number, *given)
+            except RowError as error:
+                if on_error == "raise":
+                    raise
+                faults[number] = error
 
-    @cached_property
-    def light(self) -> datasets.Dataset:
-        """The rows without their media columns, for the references."""
-        heavy = _MEDIA_COLUMNS & set(self.rows.column_names)
-        return self.rows.remove_columns(sorted(heavy))
+        for index, row in enumerate(self._light()):
+            for element in range(len(row[spec.each] or ()) if spec.each else 1):
+                self.row_of.append(index)
+                self.element_of.append(element)
+                number = len(self.references)
+                self.references.append(attempt(self._answers, number, row) or ())
+        self.origin["rows"] = total = len(self.references)
+        if empty := len(self.rows) - len(set(self.row_of)):
+            self.note(f"{name}: {empty} rows have an empty {spec.each!r}")
+        if self.origin["repo"] and spec.rows not in (None, total):
+            text = f"loaded {total} samples, the published split has {spec.rows}"
+            self.note(f"{name}: {text}: scores may not compare", warnings.warn)
+        if odd := metrics.misfit(spec.metric, self.references, spec.language):
+            self.note(f"{name}: {odd}", warnings.warn)
+        good, long = [n for n in range(total) if n not in faults], []
+        if spec.max_seconds:
+            long = [n for n in good if (attempt(self._seconds, n) or 0) > spec.max_seconds]
+        if long:
+            self.note(
+                f"{name}: skipped {len(long)} of {total} clips longer than {spec.max_seconds:g} s, "
+                "which the audio encoder would cut"
+            )
+        if faults:
+            first = next(iter(faults.values()))
+            self.note(f"{name}: left out {len(faults)} of {total} rows, the first: {first}")
+            self.notices += map(str, faults.values())
+        self.kept = np.setdiff1d(range(total), [*faults, *long]).astype(int)
+        if not len(self.kept):
+            raise ValueError(f"{name}: no row that can be used, of {total}. {self.notices}")
 
-    def row(self, number: int, rows: datasets.Dataset) -> dict:
-        row = rows[int(self.row_of[number])]
-        if self.spec.each:
-            row[self.spec.each] = row[self.spec.each][int(self.element_of[number])]
-        return row
+    def note(self, text: str, tell: Callable[[str], object] = log.warning) -> None:
+        """Say once what a reader of results must know, and keep it for their manifests."""
+        if text not in self.notices:
+            self.notices.append(text)
+            tell(text)
+
+    def _light(self) -> Iterable[dict]:
+        """The rows without their media."""
+        heavy = [
+            field.name
+            for field in self.rows.features.arrow_schema
+            if field.name == self.spec.modality != "text" or "binary" in str(field.type)
+        ]
+        light = self.rows.remove_columns(heavy)
+        return light if light.column_names else itertools.repeat({}, len(self.rows))
+
+    def _row(self, number: int, row: dict) -> tuple[dict, list[int]]:
+        """A sample's own row, and where the rows are that are joined to it."""
+        each, join = self.spec.each, self.spec.join
+        row = {**row, each: row[each][self.element_of[number]]} if each else dict(row)
+        if self.joined is None or join is None:
+            return row, []
+        with blamed(self.name, number, join.ours):
+            found = self.join_index.get(row[join.ours], [])
+            if not found or len(found) > 1 and not join.many:
+                place = self.origin["joined"]["repo"] or self.origin["joined"]["files"][0]
+                count = f"{len(found)} rows" if found else "no row"
+                raise ValueError(f"{count} with {join.theirs} {row[join.ours]!r} in {place}")
+        return row, found
+
+    def _answers(self, number: int, light: dict) -> tuple[str, ...]:
+        at = (self.name, number)
+        return self.spec.answers(self.spec.completed(self._row(number, light)[0], (), at), at)
+
+    def _whole(self, number: int) -> tuple[dict, list[dict]]:
+        """A sample's row and those joined to it, with media as they are stored."""
+        row, found = self._row(number, self._raw(self.row_of[number]))
+        return row, [self.joined[i] for i in found] if self.joined else []
+
+    def _completed(self, number: int) -> dict:
+        return self.spec.completed(*self._whole(number), (self.name, number))
+
+    def _seconds(self, number: int) -> float:
+        with blamed(self.name, number, self.spec.modality):
+            return media.duration(media.medium(self._completed(number), self.spec.modality))
+
+    def _source(self, row: dict) -> str:
+        return digest(media.source_bytes(media.medium(row, self.spec.modality)))
 
     def sample(self, number: int) -> Sample:
-        row, joined = self.row(number, self.rows), []
-        if self.joined is not None:
-            key = row[self.spec.join.ours]
-            joined = [self.joined[i] for i in self.join_index.get(key, ())]
-            if not joined:
-                raise ValueError(
-                    f"{self.name}: no row with {self.spec.join.theirs} {key!r} in "
-                    f"{self.spec.join.hub[0].name}, which row {number} needs"
-                )
-        return self.spec.sample(
-            row,
-            joined,
+        sample = self.spec.sample(
+            *self._whole(number),
             frames=self.frames,
             sampling_rate=self.sampling_rate,
             benchmark=self.name,
             number=int(number),
         )
+        if sample.notice:
+            self.note(f"{self.name} row {number}: {self.spec.modality}: {sample.notice}")
+        return sample
 
-    def references(self, number: int) -> tuple[str, ...]:
-        row = self.spec._complete(self.row(number, self.light), [])
-        return self.spec._answers(row)
+    def made_of(self, number: int) -> tuple[str, str]:
+        """Hashes of a sample's prompt and of its medium as it is stored (text: of the prompt)."""
+        if number not in self._made_of:
+            # For a row that cannot be used its name: whoever reads that row is told why.
+            prompt = source = f"row {number}"
+            index, columns = self.row_of[number], (self.spec.modality, *media.MEDIA_COLUMNS)
+            with suppress(ValueError, OSError):
+                row, raw = self._completed(number), self._raw(index)
+                prompt = digest(self.spec.asked(row))
+                if self.spec.modality == "text":
+                    source = prompt
+                elif all(row.get(c) is raw.get(c) for c in columns):
+                    if index not in self._sources:
+                        self._sources[index] = self._source(raw)
+                    source = self._sources[index]
+                else:  # from a joined row, from `fields` or an element of a list
+                    source = self._source(row)
+            self._made_of[number] = prompt, source
+        return self._made_of[number]
+
+    def shuffled(self, seed: int) -> np.ndarray:
+        """The kept numbers in random order, samples that share a medium one after another."""
+        spec, units = self.spec, defaultdict(list)
+        joined = spec.join and self.joined and spec.modality in spec.join.provides
+        names = list(self.rows[spec.join.ours]) if joined else range(len(self.rows))
+        for number in self.kept.tolist():
+            known = spec.each or joined
+            medium = names[self.row_of[number]] if known else self.made_of(number)[1]
+            units[medium].append(number)
+        order, units = np.random.default_rng(seed).permutation(len(units)), [*units.values()]
+        return np.array([number for i in order for number in units[i]], dtype=int)
 
 
 class Benchmark(Sequence):
-    """Samples of one benchmark, decoded when asked for; a slice is a benchmark again."""
+    """Samples of one benchmark, decoded when asked for; a slice is a benchmark again.
+
+    `name` and `spec` are the registry's, `metric` and `max_new_tokens` the spec's; `numbers` are
+    the samples' in the whole split. `notices` say what a reader of results must know: rows left
+    out, counts and clips that are not right. `origin` says where the rows are from: repo and
+    revision (None for a folder), split, config, files, rows, and `joined`, the same of that set.
+    """
 
     def __init__(self, rows: _Rows, numbers: np.ndarray) -> None:
-        self._rows, self.numbers = rows, numbers
+        self._rows, self.numbers, self.name, self.spec = rows, numbers, rows.name, rows.spec
+        self.metric, self.max_new_tokens = rows.spec.metric, rows.spec.max_new_tokens
+        self.notices, self.origin = rows.notices, rows.origin
 
     @property
-    def name(self) -> str:
-        """The name in `REGISTRY`."""
-        return self._rows.name
-
-    @property
-    def spec(self) -> Spec:
-        """The registry's entry."""
-        return self._rows.spec
-
-    @property
-    def metric(self) -> str:
-        """The name in `metrics.METRICS`."""
-        return self.spec.metric
-
-    @property
-    def max_new_tokens(self) -> int:
-        """How many tokens an answer may take."""
-        return self.spec.max_new_tokens
+    def media(self) -> list[str]:
+        """A hash of each sample's medium as it is stored, or of its prompt where it has none."""
+        return [self._rows.made_of(number)[1] for number in self.numbers.tolist()]
 
     def __len__(self) -> int:
         return len(self.numbers)
 
     def __getitem__(self, which: int | slice | Sequence[int]) -> Any:
         if isinstance(which, int | np.integer):
-            return self._rows.sample(self.numbers[which])
+            return self._rows.sample(int(self.numbers[which]))
         return Benchmark(self._rows, self.numbers[which])
 
     def __iter__(self) -> Iterator[Sample]:
-        return (self._rows.sample(number) for number in self.numbers)
+        return map(self._rows.sample, self.numbers.tolist())
 
     def __repr__(self) -> str:
-        total = len(self._rows.row_of)
+        total = len(self._rows.references)
         return f"Benchmark({self.name!r}, {len(self)} of {total} samples, metric={self.metric!r})"
 
     @cached_property
     def references(self) -> list[tuple[str, ...]]:
-        """The reference answers of every sample; no media is decoded for them."""
-        return [self._rows.references(number) for number in self.numbers]
+        """The reference answers of every sample."""
+        return [self._rows.references[number] for number in self.numbers]
 
     def score(self, answers: Sequence[str]) -> list[float]:
         """The metric of each sample, in [0, 1]."""
-        return metrics.score(self.metric, answers, self.references)
+        return metrics.row_scores(self.metric, answers, self.references)
 
     def corpus_score(self, answers: Sequence[str]) -> float:
         """The benchmark's own figure over all samples, as it is published."""
@@ -280,16 +379,15 @@ class Benchmark(Sequence):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the data files, the samples, the prompt, frames per video, sampling rate."""
-        how = (self._rows.frames, self._rows.sampling_rate)
-        digest = hashlib.sha256(
-            repr((self.name, self.spec.prompt, self.spec.metric, *how)).encode()
-        )
-        for file in self._rows.files:
-            stat = file.stat()
-            digest.update(_file_hash(str(file), stat.st_size, stat.st_mtime_ns).encode())
-        digest.update(self.numbers.astype("<i8").tobytes())
-        return digest.hexdigest()
+        """A hash of these samples: rows, prompts, references, media as they are stored and how
+        they are decoded, choices, answer's length, metric. The same on another processor.
+        """
+        rows, spec = self._rows, self.spec
+        how = {"video": rows.frames, "audio": rows.sampling_rate}.get(spec.modality)
+        metric = [self.metric, *map(identity, metrics.metric_of(self.metric).functions)]
+        asked = [rows.made_of(number) for number in self.numbers.tolist()]
+        parts = [self.name, spec.modality, how, spec.max_seconds, spec.max_new_tokens, spec.choices]
+        return digest([*parts, metric, self.numbers.tolist(), asked, self.references])
 
 
 def benchmark(
@@ -298,8 +396,9 @@ def benchmark(
     split: str = "test",
     limit: int | None = None,
     seed: int | None = None,
-    frames: int = FRAMES,
-    sampling_rate: int = SAMPLING_RATE,
+    frames: int = media.FRAMES,
+    sampling_rate: int = media.SAMPLING_RATE,
+    on_error: str = "raise",
 ) -> Benchmark:
     """Load a benchmark by its name in `REGISTRY`, from the hub or from a folder.
 
@@ -309,20 +408,46 @@ def benchmark(
         `NAME/*.parquet` with the same columns, or hub repositories as `owner/name/...`.
     split : "test" is the split that is evaluated, whatever the set itself calls it.
     limit : at most so many samples: the first ones, or with `seed` a random draw.
-    seed : shuffles the samples, so that any slice is a random one.
+    seed : shuffles the samples, those about one medium as a unit, so that any slice is random.
     frames : at most so many evenly spaced frames of a video. Picture sizes (`min_pixels`,
         `max_pixels`) belong to the model's processor and are set when it is loaded.
     sampling_rate : audio is resampled to so many Hz, the rate of the model's feature extractor.
+    on_error : "raise" RowError for the first row whose references or joined rows are not right,
+        or "skip" such rows, which `notices` then lists.
     """
     if name not in REGISTRY:
         raise ValueError(
             f"unknown benchmark {name!r}; there are {', '.join(REGISTRY)}. "
             "Add your own with REGISTRY[name] = Spec(...)"
         )
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit={limit}: give a positive number, or None for all samples")
-    rows = _Rows(name, source, None if split == "test" else split, frames, sampling_rate)
-    numbers = rows.keep()
-    if seed is not None:
-        numbers = np.random.default_rng(seed).permutation(numbers)
-    return Benchmark(rows, numbers[:limit])
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error={on_error!r}: use raise or skip")
+    _positive(limit=1 if limit is None else limit, frames=frames, sampling_rate=sampling_rate)
+    rows = _Rows(name, source, None if split == "test" else split, frames, sampling_rate, on_error)
+    return Benchmark(rows, rows.kept if seed is None else rows.shuffled(seed))[:limit]
+
+
+def split(bench: Benchmark, limit: int, eval_limit: int) -> tuple[Benchmark, Benchmark]:
+    """Rows for mining and for evaluation: the first `limit`, and `eval_limit` from the end.
+
+    No medium (for text: no prompt) is in both, whatever the source and the order. ValueError says
+    how many rows there are.
+    """
+    _positive(limit=limit, eval_limit=eval_limit)
+    mining, last = bench[:limit], []
+    mined = set(mining.media)
+    for i in reversed(range(limit, len(bench))):
+        if len(last) < eval_limit and not mined.intersection(bench[i : i + 1].media):
+            last.append(i)
+    if len(mining) < limit or len(last) < eval_limit:
+        raise ValueError(
+            f"limit={limit} and eval_limit={eval_limit}: {bench.name} has {len(bench)} rows, and "
+            f"after the first {limit} there are {len(last)} about other media; lower one of them"
+        )
+    return mining, bench[last[::-1]]
+
+
+def _positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name}={number}: give a positive number")

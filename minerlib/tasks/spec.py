@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minerlib.tasks import metrics
-from minerlib.tasks.media import _DECODE, FRAMES, SAMPLING_RATE
+from minerlib.families import RowError
+from minerlib.tasks import media, metrics
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,10 +23,11 @@ SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
 class Sample:
     """One prompt with its media and its reference answers.
 
-    `image` is an RGB picture, `video` uint8 [frame, height, width, channel], `audio` float32
-    [time], mono at the benchmark's sampling rate, 16 kHz unless asked otherwise. `choices` are
-    answers to be ranked by their probability as the next token; without them the model generates.
-    `row` is the sample's number in the whole split and survives slicing.
+    `image` is an RGB picture, `video` uint8 [frame, height, width, channel] with `times` in
+    seconds [frame] (None: unknown), `audio` float32 [time], mono at `sampling_rate` Hz. `choices`
+    are answers to be ranked by their probability as the next token; without them the model
+    generates. `row` is the sample's number in the whole split and survives slicing; `notice` says
+    what its medium lacks, if anything.
     """
 
     prompt: str
@@ -35,6 +38,9 @@ class Sample:
     choices: tuple[str, ...] | None = None
     benchmark: str = ""
     row: int = 0
+    times: np.ndarray | None = None
+    sampling_rate: int = media.SAMPLING_RATE
+    notice: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class Join:
     """Rows of a second set that belong to a row: those whose `theirs` equals the row's `ours`.
 
     They are looked up only when the columns in `provides` are missing from the rows themselves.
+    With `many` several rows may belong to one.
     """
 
     hub: tuple[Repo, ...]
@@ -58,6 +65,7 @@ class Join:
     theirs: str
     columns: tuple[str, ...]
     provides: tuple[str, ...]
+    many: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,13 +79,14 @@ class Spec:
     prompt : a template, filled with the row's columns and with what `fields` returns.
     references : row -> reference answers.
     modality : "text", "image", "video" or "audio"; the last three are decoded from the row.
-    metric : a name in `metrics.METRICS`.
+    metric : a name in `metrics.ANSWER_METRICS`.
     max_new_tokens : budget of a generated answer; 1 where `choices` are ranked instead.
     rows : samples in the published split; a different number is reported.
     fields : (row, joined rows) -> further fields for the template. For the references alone it
         gets the row without media and no joined rows.
     each : a list column of which every element is a sample of its own.
-    max_seconds : longer clips are skipped and reported.
+    max_seconds : longer sounds are skipped and reported.
+    language : of the references; a metric made for another says so.
     """
 
     hub: tuple[Repo, ...]
@@ -93,51 +102,97 @@ class Spec:
     join: Join | None = None
     each: str | None = None
     max_seconds: float | None = None
+    language: str = "en"
+
+    def __post_init__(self) -> None:
+        if self.modality not in ("text", *media.DECODE):
+            raise ValueError(f"modality {self.modality!r}: use text, {', '.join(media.DECODE)}")
+        metrics.metric_of(self.metric)
 
     def sample(
         self,
         row: Mapping[str, Any],
         joined: Sequence[dict] = (),
         *,
-        frames: int = FRAMES,
-        sampling_rate: int = SAMPLING_RATE,
+        frames: int = media.FRAMES,
+        sampling_rate: int = media.SAMPLING_RATE,
         benchmark: str = "",
         number: int = 0,
     ) -> Sample:
-        """The `Sample` of one dataset row (for `each`: the row with one element of that list)."""
-        row = self._complete(row, joined)
-        media = {}
+        """The `Sample` of one dataset row (for `each`: the row with one element of that list).
+
+        Raises RowError naming the field (fields, prompt, references or the medium) and the cause.
+        """
+        at, decoded = (benchmark, number), {}
+        row = self.completed(row, joined, at)
         if self.modality != "text":
-            media[self.modality] = _DECODE[self.modality](row, frames, sampling_rate)
-        try:
-            prompt = self.prompt.format_map(row)
-        except KeyError as error:
-            raise ValueError(
-                f"{benchmark}: its prompt names {error}, but a row has {sorted(row)}"
-            ) from None
+            with blamed(*at, self.modality):
+                value = media.medium(row, self.modality)
+                decoded = media.DECODE[self.modality](value, frames, sampling_rate)
         return Sample(
-            prompt=prompt,
-            references=self._answers(row),
+            prompt=self.asked(row, at),
+            references=self.answers(row, at),
             choices=self.choices,
             benchmark=benchmark,
             row=number,
-            **media,
+            **decoded,
         )
 
-    def _answers(self, row: dict) -> tuple[str, ...]:
-        answers = self.references(row)
-        return (answers,) if isinstance(answers, str) else tuple(answers)
+    def completed(self, row: Mapping, joined: Sequence[dict] = (), at: tuple = ("", 0)) -> dict:
+        """A row with what `fields` adds; `at` names benchmark and row in a RowError."""
+        with blamed(*at, "fields"):
+            return {**row, **(self.fields(dict(row), list(joined)) if self.fields else {})}
 
-    def __post_init__(self) -> None:
-        if self.modality not in ("text", *_DECODE):
-            raise ValueError(f"modality {self.modality!r}: use text, {', '.join(_DECODE)}")
-        metrics.metric_of(self.metric)
+    def asked(self, row: Mapping[str, Any], at: tuple[str, int] = ("", 0)) -> str:
+        """The prompt of a completed row."""
+        with blamed(*at, "prompt"):
+            for _, named, *_ in Formatter().parse(self.prompt):
+                column = (named or "").partition(".")[0].partition("[")[0]
+                if named is not None and row.get(column) is None:
+                    what = "is empty in this row" if column in row else f"not in {sorted(row)}"
+                    raise ValueError(f"names {column!r}, which is {what}")
+            return self.prompt.format_map(row)
 
-    def _complete(self, row: Mapping[str, Any], joined: Sequence[dict]) -> dict:
-        return {**row, **(self.fields(dict(row), list(joined)) if self.fields else {})}
+    def answers(self, row: dict, at: tuple[str, int] = ("", 0)) -> tuple[str, ...]:
+        """The references of a completed row as texts, never none and never all blank."""
+        with blamed(*at, "references"):
+            given = self.references(row)
+            if not isinstance(given, list | tuple | np.ndarray):
+                given = (given,)
+            answers = tuple(map(_text, given))
+            if not any(answer.strip() for answer in answers):
+                raise ValueError(f"{answers} is blank" if answers else "an empty list")
+            if self.choices and not set(answers) & set(self.choices):
+                raise ValueError(f"{answers} is none of the choices {self.choices}")
+            if check := metrics.metric_of(self.metric).check:
+                check(answers)
+            return answers
+
+
+@contextmanager
+def blamed(benchmark: str, row: int, field: str) -> Iterator[None]:
+    """Whatever goes wrong inside is a RowError of this benchmark, row and field."""
+    try:
+        yield
+    except Exception as error:
+        cause = str(error) if type(error) is ValueError else error
+        raise RowError(benchmark, row, field, cause) from error
+
+
+def _text(value: Any) -> str:
+    """A reference as text; numbers as one writes them, without the ".0" of a whole one."""
+    if isinstance(value, str):
+        return value
+    number = isinstance(value, int | float | np.integer | np.floating) and np.isfinite(value)
+    if number and not isinstance(value, bool):
+        return str(int(value)) if value == int(value) else str(value)
+    raise ValueError(f"{value!r} ({type(value).__name__}) is no text; let `references` return text")
 
 
 # --- the pieces that a row needs -----------------------------------------------------------------
+
+
+_LETTERS = dict(enumerate("ABCD"))  # unlike a text, it has no letter for -1
 
 
 def mmlu_item(row: Mapping[str, Any], answered: bool = False) -> str:
@@ -145,7 +200,7 @@ def mmlu_item(row: Mapping[str, Any], answered: bool = False) -> str:
     options = "".join(
         f"{letter}. {choice}\n" for letter, choice in zip("ABCD", row["choices"], strict=True)
     )
-    answer = f" {'ABCD'[row['answer']]}\n\n" if answered else ""
+    answer = f" {_LETTERS[row['answer']]}\n\n" if answered else ""
     return f"{row['question']}\n{options}Answer:{answer}"
 
 
@@ -208,7 +263,7 @@ REGISTRY: dict[str, Spec] = {
         columns=("question", "subject", "choices", "answer"),
         prompt="The following are multiple choice questions (with answers) about {topic}.\n\n"
         "{shots}{item}",
-        references=lambda row: ("ABCD"[row["answer"]],),
+        references=lambda row: _LETTERS[row["answer"]],
         modality="text",
         metric="choice_accuracy",
         max_new_tokens=1,
@@ -221,13 +276,14 @@ REGISTRY: dict[str, Spec] = {
             theirs="subject",
             columns=("question", "subject", "choices", "answer"),
             provides=("shots",),
+            many=True,
         ),
     ),
     "msvd_qa": Spec(
         hub=(Repo("morpheushoc/msvd-qa", "test"),),
         columns=("qa", "binary_frames", "num_frames", "height", "width", "channels"),
         prompt=SHORT_ANSWER,
-        references=lambda row: (row["answer"],),
+        references=lambda row: row["answer"],
         modality="video",
         metric="exact_match",
         rows=13157,
@@ -238,7 +294,7 @@ REGISTRY: dict[str, Spec] = {
         hub=(Repo("openslr/librispeech_asr", "test", "clean"),),
         columns=("audio", "text"),
         prompt="Recognize the speech and output only the transcript.",
-        references=lambda row: (row["text"],),
+        references=lambda row: row["text"],
         modality="audio",
         metric="wrr",
         max_new_tokens=128,
@@ -255,8 +311,9 @@ REGISTRY: dict[str, Spec] = {
         columns=("audio", "answer"),
         prompt="Which vocal sound is this: Laughter, Sniff, Throat clearing, Cough, Sigh or "
         "Sneeze? Answer with one name.",
-        references=lambda row: (row["answer"],),
+        references=lambda row: row["answer"],
         modality="audio",
         metric="vocal_sound",
+        rows=3594,
     ),
 }
