@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from minerlib.parameters import assigned, declared
 from minerlib.plots import save
-from minerlib.workbook import ROOT, SHIPPED, Workbook, tracked
+from minerlib.workbook import ROOT, SHIPPED, NotApplicable, Workbook, tracked
 
 COLUMNS = ["finding", "of", "claim", "measured", "null", "p", "verdict"]
 MARKS = {"holds": (2, "yes"), "does not hold": (0, "no"), "cannot be told": (1, "?")}
@@ -74,7 +74,7 @@ class Scorecard:
             if not given or configurations == "all":
                 held[value["finding"], ", ".join([value["model"], *given])] = value["claims"], given
         if not held:
-            raise ValueError(
+            raise NotApplicable(
                 f"no finding of {models} with {configurations} parameters in {runs}: run the "
                 f"notebooks {', '.join(f.notebook for f in self.findings.values())}"
             )

@@ -117,6 +117,8 @@ class Workbook(Parameters):
         bounds = ("min_pixels", "max_pixels")
         pixels = {bound: n for bound in bounds if (n := getattr(self, bound)) is not None}
         transformers.logging.set_verbosity_error()
+        if os.environ.get("TQDM_DISABLE"):
+            transformers.logging.disable_progress_bar()
         return load(name, device=self.device, dtype=self.dtype, processor_kwargs=pixels)
 
     @cached_property

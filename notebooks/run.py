@@ -6,9 +6,10 @@
 
 Arguments are NAME=VALUE, names in any case, values YAML. `model` takes one or more models; `run` is
 where they leave a folder each: a name stands for runs/NAME, a path for itself, and without it they
-go to runs/. Any other name is a parameter of the notebooks and reaches those that declare it. An
-executed notebook is not executed again while it is newer than the notebook, minerlib, the model and
-the data and its parameters are the same, so a run that was stopped picks up where it stopped.
+go to runs/. Any other name is a parameter of the notebooks and reaches those that declare it;
+executed notebooks of other parameters lie beside those of the defaults. An executed notebook is not
+executed again while it is newer than the notebook, minerlib, the model and the data and its
+parameters are the same, so a run that was stopped picks up where it stopped.
 
 Several models on a machine without accelerator share its cores, for small models gain little from
 more threads: as many notebooks run side by side as there are models, first each model's stages,
@@ -19,9 +20,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
@@ -37,7 +40,6 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = "data/models/tiny-qwen2-vl data/models/tiny-qwen2-audio"
-STAGES = 5  # notebooks 00 to 04 make what those of the findings read
 
 
 def value(text: str) -> Any:
@@ -62,6 +64,19 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
 def declared(notebook: Path) -> set[str]:
     """The names that the notebook's parameters cell assigns."""
     return set(papermill.inspect_notebook(str(notebook)))
+
+
+def is_finding(notebook: Path) -> bool:
+    """Whether it measures a finding, and so reads what the other notebooks, the stages, made."""
+    return "finding" in nbformat.read(notebook, as_version=4).metadata.get("minerlib", {})
+
+
+def suffix(given: dict[str, str]) -> str:
+    """What tells executed notebooks of these parameters from others: "-limit=12-seed=1"."""
+    text = "".join(f"-{name}={given[name]}" for name in sorted(given))
+    safe = re.sub(r"[^\w.,=-]+", "_", text)
+    whole = safe == text and len(text) <= 80
+    return text if whole else f"{safe[:60]}-{zlib.crc32(text.encode()):08x}"
 
 
 def finished(output: Path, parameters: dict, inputs: Sequence[Path]) -> bool:
@@ -101,7 +116,9 @@ def main(arguments: Sequence[str]) -> None:
     runs = given.get("run")
     if runs and Path(runs).name == runs:
         runs = f"runs/{runs}"
-    parameters = {n: value(text) for n, text in given.items() if n not in ("model", "run")}
+    texts = {name: text for name, text in given.items() if name not in ("model", "run")}
+    parameters = {name: value(text) for name, text in texts.items()}
+    folder = "notebooks" if runs else f"notebooks{suffix(texts)}"
     os.chdir(ROOT)  # so that the paths that Papermill records are relative ones
     notebooks = {
         path: declared(path) for path in sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -112,20 +129,20 @@ def main(arguments: Sequence[str]) -> None:
     # A notebook with the parameter `runs` gathers what all models left: it comes once and last.
     last = {path: names for path, names in notebooks.items() if "runs" in names}
     each = {path: names for path, names in notebooks.items() if path not in last}
-    stages = {path: names for path, names in each.items() if int(path.name[:2]) < STAGES}
-    findings = {path: names for path, names in each.items() if path not in stages}
+    findings = {path: names for path, names in each.items() if is_finding(path)}
+    stages = {path: names for path, names in each.items() if path not in findings}
 
-    shared = [*Path("minerlib").glob("*.py"), *plugins()]
+    shared = [*Path("minerlib").rglob("*.py"), *plugins()]
     for source in {"data/benchmarks", given.get("source", "data/benchmarks")}:
         shared += Path(source).rglob("*.parquet")
     tasks = []
     for model in models:
         run_dir = Path(runs or "runs", Path(model).name)
         everything = {**parameters, "model": model}
-        if runs:  # else the notebooks' own default, with which the shipped models refresh figures/
+        if runs:  # else the notebooks' own default
             everything["run_dir"] = run_dir.as_posix()
         inputs = [*shared, *(path for path in Path(model).glob("*") if path.is_file())]
-        tasks.append(Task(stages, run_dir / "notebooks", everything, inputs, f"for {model}"))
+        tasks.append(Task(stages, run_dir / folder, everything, inputs, f"for {model}"))
 
     with pool(1 if torch.cuda.is_available() else len(models)) as run:
         failures = list(run(execute, tasks))
@@ -135,9 +152,10 @@ def main(arguments: Sequence[str]) -> None:
     if failed:
         raise SystemExit("\n".join(failed))
     everything = {**parameters, "runs": runs or "runs", "models": [Path(m).name for m in models]}
+    everything["configurations"] = "all" if parameters else "default"
     found = [*shared, *Path(runs or "runs").glob("*/finding-*.json")]
     if text := execute(
-        Task(last, Path(runs or "runs", "notebooks"), everything, found, "over all models")
+        Task(last, Path(runs or "runs", folder), everything, found, "over all models")
     ):
         raise SystemExit(text)
 
@@ -149,7 +167,7 @@ def pool(workers: int) -> Iterator:
         yield map
         return
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
-    os.environ["MINER_PROGRESS"] = "0"  # the bars of several would mix
+    os.environ["TQDM_DISABLE"] = "1"  # the bars of several would mix
     with ProcessPoolExecutor(workers) as processes:
         yield processes.map
 
@@ -172,7 +190,7 @@ def execute(task: Task) -> str | None:
                     chosen,
                     kernel_name="python3",
                     cwd=ROOT,
-                    progress_bar=os.environ.get("MINER_PROGRESS") != "0",
+                    progress_bar=os.environ.get("TQDM_DISABLE") != "1",
                     # Else kernels say that their ports are not encrypted and that they were
                     # interrupted, which is how they are shut down.
                     extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
