@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from minerlib import inference
-from minerlib.tasks import Repo, Spec, benchmark
+from minerlib.model import MLLM, RowError
+from minerlib.tasks import Repo, Spec, benchmark, evaluation
 from minerlib.tasks import rows as benchmarks
 from minerlib.tasks.evaluation import Prepared, compare, evaluate, prepare, summarise
 
@@ -17,28 +21,36 @@ WORDS = ("red", "green", "blue", "a dog on a mat", "two", "ten")
 
 
 class FakeMLLM:
-    """Answers each prompt with what stands behind its colon, and keeps what it was asked."""
+    """Answers each prompt with what stands behind its colon, and keeps what it was asked.
 
-    def __init__(self):
-        self.batches, self.encoded = [], 0
+    Refuses rows in `bad`, and batches of more than `most` samples.
+    """
+
+    model = SimpleNamespace(forward=lambda ids: None)
+    gather = MLLM.gather
+
+    def __init__(self, bad=(), most=99):
+        self.batches, self.encoded, self.bad, self.most = [], 0, bad, most
 
     def encode(self, samples):
+        for sample in samples:
+            if sample.row in self.bad:
+                raise RowError(sample.benchmark, sample.row, "image", ValueError("no placeholder"))
+        if len(samples) > self.most:
+            raise ValueError("not in one batch; use batch_size=1")
         self.encoded += len(samples)
-        return [s.prompt for s in samples]
-
-    def encode_media(self, batch):
-        return batch
+        return {"ids": [s.prompt for s in samples]}
 
     def answer(self, prompt):
         return prompt.split(": ")[-1]
 
     def generate(self, batch, max_new_tokens):
-        self.batches.append((batch, max_new_tokens))
-        return [self.answer(p) for p in batch]
+        self.batches.append((batch["ids"], max_new_tokens))
+        return [self.answer(p) for p in batch["ids"]]
 
     def choose(self, batch, choices):
-        self.batches.append((batch, choices))
-        return [choices["wxyz".index(self.answer(p))] for p in batch]
+        self.batches.append((batch["ids"], choices))
+        return [choices["wxyz".index(self.answer(p))] for p in batch["ids"]]
 
 
 @pytest.fixture
@@ -70,7 +82,7 @@ def echo(tmp_path, monkeypatch):
 
 def test_one_row_per_sample_in_order(echo):
     bench, mllm = echo(), FakeMLLM()
-    table = evaluate(mllm, bench[3:], batch_size=8, progress=False)
+    table = evaluate(mllm, bench[3:], batch_size=8)
     assert list(table) == [
         "benchmark", "row", "prompt", "answer", "references", "score", "contains",
     ]  # fmt: skip
@@ -81,18 +93,18 @@ def test_one_row_per_sample_in_order(echo):
     assert {budget for _, budget in mllm.batches} == {9}
     lengths = [len(p) for b, _ in mllm.batches for p in b]
     assert lengths == sorted(lengths)  # batches hold prompts of like length
-    evaluate(mllm, bench[:1], progress=False, max_new_tokens=3)
+    evaluate(mllm, bench[:1], max_new_tokens=3)
     assert mllm.batches[-1][1] == 3
 
 
 def test_prepared_encodes_once(echo):
     bench, mllm = echo(), FakeMLLM()
-    prepared = prepare(mllm, bench, batch_size=16, progress=False)
-    assert isinstance(prepared, Prepared) and len(prepared) == 40
-    first, again = (evaluate(mllm, prepared, progress=False) for _ in range(2))
+    prepared = prepare(mllm, bench, batch_size=16)
+    assert isinstance(prepared, Prepared) and prepared.benchmark is bench
+    first, again = (evaluate(mllm, prepared) for _ in range(2))
     assert mllm.encoded == 40
     pd.testing.assert_frame_equal(first, again)
-    pd.testing.assert_frame_equal(first, evaluate(mllm, bench, batch_size=3, progress=False))
+    pd.testing.assert_frame_equal(first, evaluate(mllm, bench, batch_size=3))
 
 
 def test_choices_are_ranked_not_generated(echo, tmp_path):
@@ -107,13 +119,13 @@ def test_choices_are_ranked_not_generated(echo, tmp_path):
         references=lambda row: ("ABCD"["wxyz".index(row["answer"])],),
     )
     mllm = FakeMLLM()
-    table = evaluate(mllm, bench, progress=False)
+    table = evaluate(mllm, bench)
     assert table["answer"].tolist() == list("ABCDABCD") and (table["score"] == 1).all()
     assert mllm.batches[0][1] == ("A", "B", "C", "D")
 
 
 def test_captions_carry_their_own_column(echo):
-    table = evaluate(FakeMLLM(), echo("cider_d"), progress=False)
+    table = evaluate(FakeMLLM(), echo("cider_d"))
     assert table["cider_d"].max() > 1 == table["score"].max()
     np.testing.assert_allclose(table["score"], table["cider_d"].clip(0, 1))
     line = summarise(table, n=100).iloc[0]
@@ -121,7 +133,7 @@ def test_captions_carry_their_own_column(echo):
 
 
 def test_table_survives_parquet(echo, tmp_path):
-    table = evaluate(FakeMLLM(), echo(), progress=False)
+    table = evaluate(FakeMLLM(), echo())
     table.to_parquet(tmp_path / "table.parquet")
     pd.testing.assert_frame_equal(
         summarise(pd.read_parquet(tmp_path / "table.parquet")), summarise(table)
@@ -129,18 +141,106 @@ def test_table_survives_parquet(echo, tmp_path):
 
 
 def test_progress_is_switched_off_by_the_environment(echo, monkeypatch, capfd):
+    """conftest sets tqdm's own switch, which it reads when it is imported."""
     bench = echo()
-    monkeypatch.setenv("MINER_PROGRESS", "0")
-    evaluate(FakeMLLM(), bench)
+    evaluate(FakeMLLM(), prepare(FakeMLLM(), bench))
     assert not capfd.readouterr().err
-    monkeypatch.setenv("MINER_PROGRESS", "1")
-    evaluate(FakeMLLM(), bench)
+    monkeypatch.setattr(evaluation, "tqdm", functools.partial(evaluation.tqdm, disable=False))
+    for call, label in ((evaluate, "answer echo"), (prepare, "encode echo")):
+        result = call(FakeMLLM(), bench)
+        assert label in capfd.readouterr().err
+    evaluate(FakeMLLM(), result)
     assert "answer echo" in capfd.readouterr().err
 
 
 def test_empty_batch_size(echo):
     with pytest.raises(ValueError, match="batch_size=0"):
         evaluate(FakeMLLM(), echo(), batch_size=0)
+
+
+# --- rows that cannot be used --------------------------------------------------------------------
+
+
+@pytest.fixture
+def broken(echo, monkeypatch):
+    """The echo benchmark with rows 5 and 17 that cannot be decoded."""
+    bench = echo()
+    own = type(bench).__getitem__
+
+    def get(self, which):
+        if isinstance(which, int | np.integer) and self.numbers[which] in (5, 17):
+            raise RowError("echo", int(self.numbers[which]), "image", OSError("truncated"))
+        return own(self, which)
+
+    monkeypatch.setattr(type(bench), "__getitem__", get)
+    return bench
+
+
+SKIPPED = [
+    "echo row 5: image: OSError: truncated",
+    "echo row 17: image: OSError: truncated",
+    "echo row 31: image: ValueError: no placeholder",
+]
+
+
+@pytest.mark.fault("one bad row ends a run without its name")
+@pytest.mark.parametrize("call", [evaluate, prepare])
+def test_a_bad_row_is_named(broken, call):
+    mllm = FakeMLLM()
+    with pytest.raises(RowError, match="echo row 5: image: OSError: truncated"):
+        call(mllm, broken)
+    with pytest.raises(RowError, match="echo row 7: image: ValueError: no placeholder"):
+        call(FakeMLLM(bad=[7]), broken[6:16])
+    assert not mllm.batches  # found before hours of answers
+
+
+@pytest.mark.fault("one bad row loses all others")
+@pytest.mark.parametrize("ready", [False, True], ids=["bench", "prepared"])
+@pytest.mark.parametrize("batch_size", [1, 8, 64])
+def test_bad_rows_are_skipped_on_request(broken, ready, batch_size):
+    mllm = FakeMLLM(bad=[31])
+    with pytest.warns(UserWarning, match="rows skipped.*row 17.*row 31|rows skipped.*31"):
+        bench = prepare(mllm, broken, batch_size, on_error="skip") if ready else broken
+        table = evaluate(mllm, bench, batch_size, on_error="skip")
+    assert sorted(table.attrs["skipped"]) == sorted(SKIPPED)
+    assert table["row"].tolist() == [i for i in range(40) if i not in (5, 17, 31)]
+    assert (table["score"] == 1).all()
+    if ready:  # a second condition has the same rows
+        with pytest.warns(UserWarning):
+            again = evaluate(mllm, bench)
+        pd.testing.assert_frame_equal(again, table)
+        assert again.attrs == table.attrs
+
+
+def test_nothing_skipped_is_nothing_said(echo, recwarn):
+    table = evaluate(FakeMLLM(), echo(), on_error="skip")
+    assert table.attrs["skipped"] == [] and len(table) == 40
+    assert not [w for w in recwarn if "skipped" in str(w.message)]
+
+
+def test_a_benchmark_without_a_usable_row(echo):
+    with pytest.raises(ValueError, match="'echo': every row was skipped: echo row [34]"):
+        evaluate(FakeMLLM(bad=range(40)), echo()[3:5], on_error="skip")
+    with pytest.raises(ValueError, match="'echo' has no rows"):
+        evaluate(FakeMLLM(), echo()[:0])
+
+
+@pytest.mark.fault("a batch's fault is blamed on its rows")
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_failing_batch_is_no_failing_row(echo, on_error):
+    mllm = FakeMLLM(most=4)
+    with pytest.raises(ValueError, match="batch_size=1") as error:
+        evaluate(mllm, echo(), batch_size=8, on_error=on_error)
+    assert not isinstance(error.value, RowError)
+    assert len(evaluate(mllm, echo(), batch_size=4, on_error=on_error)) == 40
+
+
+def test_an_unknown_metric_is_named(echo):
+    with pytest.raises(ValueError, match="unknown metric 'none'"):
+        evaluate(FakeMLLM(), echo("none"))
+
+
+# --- summaries and comparisons -------------------------------------------------------------------
 
 
 def scores(name: str, values) -> pd.DataFrame:
@@ -160,6 +260,56 @@ def test_compare_is_paired():
     np.testing.assert_allclose(table["b"] - table["a"], -0.25)
     means = [before.query(f"benchmark == '{k}'")["score"].mean() for k in "ab"]
     assert table.loc["average", "a"] == pytest.approx(np.mean(means))
+
+
+@pytest.mark.fault("NaN score enters an average")
+@pytest.mark.parametrize("call", [summarise, lambda t: compare(t, t)], ids=["summarise", "compare"])
+def test_a_score_that_is_no_number_is_refused(call):
+    table = scores("a", [1.0, np.nan, 0.5, np.nan])
+    with pytest.raises(ValueError, match=r"a row 1 is there twice or has no score \(2 such rows"):
+        call(table)
+
+
+@pytest.mark.fault("a row counts twice")
+@pytest.mark.parametrize("call", [summarise, lambda t: compare(t, t)], ids=["summarise", "compare"])
+def test_a_row_that_is_there_twice_is_refused(call):
+    table = pd.concat([scores("a", [1.0, 0.5]), scores("b", [1.0]), scores("b", [0.0, 1.0])])
+    with pytest.raises(ValueError, match=r"b row 0 is there twice or has no score \(1 such rows"):
+        call(table)
+
+
+@pytest.mark.fault("answers to an edited benchmark are paired")
+@pytest.mark.parametrize(("column", "other"), [("prompt", "Why?"), ("references", ("no",))])
+def test_compare_refuses_an_edited_benchmark(column, other):
+    before = scores("a", [1.0, 0.0, 1.0]).assign(prompt="Who?", references=[("yes",)] * 3)
+    after = before.iloc[::-1].reset_index(drop=True)
+    assert len(compare(before, after)) == 1
+    after[column] = [after[column][0], other, other]
+    with pytest.raises(ValueError, match=rf"a row 0: its {column} differs.*\(2 such rows\)"):
+        compare(before, after)
+    with pytest.raises(ValueError, match=rf"its {column} differs"):
+        compare(after, before)
+
+
+def test_compare_knows_references_from_a_file(tmp_path):
+    before = scores("a", [1.0, 0.0]).assign(prompt="Who?", references=[("yes", "no")] * 2)
+    before.to_parquet(tmp_path / "table.parquet")
+    assert len(compare(before, pd.read_parquet(tmp_path / "table.parquet"))) == 1
+
+
+@pytest.mark.fault("interval with other quantiles")
+def test_intervals_are_the_middle_95_percent():
+    """Against the exact distribution: the mean change of 40 rows of which 10 lose their point."""
+    before = scores("a", [1.0] * 40)
+    after = before.assign(score=[0.0] * 10 + [1.0] * 30)
+    (line,) = compare(before, after, n=40_000).to_dict("records")
+    low, high = stats.binom(40, 10 / 40).ppf([0.975, 0.025]) / -40
+    assert line["difference"] == -0.25
+    assert (line["low"], line["high"]) == pytest.approx((low, high))
+    (line,) = summarise(after, n=40_000).to_dict("records")
+    assert (line["low"], line["high"]) == pytest.approx((1 + low, 1 + high))
+    rows = compare(before, after, n=100, seed=1), compare(before, after, n=100, seed=2)
+    assert not rows[0].equals(rows[1])
 
 
 def test_compare_refuses_other_rows():

@@ -9,150 +9,159 @@ compare(before, after)                           # mean change per benchmark, wi
 
 from __future__ import annotations
 
+import inspect
 import math
-import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
+import torch
+from tqdm import tqdm
 
 from minerlib import inference
-from minerlib.tasks import metrics
+from minerlib.artifacts import computation
+from minerlib.model import MLLM, RowError, starts
+from minerlib.tasks.metrics import ANSWER_METRICS, corpus_score, row_scores
 from minerlib.tasks.rows import Benchmark
 from minerlib.tasks.spec import REGISTRY, Sample
 
-if TYPE_CHECKING:
-    from minerlib.model import MLLM
-
-KEY = ["benchmark", "row"]
-AVERAGE = "average"
+KEY, AVERAGE = ["benchmark", "row"], "average"
+# Positions in the benchmark, samples, model inputs (None without any), and what was left out.
+Batch = tuple[list[int], list[Sample], Any, list[str]]
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A benchmark whose samples are encoded: batches of like length, on the model's device.
-
-    `samples` are in the benchmark's order and carry no media any more; `batches` pairs positions
-    in that order with model inputs.
-    """
+class Prepared(NamedTuple):
+    """A benchmark whose samples are encoded: batches of like length, on the model's device."""
 
     benchmark: Benchmark
-    samples: list[Sample]
-    batches: list[tuple[list[int], Any]]
+    batches: list[Batch]
 
-    def __len__(self) -> int:
-        return len(self.samples)
+
+def prepare(
+    mllm: MLLM, bench: Benchmark, batch_size: int = 32, on_error: str = "raise"
+) -> Prepared:
+    """Encode a benchmark once, pictures through their tower, for many evaluations of its rows.
+
+    All model inputs stay on the model's device: at a real model's size prepare as many rows as
+    fit there (Qwen2-VL: some 19 kB per image token in float32), or let `evaluate` encode anew.
+    Errors as in `evaluate`.
+    """
+    batches = _encode(mllm, bench, batch_size, on_error, f"encode {bench.name}")
+    return Prepared(bench, [(i, s, x and _encode_media(mllm, x), out) for i, s, x, out in batches])
+
+
+def _encode(
+    mllm: MLLM, bench: Benchmark, batch_size: int, on_error: str, label: str
+) -> Iterator[Batch]:
+    """One batch of samples of like length after another."""
+    firsts, lengths = starts(bench, batch_size), np.zeros(len(bench))
+    # Sorting needs a look at every sample; decoding it twice is cheaper than keeping its media.
+    for i in range(len(bench)):
+        try:
+            lengths[i] = _length(bench[i])
+        except RowError:  # with "skip", left out when its turn comes
+            if on_error != "skip":
+                raise
+    order = np.argsort(lengths, kind="stable")
+    for i in tqdm(firsts, label, leave=False):
+        part = order[i : i + batch_size].tolist()
+        positions, samples, batch, skipped = mllm.gather(bench, part, on_error)
+        light = [replace(s, image=None, video=None, audio=None) for s in samples]
+        yield positions, light, batch, skipped
 
 
 def _length(sample: Sample) -> float:
-    """A cheap estimate of a prompt's tokens, to batch samples of like length."""
+    """A cheap estimate of a prompt's tokens."""
     audio = 0 if sample.audio is None else len(sample.audio) / 640  # 25 tokens a second
     image = 0 if sample.image is None else math.prod(sample.image.size) / 28**2
     video = 0 if sample.video is None else math.prod(sample.video.shape[:3]) / (2 * 28**2)
     return len(sample.prompt) / 4 + audio + image + video
 
 
-def _bar(items: Sequence, total: int, text: str, progress: bool) -> Iterable:
-    """Progress in samples; `items` are pairs whose first part is a list of samples' positions."""
-    off = not progress or os.environ.get("MINER_PROGRESS") == "0"
-    with tqdm(total=total, desc=text, unit="sample", disable=off, leave=False) as bar:
-        for item in items:
-            yield item
-            bar.update(len(item[0]))
+@torch.inference_mode()
+def _encode_media(mllm: MLLM, batch: Any) -> dict:
+    """The batch with pictures and clips already through their tower, which is never silenced.
 
-
-def prepare(mllm: MLLM, bench: Benchmark, batch_size: int = 32, progress: bool = True) -> Prepared:
-    """Encode a benchmark once, pictures through their tower, for many evaluations of its rows.
-
-    All model inputs stay on the model's device: at a real model's size prepare as many rows as
-    fit there (Qwen2-VL: some 19 kB per image token in float32), or let `evaluate` encode anew.
+    Models that do not take `mm_encoder_outputs`, a transformers argument, get it back as it is.
     """
-    batches, samples = [], {}
-    for positions, batch, part in _encode(
-        mllm, bench, batch_size, f"encode {bench.name}", progress
-    ):
-        batches.append((positions, mllm.encode_media(batch)))
-        samples |= {
-            i: replace(s, image=None, video=None, audio=None)
-            for i, s in zip(positions, part, strict=True)
-        }
-    return Prepared(bench, [samples[i] for i in range(len(bench))], batches)
+    batch, seen = dict(batch), {}
+    if "mm_encoder_outputs" not in inspect.signature(mllm.model.forward).parameters:
+        return batch
+    for kind in ("image", "video"):
+        tower = getattr(mllm.model.base_model, f"get_{kind}_features", None)
+        names = [k for k in inspect.signature(tower).parameters if k in batch] if tower else []
+        if pixels := [k for k in names if k.startswith("pixel")]:
+            seen[kind] = tower(**{k: batch[k] for k in names}, return_dict=True)
+            for k in pixels:
+                del batch[k]
+    return batch | {"mm_encoder_outputs": seen} if seen else batch
 
 
-def _encode(mllm: MLLM, bench: Benchmark, batch_size: int, text: str, progress: bool) -> Iterable:
-    """Positions, model inputs and samples of one batch after another, of like length."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: give a positive number")
-    # Sorting needs a look at every sample; decoding it twice is cheaper than keeping its media.
-    order = np.argsort([_length(sample) for sample in bench], kind="stable")
-    parts = [(order[i : i + batch_size].tolist(),) for i in range(0, len(order), batch_size)]
-    for (positions,) in _bar(parts, len(bench), text, progress):
-        samples = [bench[i] for i in positions]
-        yield positions, mllm.encode(samples), samples
-
-
+@computation(version=1)
 def evaluate(
     mllm: MLLM,
     bench: Benchmark | Prepared,
     batch_size: int = 32,
-    progress: bool = True,
     max_new_tokens: int | None = None,
+    on_error: str = "raise",
 ) -> pd.DataFrame:
     """Answer a benchmark greedily and score it, one row per sample in the benchmark's order.
 
     Samples with choices are answered by the most probable choice at the last prompt token, the
     others by generation of at most `max_new_tokens` (the benchmark's own number by default; a
-    silenced model may ramble to the end of it). Batches hold samples of like length;
-    `batch_size` counts only where `bench` is not prepared yet.
+    silenced model may ramble to the end of it). Batches hold samples of like length; `batch_size`
+    and `on_error` count only where `bench` is not prepared yet. Raises RowError for a row that
+    cannot be decoded or encoded; on_error="skip" leaves it out, names it in attrs["skipped"]
+    and warns.
 
     Returns
     -------
     Columns benchmark, row, prompt, answer, references, score (in [0, 1]) and the metric's own:
     `cider_d` for captions, `contains` for exact match.
     """
-    text = f"answer {(bench.benchmark if isinstance(bench, Prepared) else bench).name}"
+    label, rows, skipped = f"answer {getattr(bench, 'benchmark', bench).name}", {}, []
     if isinstance(bench, Prepared):
-        samples, bench = bench.samples, (prepared := bench).benchmark
-        batches = (
-            (positions, batch, [samples[i] for i in positions])
-            for positions, batch in _bar(prepared.batches, len(samples), text, progress)
-        )
+        batches, bench = tqdm(bench.batches, label, leave=False), bench.benchmark
     else:
-        batches = _encode(mllm, bench, batch_size, text, progress)
-
-    rows: dict[int, dict] = {}
-    for positions, batch, part in batches:
-        if bench.spec.choices:
+        batches = _encode(mllm, bench, batch_size, on_error, label)
+    for positions, samples, batch, left_out in batches:
+        skipped += left_out
+        if not samples:
+            answers = []
+        elif bench.spec.choices:
             answers = mllm.choose(batch, bench.spec.choices)
         else:
             answers = mllm.generate(batch, max_new_tokens or bench.max_new_tokens)
-        for position, sample, answer in zip(positions, part, answers, strict=True):
-            rows[position] = {
-                "benchmark": sample.benchmark,
-                "row": sample.row,
-                "prompt": sample.prompt,
-                "answer": answer,
-                "references": sample.references,
-            }
+        for position, sample, answer in zip(positions, samples, answers, strict=True):
+            known = sample.benchmark, sample.row, sample.prompt
+            rows[position] = *known, answer, sample.references
+    if not rows:
+        raise ValueError(f"benchmark {bench.name!r}: every row was skipped: {skipped[0]}")
+    if skipped:
+        warnings.warn("; ".join(["rows skipped", *skipped]), stacklevel=2)
     columns = [*KEY, "prompt", "answer", "references"]
-    table = pd.DataFrame([rows[i] for i in range(len(rows))], columns=columns)
+    table = pd.DataFrame([rows[i] for i in sorted(rows)], columns=columns)
     answers, references = table["answer"].tolist(), table["references"].tolist()
-    table["score"] = metrics.score(bench.metric, answers, references)
-    for column, rows_of in metrics.METRICS[bench.metric].extra.items():
+    table["score"] = row_scores(bench.metric, answers, references)
+    for column, rows_of in ANSWER_METRICS[bench.metric].extra.items():
         table[column] = rows_of(answers, references)
+    table.attrs["skipped"] = skipped
     return table
 
 
-def _scores(table: pd.DataFrame) -> dict[str, np.ndarray]:
-    groups = table.groupby("benchmark", sort=False)["score"]
-    return {name: group.to_numpy() for name, group in groups}
+def _scores(table: pd.DataFrame, column: str = "score") -> dict[str, dict[str, np.ndarray]]:
+    """Scores by benchmark, for each line of a summary: every benchmark, and their average.
 
-
-def _lines(scores: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """The lines of a summary: one per benchmark, and the average where there are several."""
+    Raises ValueError for rows that are there twice or have no score.
+    """
+    if (bad := table.duplicated(KEY) | table[column].isna()).any():
+        name, row = table.loc[bad, KEY].iloc[0]
+        raise ValueError(f"{name} row {row} is there twice or has no score ({bad.sum()} such rows)")
+    groups = table.groupby("benchmark", sort=False)[column]
+    scores = {name: group.to_numpy() for name, group in groups}
     lines = {name: {name: values} for name, values in scores.items()}
     return lines | ({AVERAGE: scores} if len(scores) > 1 else {})
 
@@ -164,49 +173,43 @@ def summarise(table: pd.DataFrame, n: int = 10_000, seed: int = 0) -> pd.DataFra
     WER, else the mean); the average has none, for the figures have different scales.
     """
     lines = []
-    for name, scores in _lines(_scores(table)).items():
-        rows = table[table["benchmark"] == name]
-        corpus = math.nan
+    for name, scores in _scores(table).items():
+        rows, corpus = table[table["benchmark"] == name], math.nan
         if name in REGISTRY and len(rows):
-            corpus = metrics.corpus_score(REGISTRY[name].metric, rows["answer"], rows["references"])
-        interval = inference.bootstrap(scores, n, seed)
+            corpus = corpus_score(REGISTRY[name].metric, rows["answer"], rows["references"])
+        interval = inference.bootstrap(scores, n, seed)._asdict()
         size = sum(map(len, scores.values()))
-        lines.append({"benchmark": name, "n": size, **interval._asdict(), "corpus": corpus})
+        lines.append({"benchmark": name, "n": size, **interval, "corpus": corpus})
     return pd.DataFrame(lines)
 
 
 def compare(a: pd.DataFrame, b: pd.DataFrame, n: int = 10_000, seed: int = 0) -> pd.DataFrame:
     """The paired change from `a` to `b` (b - a), per benchmark and averaged over benchmarks.
 
-    Both tables must hold the same rows, in any order; rows are resampled in pairs.
-
-    Returns
-    -------
-    Columns benchmark, n, a, b (mean scores), difference, low, high (95 % interval).
+    Both tables must hold the same rows, prompts and references, in any order; rows are resampled
+    in pairs. Columns: benchmark, n, a, b (mean scores), difference, low, high (95 % interval).
     """
-    pairs = a[[*KEY, "score"]].merge(
-        b[[*KEY, "score"]], on=KEY, suffixes=("_a", "_b"), validate="one_to_one"
-    )
+    for table in (a, b):
+        _scores(table)
+    pairs = a.merge(b, on=KEY, suffixes=("_a", "_b"))
     if not len(pairs) == len(a) == len(b):
         raise ValueError(
             f"only {len(pairs)} rows are in both tables (of {len(a)} and {len(b)}): evaluate both "
             "conditions on the same samples"
         )
-    first = _lines(_scores(pairs.rename(columns={"score_a": "score"})))
-    second = _lines(_scores(pairs.rename(columns={"score_b": "score"})))
+    for column in [c for c in ("prompt", "references") if f"{c}_a" in pairs]:
+        both = zip(pairs[f"{column}_a"], pairs[f"{column}_b"], strict=True)
+        if other := [i for i, (x, y) in enumerate(both) if list(x) != list(y)]:
+            name, row = pairs.loc[other[0], KEY]
+            raise ValueError(
+                f"{name} row {row}: its {column} differs between the tables ({len(other)} such "
+                "rows), so the benchmark was changed in between: evaluate both conditions anew"
+            )
+    first, second = _scores(pairs, "score_a"), _scores(pairs, "score_b")
     lines = []
     for name in first:
         change = inference.paired_bootstrap(first[name], second[name], n, seed)
         means = [np.mean([v.mean() for v in side[name].values()]) for side in (first, second)]
-        lines.append(
-            {
-                "benchmark": name,
-                "n": sum(map(len, first[name].values())),
-                "a": means[0],
-                "b": means[1],
-                "difference": change.mean,
-                "low": change.low,
-                "high": change.high,
-            }
-        )
-    return pd.DataFrame(lines)
+        lines.append([name, sum(map(len, first[name].values())), *means, *change])
+    columns = ["benchmark", "n", "a", "b", "difference", "low", "high"]
+    return pd.DataFrame(lines, columns=columns)
