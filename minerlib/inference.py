@@ -72,16 +72,17 @@ def interval(values: np.ndarray, n: int = 2000, seed: int = 0) -> tuple[np.ndarr
     return tuple(x.reshape(values.shape[1:]) for x in (mean, *ends))
 
 
-def bootstrap(
-    values: Sequence[float] | Mapping[str, Sequence[float]], n: int = 10_000, seed: int = 0
-) -> Interval:
+Scores = ArrayLike | Mapping[str, ArrayLike]
+
+
+def bootstrap(values: Scores, n: int = 10_000, seed: int = 0) -> Interval:
     """The mean with its 95 % interval over `n` resamplings of the rows; NaN if a value is.
 
     A mapping {benchmark: values} gives the mean of the benchmarks' means, with rows resampled
     within each benchmark.
     """
-    groups = list(values.values()) if isinstance(values, Mapping) else [values]
-    groups = [np.asarray(group, dtype=float) for group in groups]
+    named = values if isinstance(values, Mapping) else {"": values}
+    groups = [np.asarray(group, float) for group in named.values()]
     if not groups or any(group.size == 0 for group in groups):
         raise ValueError("nothing to resample: every benchmark needs at least one row")
     means = np.zeros(n)
@@ -94,20 +95,15 @@ def bootstrap(
     return Interval(float(np.mean([group.mean() for group in groups])), float(low), float(high))
 
 
-def paired_bootstrap(
-    a: Sequence[float] | Mapping[str, Sequence[float]],
-    b: Sequence[float] | Mapping[str, Sequence[float]],
-    n: int = 10_000,
-    seed: int = 0,
-) -> Interval:
+def paired_bootstrap(a: Scores, b: Scores, n: int = 10_000, seed: int = 0) -> Interval:
     """The mean of b - a over the same rows, with its 95 % interval; mappings as in `bootstrap`."""
     if not isinstance(a, Mapping) and not isinstance(b, Mapping):
         a, b = {"": a}, {"": b}
     if not isinstance(a, Mapping) or not isinstance(b, Mapping) or a.keys() != b.keys():
         raise ValueError("paired values must come from the same benchmarks")
-    if uneven := [k for k in a if len(a[k]) != len(b[k])]:
+    if uneven := [k for k in a if np.size(a[k]) != np.size(b[k])]:
         raise ValueError(f"paired values must have the same rows; they differ in {uneven}")
-    return bootstrap({k: np.subtract(b[k], a[k], dtype=float) for k in a}, n, seed)
+    return bootstrap({k: np.asarray(b[k], float) - np.asarray(a[k], float) for k in a}, n, seed)
 
 
 def mean_over_samples(
@@ -158,15 +154,15 @@ def rank_p(value: float, draws: ArrayLike, tail: str) -> float:
 
     tail is "less", "greater", or "two-sided", which compares magnitudes. NaN if any number is.
     """
-    draws = _draws(draws)
+    null = _draws(draws)
     if tail not in (tails := ("less", "greater", "two-sided")):
         raise ValueError(f"tail={tail!r}: use one of {', '.join(tails)}")
     if tail == "two-sided":
-        value, draws = abs(value), np.abs(draws)
+        value, null = abs(value), np.abs(null)
     sign = -1 if tail == "less" else 1
-    if np.isnan(value) or np.isnan(draws).any():
+    if np.isnan(value) or np.isnan(null).any():
         return float("nan")
-    return float(1 + (sign * draws >= sign * value - 1e-12).sum()) / (1 + draws.size)
+    return float(1 + (sign * null >= sign * value - 1e-12).sum()) / (1 + null.size)
 
 
 def _draws(draws: ArrayLike) -> np.ndarray:
@@ -329,12 +325,12 @@ def change_against_draws(
     Cannot be told if only the change is clear, if the interval spans the whole range (no draw
     could be ruled out), with fewer than 8 samples (n), or if there is no number.
     """
-    draws = _draws(draws)
-    draws = draws[np.isfinite(draws)]
+    null = _draws(draws)
+    null = null[np.isfinite(null)]
     few = n is not None and n < 8
-    if few or not draws.size or not np.isfinite([value, low, high]).all():
+    if few or not null.size or not np.isfinite([value, low, high]).all():
         return Verdict(UNKNOWN, np.inf)
-    least, most = draws.min(), draws.max()
+    least, most = null.min(), null.max()
     spans = min(_more(least, low, tolerance), _more(high, most, tolerance))
     within = min(_more(value, least, tolerance, True), _more(most, value, tolerance, True))
     clear = max(_more(low, most, tolerance), _more(least, high, tolerance))
@@ -343,8 +339,8 @@ def change_against_draws(
 
 def clear_of(low: ArrayLike, high: ArrayLike, draws: ArrayLike) -> np.ndarray:
     """Whether intervals [...] lie beyond the range of all draws [draw, ...], bool [...]."""
-    draws = _draws(draws)
-    return (np.asarray(low) > draws.max(0)) | (np.asarray(high) < draws.min(0))
+    null = _draws(draws)
+    return (np.asarray(low) > null.max(0)) | (np.asarray(high) < null.min(0))
 
 
 def by_p(p: float, level: float = LEVEL) -> Verdict:
