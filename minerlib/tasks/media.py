@@ -224,7 +224,7 @@ def _sample(
         source.seek(0)
     taken: list[np.ndarray] = []
     times: list[float | None] = []
-    with av.open(source) as container:
+    with av.open(source, "r") as container:
         if not container.streams.video:
             raise ValueError("this file has no video stream")
         stream = container.streams.video[0]
@@ -260,7 +260,7 @@ def _shown(frame: av.VideoFrame, aspect: Any) -> np.ndarray:
     width = round(frame.width * aspect)
     pixels = frame.to_ndarray(format="rgba" if alpha else "rgb24", width=width, height=frame.height)
     pixels = _rgb(pixels, 3)
-    matrix = frame.side_data.get(av.sidedata.sidedata.Type.DISPLAYMATRIX)
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return pixels
     # x' = a x + c y and y' = b x + d y, of which a quarter turn or a mirror leaves one term each.
