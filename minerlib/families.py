@@ -386,7 +386,7 @@ def _step(times: np.ndarray | None, default: float = 1.0) -> float:
 def _metadata(video: np.ndarray, times: np.ndarray | None) -> VideoMetadata:
     """When the frames were taken, as transformers' processors take it."""
     if times is None or not np.isfinite(times).all():
-        return VideoMetadata(total_num_frames=len(video))
+        return VideoMetadata(len(video), frames_indices=list(range(len(video))))
     indices = (np.asarray(times) * _TICKS).round().astype(int).tolist()
     whole = round(len(indices) * _step(times) * _TICKS)  # so that the sampled rate comes out right
     return VideoMetadata(total_num_frames=whole, fps=_TICKS, frames_indices=indices)

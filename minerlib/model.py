@@ -116,7 +116,8 @@ class MLLM:
     def _weights_hash(self) -> str:
         digest = hashlib.sha256()
         for name, tensor in self.model.state_dict().items():
-            digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy())
+            raw = tensor.cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(name.encode() + raw.numpy().tobytes())
         return digest.hexdigest()
 
     tap = tap  # the way in

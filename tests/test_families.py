@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from functools import cache
 from importlib.util import find_spec
 
@@ -467,10 +469,151 @@ def test_a_model_without_decoder_layers_says_so(toy):
     with pytest.raises(ValueError, match=r"get_decoder\(\).layers, found ModuleDict.*'blocks'"):
         ml.MLLM(model, tokens, "toy")
     del model.get_decoder
-    mllm = ml.MLLM(model, tokens, "toy")
-    mllm.text_config = tf.PreTrainedConfig()
-    with pytest.raises(ValueError, match="set mllm.text_config.intermediate_size"):
-        _ = mllm.n_neurons
+    assert ml.MLLM(model, tokens, "toy").n_neurons == NEURONS
+
+
+@pytest.mark.fault("layers of different widths")
+def test_layers_of_different_widths_are_named(folder):
+    model = tf.LlamaForCausalLM.from_pretrained(folder("llama"))
+    tokens = tf.AutoTokenizer.from_pretrained(folder("llama"))
+    model.model.layers[1].mlp.down_proj = torch.nn.Linear(NEURONS - 8, TEXT["hidden_size"])
+    with pytest.raises(ValueError, match=rf"of {NEURONS} in layer 0, layers {{1: {NEURONS - 8}}}"):
+        ml.MLLM(model, tokens, "trimmed")
+
+
+@pytest.mark.fault("a config that says another width than the weights")
+def test_the_weights_say_how_many_neurons_there_are(folder):
+    model = tf.LlamaForCausalLM.from_pretrained(folder("llama"))
+    model.config.intermediate_size = 999
+    tokens = tf.AutoTokenizer.from_pretrained(folder("llama"))
+    assert ml.MLLM(model, tokens, "odd").n_neurons == NEURONS
+
+
+@pytest.mark.fault("experts")
+def test_experts_are_named_at_load(folder):
+    config = tf.MixtralConfig(**TEXT, vocab_size=300, num_local_experts=2)
+    tokens = tf.AutoTokenizer.from_pretrained(folder("llama"))
+    with pytest.raises(
+        ValueError, match="one gated MLP in a MixtralDecoderLayer.*expert"
+    ):
+        ml.MLLM(tf.MixtralForCausalLM(config), tokens, "moe")
+
+
+@pytest.mark.fault("bounds that a processor ignores")
+@pytest.mark.parametrize("family", ["llava-onevision", "gemma3", "qwen2-audio"])
+def test_pixel_bounds_that_would_be_ignored_are_refused(family, folder):
+    with pytest.raises(ValueError, match="max_pixels=1024 would be ignored"):
+        ml.load(folder(family), processor_kwargs={"max_pixels": 1024})
+
+
+@pytest.mark.fault("frames without their times")
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "qwen3-vl", "qwen2.5-omni-thinker"])
+def test_frames_carry_their_times(family, loaded):
+    """Two clips of one batch at 2 and 0.5 frames a second: seconds are what each was taken at."""
+    mllm = loaded(family)
+    rows = [
+        dataclasses.replace(row, times=np.arange(4) / rate)
+        for row, rate in zip(samples(("video",))["video"], (2.0, 0.5), strict=True)
+    ]
+    batch = mllm.encode(rows)
+    if family == "qwen3-vl":  # writes seconds into the prompt, the mean of each two frames
+        texts = mllm.tokenizer.batch_decode(batch["input_ids"])
+        assert all(t in texts[0] for t in ("<0.2 seconds>", "<1.2 seconds>"))
+        assert all(t in texts[1] for t in ("<1.0 seconds>", "<5.0 seconds>"))
+    else:
+        name = {"qwen2.5-vl": "second_per_grid_ts"}.get(family, "video_second_per_grid")
+        seconds = torch.as_tensor(batch[name]).flatten().tolist()
+        assert seconds == pytest.approx([1.0, 4.0])  # two frames make one place in time
+    slow = mllm.encode(rows[1:])
+    with torch.inference_mode():
+        fast = mllm.encode([dataclasses.replace(rows[1], times=np.arange(4) / 8.0)])
+        changed = not torch.allclose(mllm.forward(slow).logits, mllm.forward(fast).logits)
+    assert changed
+
+
+@pytest.mark.fault("sound at another rate than the model hears")
+def test_sound_at_another_rate_is_refused(loaded):
+    row = dataclasses.replace(samples(("audio",))["audio"][0], sampling_rate=8000)
+    with pytest.raises(ml.model.RowError, match="sampled at 8000 Hz, but .* hears 16000 Hz"):
+        loaded("qwen2-audio").encode([row])
+
+
+@pytest.mark.fault("a processor's error without the row")
+def test_an_error_of_the_processor_names_its_row(loaded, monkeypatch):
+    """One row's fault is that row's; what only a batch cannot take asks for batch_size=1."""
+    mllm, rows = loaded("qwen2-vl"), samples(("image",))["image"]
+    own = type(mllm.processor).__call__
+
+    def fails(self, *args, text, **kwargs):
+        if any("heard" in t for t in text):
+            raise TypeError("cannot read this")
+        return own(self, *args, text=text, **kwargs)
+
+    monkeypatch.setattr(type(mllm.processor), "__call__", fails)
+    with pytest.raises(ml.model.RowError, match="rows row 1: prompt: TypeError: cannot read this"):
+        mllm.encode(rows)
+    kept, _, batch, skipped = mllm.gather(rows, [0, 1], "skip")
+    assert kept == [0] and len(batch["input_ids"]) == 1
+    assert skipped == ["rows row 1: prompt: TypeError: cannot read this"]
+    assert mllm.gather(rows, [1], "skip") == ([], [], None, skipped)
+
+    def alone(self, *args, text, **kwargs):
+        if len(text) > 1:
+            raise RuntimeError("shapes differ")
+        return own(self, *args, text=text, **kwargs)
+
+    monkeypatch.setattr(type(mllm.processor), "__call__", alone)
+    message = r"takes each of these 2 samples, but not in one batch \(RuntimeError: shapes differ\)"
+    with pytest.raises(ValueError, match=message):
+        mllm.encode(rows)
+
+
+@pytest.mark.fault("a fingerprint that leaves something out")
+def test_all_that_makes_the_numbers_is_in_the_fingerprint(folder, loaded, tmp_path):
+    plain = loaded("qwen2-vl").fingerprint
+    copy = tmp_path / "copy"
+    shutil.copytree(folder("qwen2-vl"), copy)
+    same = ml.load(copy).fingerprint
+    assert same == plain
+    others = {
+        "dtype": ml.load(copy, dtype="bfloat16"),
+        "attention": ml.load(copy, attn_implementation="eager"),
+        "max_pixels": ml.load(copy, processor_kwargs={"max_pixels": 1024}),
+    }
+    for name, mllm in others.items():
+        changed = {k for k in plain | mllm.fingerprint if plain.get(k) != mllm.fingerprint.get(k)}
+        assert changed == {name}
+    mllm = ml.load(copy)
+    mllm.processor.chat_template += " "
+    assert mllm.fingerprint["template"] != plain["template"]
+    (copy / "chat_template.jinja").write_text((copy / "chat_template.jinja").read_text() + "!")
+    assert mllm.fingerprint["chat_template.jinja"] != plain["chat_template.jinja"]
+    (copy / "pytorch_model.bin").write_bytes(b"weights")
+    assert "pytorch_model.bin" in mllm.fingerprint
+    (copy / "README.md").write_text("a card changes nothing")
+    assert "README.md" not in mllm.fingerprint
+
+
+@pytest.mark.fault("models made in memory share a key")
+def test_a_model_made_in_memory_is_known_by_its_weights(folder):
+    tokens = tf.AutoTokenizer.from_pretrained(folder("llama"))
+
+    def made(scale=1.0):
+        model = tf.LlamaForCausalLM.from_pretrained(folder("llama"))
+        model.config._commit_hash = None
+        model.model.layers[0].mlp.up_proj.weight.data[0, 0] *= scale
+        return ml.MLLM(model, tokens, "in memory").fingerprint
+
+    assert made() == made() != made(1.5)
+
+
+def test_a_plugins_adapter_is_known_by_its_source():
+    class One(Adapter):
+        def chat(self, sample):
+            return sample.prompt
+
+    assert families.QwenVL.identity() == "QwenVL 1"
+    assert len(One.identity()) >= 16 and "One" not in One.identity()
 
 
 def test_layers_that_share_an_activation_are_refused(toy):
@@ -479,7 +622,7 @@ def test_layers_that_share_an_activation_are_refused(toy):
     shared = torch.nn.SiLU()
     for layer in model.model.layers:
         layer.mlp.act_fn = shared
-    with pytest.raises(ValueError, match="2 decoder layers share activation modules"):
+    with pytest.raises(ValueError, match=r"layers \[1\] share their activation modules"):
         ml.MLLM(model, tokens, "toy")
 
 
