@@ -191,7 +191,8 @@ def measured(reach, probes=(0.5, 0.5, 0.5)) -> pd.DataFrame:
         table = pd.DataFrame({"layer": [0, 1, 2], "value": values, "null": null})
         near = {"low": table["value"] - 0.05, "high": table["value"] + 0.05}
         near |= {"null_low": table["null"] - 0.1, "null_high": table["null"] + 0.1}
-        table["p"] = np.where((values < null) == (measure == "reach"), 0.001, 1)
+        ahead = (table["null"] - table["value"]) * (1 if measure == "reach" else -1)
+        table["p"] = np.where(ahead > 0, 0.001, 1)
         tables.append(table.assign(kind="audio", measure=measure, **near))
     long = tables[1].assign(measure="elongation")
     return pd.concat([*tables, long], ignore_index=True)

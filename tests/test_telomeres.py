@@ -205,7 +205,8 @@ def test_silencing_is_of_the_neurons_and_ends(mllm, samples):
         for share in (0, 0.3)
     )
     pd.testing.assert_frame_equal(none, as_is)
-    assert (some.drop(columns="sample") != as_is.drop(columns="sample")).any().all()
+    moved = (some != as_is).any()  # but the attachment of so few tokens may be at its most
+    assert moved.drop(["sample", "attachment"]).all() and not moved["sample"]
     assert footprints(mllm) == before
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.stats import binom, rankdata
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupKFold
+from sklearn.neighbors import NearestNeighbors
 
 # --- two clouds -----------------------------------------------------------------------------------
 
@@ -43,12 +44,9 @@ def silhouette(distance: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def neighbours(distance: np.ndarray, k: int) -> np.ndarray:
     """Indices of each point's k nearest others, [n, k], nearest first."""
-    distance = distance.copy()
-    np.fill_diagonal(distance, np.inf)
     k = min(k, len(distance) - 1)
-    near = np.argpartition(distance, k - 1, axis=1)[:, :k]
-    order = np.take_along_axis(distance, near, 1).argsort(axis=1, kind="stable")
-    return np.take_along_axis(near, order, 1)
+    search = NearestNeighbors(n_neighbors=k, metric="precomputed").fit(distance)
+    return search.kneighbors(return_distance=False)
 
 
 def mixing(near: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -6,14 +6,33 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 from sklearn.metrics import pairwise_distances
 
 from minerlib import inference
+from minerlib.artifacts import computation
+from minerlib.deactivation import deactivate
 from minerlib.findings import clouds
-from minerlib.findings.states import States
+from minerlib.findings.last_token import read
+from minerlib.findings.states import States, hidden_states
 from minerlib.inference import Resampling, table_row
+from minerlib.model import MLLM
+
+CLAIMS = {
+    "reach": "tokens lie nearer to text than to their own kind",
+    "probes": "some tokens have more text around them than chance",
+    "elongation": "the cloud is drawn out towards the text",
+}
+PLACES = ("first", "2nd", "3rd", "4th", "last")
+"""The fifths of a medium."""
 
 
+def media(states: States, toward: str = "text") -> list[str]:
+    """The kinds of the states that are neither special nor `toward`."""
+    return [k for k in dict.fromkeys(states.tokens["kind"]) if k not in ("special", toward)]
+
+
+@computation(version=1)
 def probing(
     states: States,
     kinds: Sequence[str] | None = None,
@@ -42,8 +61,7 @@ def probing(
     Columns kind, layer, measure, value, low, high, null, null_low, null_high, p.
     """
     table = []
-    held = [k for k in dict.fromkeys(states.tokens["kind"]) if k not in ("special", toward)]
-    for kind in held if kinds is None else kinds:
+    for kind in media(states, toward) if kinds is None else kinds:
         part = states.of(toward, kind)
         r = Resampling(part.tokens, kind, n_boot, n_null, seed)
         place = part.tokens["place"] / (part.tokens["run"] - 1).clip(lower=1)
@@ -92,22 +110,187 @@ def probing(
     return pd.DataFrame(table)
 
 
-def tips(states: States, kind: str, toward: str = "text", *, nearest: int = 5) -> pd.DataFrame:
+def tips(
+    states: States, kind: str, toward: str = "text", *, nearest: int = 5, tip_share: float = 0.1
+) -> pd.DataFrame:
     """The tokens of a kind by how near they are to the text: who the tip is, and where it sits.
 
     Returns the token table of that kind at every layer, with columns layer, token (its index in
     `states.hidden`), reach (distance to the nearest text tokens over that to the nearest of its
-    kind) and place as a share of its run; the smallest reach first within each layer.
+    kind), place as a share of its run, and tip (whether it is among the tip_share of smallest
+    reach at its layer); the smallest reach first within each layer.
     """
     part = states.of(toward, kind)
     own = (part.tokens["kind"] == kind).to_numpy()
     samples = part.tokens["sample"].unique()
     index = np.flatnonzero((states.tokens["kind"] == kind) & states.tokens["sample"].isin(samples))
+    tip = np.arange(len(index)) < np.ceil(tip_share * len(index))
     tables = []
     for layer, x in enumerate(part.hidden):
         other, same = (d[0, own] for d in clouds.reach(pairwise_distances(x), own[None], nearest))
         table = part.tokens[own].assign(layer=layer, token=index)
         table["place"] = table["place"] / (table["run"] - 1).clip(lower=1)
         table["reach"] = other / np.maximum(same, 1e-12)
-        tables.append(table.sort_values("reach", kind="stable"))
+        tables.append(table.sort_values("reach", kind="stable").assign(tip=tip))
     return pd.concat(tables, ignore_index=True)
+
+
+def tip_places(table: pd.DataFrame) -> pd.DataFrame:
+    """Where the tip of `tips` sits: its share in each fifth of the medium (columns), by layer.
+
+    The last row, `all tokens`, is what a tip would follow that sits anywhere alike.
+    """
+    fifth = pd.cut(
+        table["place"], np.linspace(0, 1, len(PLACES) + 1), labels=PLACES, include_lowest=True
+    )
+    tip = table["tip"]
+    shares = pd.crosstab(table["layer"][tip], fifth[tip], normalize="index", dropna=False)
+    shares.loc["all tokens"] = fifth.value_counts(normalize=True)
+    return shares
+
+
+def lens_words(
+    mllm: MLLM, states: States, table: pd.DataFrame, layers: Sequence[int], top: int = 4
+) -> pd.DataFrame:
+    """What the logit lens reads most often in the tip and in the rest of the tokens of `tips`.
+
+    Returns
+    -------
+    Columns layer, tokens (tip, rest), words (the `top` most frequent, with their shares).
+    """
+    lines = []
+    for layer in layers:
+        at = table[table["layer"] == layer]
+        said = pd.Series([w[0] for w in read(mllm, states.hidden[layer, at["token"]])], at.index)
+        for name, of in (("tip", at["tip"]), ("rest", ~at["tip"])):
+            counts = said[of].value_counts(normalize=True).head(top)
+            words = ", ".join(f"{word!r} {share:.2f}" for word, share in counts.items())
+            lines.append({"layer": layer, "tokens": name, "words": words})
+    return pd.DataFrame(lines)
+
+
+def crowded_pictures(
+    states: States, panels: pd.DataFrame, toward: str = "text", *, k: int = 10
+) -> pd.DataFrame:
+    """Share of each medium's tokens that would be probes if a picture of `project` were the space.
+
+    A row per kind and layer, a column per view, and `full space`: the same tokens where they are.
+    """
+    lines = []
+    for (layer, view), part in panels.groupby(["layer", "view"], sort=False):
+        for kind in media(states, toward):
+            pair = part[part["kind"].isin([kind, toward])]
+            second = (pair["kind"] == kind).to_numpy()
+            spaces = {"full space": states.hidden[layer, pair["token"]], view: pair[["x", "y"]]}
+            for space, x in spaces.items():
+                near = clouds.neighbours(pairwise_distances(x), k)
+                probes = clouds.crowded(near, second[None])[0, second].mean()
+                lines.append({"kind": kind, "layer": layer, "space": space, "probes": probes})
+    return pd.DataFrame(lines).pivot_table("probes", ["kind", "layer"], "space", sort=False)
+
+
+@computation(version=1)
+def log_reach(states: States, toward: str = "text", *, nearest: int = 5) -> pd.DataFrame:
+    """Mean log reach of each medium's tokens: columns kind, sample, layer, reach."""
+    tables = []
+    for kind in media(states, toward):
+        table = tips(states, kind, toward, nearest=nearest)
+        table["reach"] = np.log(table["reach"])
+        mean = table.groupby(["sample", "layer"], as_index=False)["reach"].mean()
+        mean.insert(0, "kind", kind)
+        tables.append(mean)
+    return pd.concat(tables, ignore_index=True)
+
+
+@computation(version=1)
+def silenced_reach(mllm: MLLM, bench, neurons: xr.DataArray, **drawn) -> pd.DataFrame:
+    """`log_reach` of the tokens that `hidden_states` draws, with these neurons silenced."""
+    with deactivate(mllm, neurons):
+        return log_reach(hidden_states(mllm, bench, **drawn))
+
+
+def approach(reach: pd.DataFrame, origin: int = 0) -> pd.DataFrame:
+    """Each layer's reach over that of layer `origin`, prompt by prompt: below 1 is nearer.
+
+    reach is one kind's `log_reach`. Returns columns layer, reach (a factor), low, high, n.
+    """
+    wide = reach.pivot(index="sample", columns="layer", values="reach")
+    change = wide.sub(wide[origin], axis=0).melt(ignore_index=False, value_name="reach")
+    return _factor(inference.mean_over_samples(change.reset_index(), "reach", ["layer"]))
+
+
+def pushed(
+    before: pd.DataFrame, after: pd.DataFrame, draws: Sequence[pd.DataFrame]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """How far silencing pushes one kind's tokens away from the text, beside random draws.
+
+    Each table is that kind's `log_reach`: as the model is, with its neurons silenced, and with
+    each random draw silenced.
+
+    Returns
+    -------
+    Two tables with columns silenced (own, random), layer, reach (the factor by which it changes,
+    above 1: away), low, high: by layer, and as the mean over decoder layers. The ends of own are
+    a 95 % interval over prompts, those of random the lowest and highest draw.
+    """
+    changes = [inference.paired(before, table, "reach", ["layer"]) for table in (after, *draws)]
+    inner = [table[table["layer"] > 0] for table in changes]
+    means = [t.groupby("sample", as_index=False)["reach"].mean().assign(layer=0) for t in inner]
+    return _beside(changes), _beside(means).drop(columns="layer")
+
+
+def _beside(changes: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The first change with its interval, and the range of the others, as factors."""
+    own = _factor(inference.mean_over_samples(changes[0], "reach", ["layer"])).drop(columns="n")
+    each = np.exp(pd.concat([t.groupby("layer")["reach"].mean() for t in changes[1:]], axis=1))
+    ends = {"reach": each.mean(axis=1), "low": each.min(axis=1), "high": each.max(axis=1)}
+    both = {"own": own, "random": pd.DataFrame(ends).reset_index()}
+    return pd.concat(both, names=["silenced"]).reset_index("silenced").reset_index(drop=True)
+
+
+def _factor(table: pd.DataFrame) -> pd.DataFrame:
+    """Means and intervals of logarithms, as factors."""
+    ends = ["reach", "low", "high"]
+    return table.assign(**np.exp(table[ends]))
+
+
+def claims(
+    measured: pd.DataFrame, reach: pd.DataFrame, moved: dict[str, pd.DataFrame]
+) -> list[dict]:
+    """The lines of the closing table, per kind of `moved`.
+
+    measured is the table of `probing`, reach that of `log_reach`, moved[kind] the second table of
+    `pushed`.
+    """
+    lines = []
+    for kind, whole in moved.items():
+        own = measured[(measured["kind"] == kind) & (measured["layer"] > 0)]
+        for measure, text in CLAIMS.items():
+            layers = inference.over_layers(
+                own[own["measure"] == measure],
+                greater=measure != "reach",
+                need=1,
+                corrected=True,
+            )
+            lines.append(layers.claim(f"{kind}: {text}"))
+        for origin, name in enumerate(("embeddings", "layer 1")):
+            last = approach(reach[reach["kind"] == kind], origin).iloc[-1]
+            lines.append(
+                {
+                    "claim": f"{kind}: tokens come nearer to text from {name} to the last layer",
+                    "measured": "x " + inference.spread(*last[["reach", "low", "high"]]),
+                    "null": "x 1.00",
+                    "verdict": inference.beyond(last["low"], last["high"], 1, greater=False),
+                }
+            )
+        ends = whole.set_index("silenced")[["reach", "low", "high"]]
+        silent, random = ends.loc["own"], ends.loc["random"]
+        lines.append(
+            {
+                "claim": f"{kind}: silencing its neurons pushes its tokens away from text",
+                "measured": "x " + inference.spread(*silent),
+                "null": f"x {inference.spread(*random)} (random neurons)",
+                "verdict": inference.beyond(silent["low"], silent["high"], max(1, random["high"])),
+            }
+        )
+    return lines

@@ -1,33 +1,27 @@
-"""Where tokens lie in representation space, and where the modalities converge (finding II).
+"""Where tokens lie in representation space, at every layer.
 
-`hidden_states` collects a subsample of tokens at every layer; `convergence`, and `probing` and
-`telomeres` in `semantics`, turn it into tables with one row per layer and measure: the value, its
-95 % interval by resampling samples, and its null by shuffling the kinds' labels within each
-sample. The measures themselves are pure functions on arrays, in `clouds`. None depends on a
-projection; `project` is for looking.
+`hidden_states` collects a subsample of tokens; the findings' rooms turn it into tables with one
+row per layer and measure: the value, its 95 % interval by resampling samples, and its null by
+shuffling the kinds' labels within each sample. The measures themselves are pure functions on
+arrays, in `clouds`. None depends on a projection; `project` is for looking.
 
 Layer 0 is the embeddings, layer i the output of the i-th decoder layer (before the final norm).
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
-from tqdm.auto import tqdm
 
+from minerlib.artifacts import computation
 from minerlib.model import MLLM
 from minerlib.separation import separate
-
-# --- collecting ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -46,39 +40,18 @@ class States:
         """The tokens of these kinds, from the samples that hold all of them."""
         held = self.tokens.groupby("sample")["kind"].agg(set)
         samples = held.index[[set(kinds) <= k for k in held]]
-        keep = (self.tokens["kind"].isin(kinds) & self.tokens["sample"].isin(samples)).to_numpy()
+        keep = self.tokens["kind"].isin(kinds) & self.tokens["sample"].isin(samples)
         if not keep.any():
             raise ValueError(f"no sample holds tokens of all of {kinds}; choose kinds that meet")
+        return self.where(keep)
+
+    def where(self, keep: np.ndarray | pd.Series) -> States:
+        """The tokens under a bool mask [token]."""
+        keep = np.asarray(keep, bool)
         return States(self.hidden[:, keep], self.tokens[keep].reset_index(drop=True))
 
 
-@contextmanager
-def residual_stream(mllm: MLLM, see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-    """Call see(layer, h [batch, token, hidden]) with the embeddings (0) and each layer's output."""
-
-    def embeddings(module, args, kwargs):
-        see(0, args[0] if args else kwargs["hidden_states"])
-
-    hook = mllm.layers[0].register_forward_pre_hook(embeddings, with_kwargs=True)
-    try:
-        with mllm.tap(hidden=lambda layer, h: see(layer + 1, h)):
-            yield
-    finally:
-        hook.remove()
-
-
-def batches(mllm: MLLM, bench, batch_size: int, progress: bool | None, label: str) -> Iterator:
-    """(first row, model inputs) of one batch of a benchmark or list of samples after another."""
-    name = getattr(bench, "name", "samples")
-    if len(bench) == 0:
-        raise ValueError(f"{name!r} has no rows; raise its limit")
-    if progress is None:
-        progress = os.environ.get("MINER_PROGRESS", "1") != "0"
-    starts = range(0, len(bench), batch_size)
-    for i in tqdm(starts, desc=f"{label} {name}", disable=not progress, leave=False):
-        yield i, mllm.encode(bench[i : i + batch_size])
-
-
+@computation(version=1)
 @torch.inference_mode()
 def hidden_states(
     mllm: MLLM,
@@ -88,7 +61,6 @@ def hidden_states(
     equal: bool = True,
     seed: int = 0,
     batch_size: int = 8,
-    progress: bool | None = None,
 ) -> States:
     """Hidden states of a seeded draw of tokens per kind and sample, at every layer.
 
@@ -98,7 +70,7 @@ def hidden_states(
     x hidden size each. The draw does not depend on batch_size.
     """
     hidden, tables = [], []
-    for first, batch in batches(mllm, bench, batch_size, progress, "hidden states"):
+    for first, batch in mllm.batches(bench, batch_size, "hidden states"):
         sets, ids = separate(mllm, batch), batch["input_ids"].cpu().numpy()
         base = np.stack([sets[k].cpu().numpy() for k in mllm.kinds], 1)
         parts = [
@@ -113,7 +85,7 @@ def hidden_states(
         def keep(layer, h, kept=kept, row=row, column=column):
             kept[layer] = h[row.to(h.device), column.to(h.device)].float().cpu().numpy()
 
-        with residual_stream(mllm, keep):
+        with mllm.tap(hidden=keep):
             mllm.forward(batch)
         hidden.append(np.stack(kept))
         tables.append(table)
@@ -155,38 +127,35 @@ def _draw(base, ids, kinds, limit, equal, seed) -> pd.DataFrame:
 def project(
     states: States,
     layers: Sequence[int],
-    method: Literal["tsne", "pca"] = "tsne",
     *,
     seeds: Sequence[int] = (0, 1, 2),
-    n_tokens: int = 400,
+    n_tokens: int = 300,
     draw: int = 0,
     perplexity: float = 30,
 ) -> pd.DataFrame:
-    """Two-dimensional pictures of the same tokens at several layers, t-SNE once per seed.
+    """Two-dimensional pictures of the same tokens: t-SNE once per seed, and PCA.
 
-    The n_tokens shown are drawn once, with seed `draw`, and are the same in every panel; t-SNE
-    starts at random, so that what differs between its seeds is visibly layout and not fact. PCA
-    has no seed: it comes once, as seed 0.
+    The n_tokens shown are drawn once, with seed `draw`, and are the same in every picture; t-SNE
+    starts at random, so that what differs between its seeds is visibly layout and not fact.
 
     Returns
     -------
-    Columns method, layer, seed, token (index into `states.tokens`), sample, kind, x, y.
+    Columns view ("t-SNE, seed 0", ..., "PCA"), layer, token (index into `states.tokens`),
+    sample, kind, x, y.
     """
-    if method not in ("tsne", "pca"):
-        raise ValueError(f"unknown projection {method!r}; use tsne or pca")
     n = len(states.tokens)
     shown = np.sort(np.random.default_rng(draw).permutation(n)[:n_tokens])
+    wide = min(perplexity, (len(shown) - 1) / 3)
+    views = {
+        f"t-SNE, seed {s}": TSNE(perplexity=wide, init="random", random_state=s) for s in seeds
+    }
+    views["PCA"] = PCA(2, svd_solver="full")
+    head = states.tokens.loc[shown, ["sample", "kind"]]
+    head.insert(0, "token", shown)
     panels = []
     for layer in layers:
-        x = states.hidden[layer, shown]
-        for seed in seeds if method == "tsne" else (0,):
-            if method == "tsne":
-                wide = min(perplexity, (len(x) - 1) / 3)
-                xy = TSNE(perplexity=wide, init="random", random_state=seed).fit_transform(x)
-            else:
-                xy = PCA(2, svd_solver="full").fit_transform(x)
-            panel = states.tokens.loc[shown, ["sample", "kind"]].assign(x=xy[:, 0], y=xy[:, 1])
-            panel.insert(0, "token", shown)
-            panels.append(panel.assign(method=method, layer=layer, seed=seed))
+        for view, method in views.items():
+            x, y = method.fit_transform(states.hidden[layer, shown]).T
+            panels.append(head.assign(x=x, y=y, view=view, layer=layer))
     table = pd.concat(panels, ignore_index=True)
-    return table[["method", "layer", "seed", "token", "sample", "kind", "x", "y"]]
+    return table[["view", "layer", "token", "sample", "kind", "x", "y"]]
