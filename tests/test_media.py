@@ -486,7 +486,6 @@ def test_source_bytes_tell_decoded_media_apart():
         media.source_bytes(None)
 
 
-@pytest.mark.fault("row: a medium is missing")
 def test_the_medium_of_a_row():
     row = raw((2, 2, 3, 1), question="?")
     assert media.medium({"image": b"x"}, "image") == b"x"
