@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import xarray as xr
 
 
@@ -15,30 +17,26 @@ def aggregate(scores: Iterable[xr.DataArray]) -> xr.DataArray:
     `samples`, `activation_mean` and `activation_min` are combined alike (sum, mean, minimum).
     Takes any iterable and holds one benchmark's scores at a time.
     """
-    total = occurs = mean = minimum = samples = None
-    names = []
+    sums: Any = None
+    names: list[str] = []
     for array in scores:
         present = (array.samples > 0).astype(array.dtype)
         plain = array.reset_coords(drop=True)
-        if total is None:
-            total, occurs, samples = plain * present, present, array.samples
-            mean, minimum = array.activation_mean, array.activation_min
-        else:
-            if plain.sizes != total.sizes:
-                raise ValueError(
-                    f"scores of {array.attrs.get('benchmark')!r} have sizes {dict(plain.sizes)}, "
-                    f"the others {dict(total.sizes)}: they are of different models"
-                )
-            total, occurs, samples = (
-                total + plain * present,
-                occurs + present,
-                samples + array.samples,
+        parts = plain * present, present, array.samples, array.activation_mean
+        if sums is None:
+            sums, minimum = parts, array.activation_min
+        elif any(not np.array_equal(plain[dim], sums[0][dim]) for dim in plain.dims):
+            raise ValueError(
+                f"scores of {array.attrs.get('benchmark')!r} have sizes {dict(plain.sizes)}, the "
+                f"others {dict(sums[0].sizes)}: they are of different models or metrics"
             )
-            mean = mean + array.activation_mean
-            minimum = minimum.where(minimum < array.activation_min, array.activation_min)
+        else:
+            sums = [a + b for a, b in zip(sums, parts, strict=True)]
+            minimum = np.minimum(minimum, array.activation_min)
         names.append(str(array.attrs.get("benchmark", len(names))))
-    if total is None:
+    if sums is None:
         raise ValueError("nothing to aggregate: give at least one benchmark's scores")
+    total, occurs, samples, mean = sums
     result = (total / occurs.clip(min=1)).transpose("metric", "modality", "layer", "neuron")
     result = result.reset_coords(drop=True).assign_coords(
         samples=("modality", samples.values),

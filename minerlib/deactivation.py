@@ -100,7 +100,7 @@ def export(
 
 def _verify(folder: Path, silenced: dict[str, torch.Tensor]) -> None:
     """Raises RuntimeError unless the folder holds these weights, whatever it calls them."""
-    held = {}
+    held: dict[str, Path] = {}
     for file in folder.glob("*.safetensors"):
         with safetensors.safe_open(file, "pt") as tensors:
             held |= dict.fromkeys(tensors.keys(), file)
@@ -130,13 +130,13 @@ def _union(mllm: MLLM, neurons, modalities) -> np.ndarray:
             f"neuron] with (layer, neuron) = {expected}"
         )
     if modalities is None:
-        return values.any(0)
+        return np.asarray(values.any(0))
     if isinstance(modalities, str):
         modalities = [modalities]
     names = _names(neurons)
     if missing := sorted(set(modalities) - set(names)):
         raise ValueError(f"no neurons of modality {missing}; there are {names}")
-    return values[[name in modalities for name in names]].any(0)
+    return np.asarray(values[[name in modalities for name in names]].any(0))
 
 
 def _constants(mode: str, constants, chosen: np.ndarray) -> np.ndarray:

@@ -11,16 +11,13 @@ what differs and registers itself under the model classes that it names:
 
         def activation(self, layer):
             return layer.ff.nonlinearity
-
-What is guaranteed: where a part is not found, or is not what the method needs, loading fails and
-says what was looked for and what is there.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import FunctionType
 from typing import Any, ClassVar
 
@@ -40,8 +37,6 @@ FAMILIES: dict[str, type[Family]] = {}
 """The adapter of each model class; filled by subclassing `Family`."""
 
 _ACTIVATIONS = ("act_fn", "activation_fn", "act")
-_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
-_OUTPUTS = ("o_proj", "out_proj")
 _TICKS = 1000  # per second: video processors take times as whole frames at a rate
 
 
@@ -55,10 +50,7 @@ class RowError(ValueError):
 
 
 class Family:
-    """How a model is entered and asked. Subclasses override what differs, and nothing else.
-
-    `model` is the part whose decoder is mined, `processor` its processor or tokenizer.
-    """
+    """How a model, whose decoder is mined, and its processor or tokenizer are entered."""
 
     architectures: ClassVar[tuple[str, ...]] = ()
     version: ClassVar[int] = 1
@@ -68,7 +60,7 @@ class Family:
         super().__init_subclass__(**kwargs)
         FAMILIES.update(dict.fromkeys(cls.architectures, cls))
 
-    def __init__(self, model: nn.Module, processor: Any):
+    def __init__(self, model: Any, processor: Any):
         self.model, self.processor = model, processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.name = type(model).__name__
@@ -81,71 +73,62 @@ class Family:
         return digest({n: f for n, f in vars(cls).items() if isinstance(f, FunctionType)})
 
     @staticmethod
-    def part(model: nn.Module) -> nn.Module:
+    def part(model: Any) -> Any:
         """The part of a loaded model that is mined."""
         return model
 
-    # ------------------------------------------------------------------ parts
-
-    def layers(self) -> Sequence[nn.Module]:
+    def layers(self) -> Iterable[nn.Module]:
         """The decoder layers, in order."""
         get_decoder = getattr(self.model, "get_decoder", None)
         decoder = self.model if get_decoder is None else get_decoder()
         layers = getattr(decoder, "layers", None)
         if not isinstance(layers, nn.ModuleList) or not len(layers):
-            raise ValueError(
-                f"{self.name}: looked for decoder layers in get_decoder().layers, found "
-                f"{type(decoder).__name__} with {[n for n, _ in decoder.named_children()]}; "
-                f"{_DESCRIBE}"
-            )
+            held = f"{type(decoder).__name__} with {[n for n, _ in decoder.named_children()]}"
+            raise self._missing("decoder layers in get_decoder().layers", held)
         return layers
 
-    def activation(self, layer: nn.Module) -> nn.Module:
-        """The module whose output is the layer's neurons, found beside a down projection."""
-        found = [mlp for mlp in layer.modules() if hasattr(mlp, "down_proj") and _acts(mlp)]
+    def _mlp(self, layer: nn.Module) -> Any:
+        found = [m for m in layer.modules() if hasattr(m, "down_proj") and _child(m, _ACTIVATIONS)]
         # Experts fused into one module hold their projections as bare parameters.
-        if len(found) == 1 and isinstance(found[0].down_proj, nn.Module):
-            return _acts(found[0])[0]
-        experts = f" in {len(found)} MLPs or fused experts" if found else ""
-        raise ValueError(
-            f"{self.name}: looked for one gated MLP in a {type(layer).__name__}, a module with "
-            f"down_proj and one of {_ACTIVATIONS}; found{experts} "
-            f"{sorted({n for n, _ in layer.named_modules() if n})}; {_DESCRIBE}"
-        )
+        if len(found) != 1 or not isinstance(found[0].down_proj, nn.Module):
+            experts = f"{len(found)} MLPs or fused experts in " if found else ""
+            sought = f"one gated MLP in a {type(layer).__name__}, a module with down_proj and one "
+            held = sorted({n for n, _ in layer.named_modules() if n})
+            raise self._missing(f"{sought}of {_ACTIVATIONS}", f"{experts}{held}")
+        return found[0]
+
+    def activation(self, layer: nn.Module) -> nn.Module:
+        """The module whose output is the layer's neurons."""
+        return _child(self._mlp(layer), _ACTIVATIONS)
 
     def down_projection(self, layer: nn.Module) -> nn.Module | None:
         """The linear module that reads the layer's neurons, [hidden, neuron]; None if unknown."""
-        activation = self.activation(layer)
-        for module in layer.modules():
-            if hasattr(module, "down_proj") and activation in list(module.children()):
-                return module.down_proj
-        return None
+        return self._mlp(layer).down_proj
 
     def output_projection(self, layer: nn.Module) -> nn.Module:
         """The linear module that reads the layer's attention heads."""
-        for module in layer.modules():
-            for name in _OUTPUTS:
-                if hasattr(module, name):
-                    return getattr(module, name)
-        raise ValueError(
-            f"{self.name}: a {type(layer).__name__} has no attention output projection, looked for "
-            f"{_OUTPUTS}; give the family an output_projection"
-        )
+        found = (_child(module, ("o_proj", "out_proj")) for module in layer.modules())
+        if (projection := next(filter(None, found), None)) is None:
+            raise self._missing("an attention output projection o_proj or out_proj", str(layer))
+        return projection
 
     def final_norm(self) -> nn.Module:
         """The norm between the last decoder layer and the output embeddings."""
-        decoder = self.model.get_decoder()
-        for name in _NORMS:
-            if hasattr(decoder, name):
-                return getattr(decoder, name)
-        raise ValueError(
-            f"{self.name}: found no final norm among {_NORMS}; give the family a final_norm"
+        names = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+        if (norm := _child(decoder := self.model.get_decoder(), names)) is None:
+            held = str([n for n, _ in decoder.named_children()])
+            raise self._missing(f"a final norm, one of {names}", held)
+        return norm
+
+    def _missing(self, sought: str, held: str) -> ValueError:
+        return ValueError(
+            f"{self.name}: looked for {sought}; found {held}; describe it with a subclass of "
+            "minerlib.families.Family whose `architectures` name the class and whose methods "
+            "return its parts"
         )
 
     def patch(self) -> None:
         """Mend in the loaded model what would make a batch differ from its rows alone."""
-
-    # ------------------------------------------------------------------ token kinds
 
     def placeholder(self, kind: str) -> int | None:
         """The placeholder token id of a medium: on the config, its text part, or the medium's."""
@@ -164,13 +147,10 @@ class Family:
             added = {}
         return {i for i, t in added.items() if t.special} | set(self.tokenizer.all_special_ids)
 
-    # ------------------------------------------------------------------ prompts
-
     @property
     def template(self) -> str | None:
         """The chat template in force."""
-        own = getattr(self.processor, "chat_template", None)
-        return own or getattr(self.tokenizer, "chat_template", None)
+        return getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
 
     def chat(self, sample) -> str:
         """The sample's prompt in the chat template, media first, ready to be answered."""
@@ -192,15 +172,15 @@ class Family:
         text = [self.chat(s) for s in samples]
         kwargs: dict[str, Any] = {}
         if clips := [s.audio for s in samples if s.audio is not None]:
-            kwargs = {"audio": clips, "sampling_rate": self.extractor.sampling_rate}
+            kwargs = {"audio": clips, "sampling_rate": self.sampling_rate}
         for kind, key in (("image", "images"), ("video", "videos")):
             # One list per prompt: some processors take a flat one to be one prompt's.
             media = [[m] if (m := getattr(s, kind)) is not None else [] for s in samples]
             if any(media):
                 kwargs[key] = media
-        if "videos" in kwargs:
-            kwargs["do_sample_frames"] = False  # a sample's frames are sampled already
-            kwargs |= self.video_times([s for s in samples if s.video is not None])
+        if "videos" in kwargs:  # a sample's frames are sampled already
+            seen = [s for s in samples if s.video is not None]
+            kwargs |= {"do_sample_frames": False, **self.video_times(seen)}
         # A template that opens with a token must not get the tokenizer's own one on top of it.
         if (bos := self.tokenizer.bos_token) and text[0].startswith(bos):
             kwargs["add_special_tokens"] = False
@@ -210,11 +190,9 @@ class Family:
         """Processor arguments that say when the frames were taken; most families take none."""
         return {}
 
-    # ------------------------------------------------------------------ what the processor obeys
-
     @property
     def extractor(self):
-        """The processor's audio part, which most families call feature_extractor."""
+        """The processor's audio part, if it has one."""
         names = ("feature_extractor", "audio_processor")
         return next((p for n in names if (p := getattr(self.processor, n, None))), None)
 
@@ -225,57 +203,43 @@ class Family:
 
     def check(self, sample, kinds: Sequence[str]) -> None:
         """Raises RowError for media that the model does not take, or would hear wrongly."""
-        for kind in MEDIA:
-            if (medium := getattr(sample, kind)) is None:
-                continue
-            fault = self.fault_of_audio(medium, sample.sampling_rate) if kind == "audio" else ""
+        for kind in (k for k in MEDIA if getattr(sample, k) is not None):
+            fault = ""
             if kind not in kinds:
-                fault = f"{self.name} has no placeholder token for {kind} (it takes {kinds}); "
-                fault += f"use benchmarks without {kind}"
+                fault = f"{self.name} has no placeholder token for {kind} (it takes {kinds}); use "
+                fault += f"benchmarks without {kind}"
+            elif kind == "audio" and self.extractor is not None:
+                fault = self._misheard(len(sample.audio), sample.sampling_rate)
             if fault:
                 raise RowError(sample.benchmark, sample.row, kind, fault)
 
-    def fault_of_audio(self, clip: np.ndarray, rate: int) -> str:
+    def _misheard(self, length: int, rate: int) -> str:
         """Why the encoder would hear a clip wrongly or in part; empty if it would not."""
-        if (extractor := self.extractor) is None:
-            return ""
-        expected, window = extractor.sampling_rate, getattr(extractor, "n_samples", None)
+        seconds, window = length / rate, getattr(self.extractor, "n_samples", None)
+        if rate != self.sampling_rate:
+            hears = f"sampled at {rate} Hz, but {self.name} hears {self.sampling_rate} Hz; load "
+            return hears + f"the benchmark with sampling_rate={self.sampling_rate}"
         cuts = getattr(self.processor, "audio_kwargs", {}).get("truncation", True)
-        if rate != expected:
-            return (
-                f"sampled at {rate} Hz, but {self.name} hears {expected} Hz; load the benchmark "
-                f"with sampling_rate={expected}"
-            )
-        if cuts and window and len(clip) > window:
-            return (
-                f"an audio clip of {len(clip) / rate:.2f} s exceeds the encoder's window of "
-                f"{window / rate:.0f} s and would be cut silently; split or drop it"
-            )
-        if len(clip) < 0.1 * rate:
-            return f"an audio clip of {len(clip) / rate:.3f} s; needs >= 0.1 s"
-        return ""
+        if cuts and window and length > window:
+            exceeds = f"an audio clip of {seconds:.2f} s exceeds the encoder's window of "
+            return exceeds + f"{window / rate:.0f} s and would be cut silently; split or drop it"
+        return f"an audio clip of {seconds:.3f} s; needs >= 0.1 s" if seconds < 0.1 else ""
 
     def check_settings(self, settings: dict[str, Any]) -> None:
         """Raises ValueError for bounds of a picture's size that the processor would ignore."""
-        bounds = sorted({"min_pixels", "max_pixels"} & set(settings))
         pictures = getattr(self.processor, "image_processor", None)
         known = getattr(getattr(pictures, "valid_kwargs", None), "__annotations__", {})
-        if ignored := [b for b in bounds if b not in known]:
+        for bound in {"min_pixels", "max_pixels"} & set(settings) - set(known):
             raise ValueError(
-                f"{self.name}: {ignored[0]}={settings[ignored[0]]} would be ignored, for its "
+                f"{self.name}: {bound}={settings[bound]} would be ignored, for its "
                 f"{type(pictures).__name__} scales pictures in another way; leave it out"
             )
 
 
-def _acts(mlp: nn.Module) -> list[nn.Module]:
-    found = (getattr(mlp, name, None) for name in _ACTIVATIONS)
-    return [module for module in found if isinstance(module, nn.Module)]
-
-
-_DESCRIBE = (
-    "describe it with a subclass of minerlib.families.Family whose `architectures` name the class "
-    "and whose `layers` and `activation` return the parts"
-)
+def _child(module: nn.Module, names: Sequence[str]) -> Any:
+    """The first of a module's children by name, None without any."""
+    found = (getattr(module, name, None) for name in names)
+    return next((child for child in found if isinstance(child, nn.Module)), None)
 
 
 class QwenVL(Family):
@@ -292,7 +256,7 @@ class QwenVL(Family):
 
 
 class QwenOmni(Family):
-    """Qwen2.5-Omni: only its thinker is mined; the talker's MLPs are left alone."""
+    """Qwen2.5-Omni: its thinker is mined, and the talker's MLPs are left alone."""
 
     architectures = (
         "Qwen2_5OmniForConditionalGeneration",
@@ -300,7 +264,7 @@ class QwenOmni(Family):
     )
 
     @staticmethod
-    def part(model: nn.Module) -> nn.Module:
+    def part(model: Any) -> Any:
         return getattr(model, "thinker", model)
 
     def inputs(self, samples: Sequence) -> dict:
@@ -351,9 +315,8 @@ class Phi4Multimodal(Family):
 def _embed_clips_alone(embed: nn.Module) -> None:
     """Make this audio embedding treat each prompt as if it were alone.
 
-    In transformers 5.23 its encoder adds the padding mask to the attention logits as 0 and 1, so
-    that clips of different lengths see padding, and one image in a batch changes the projection of
-    every clip in it.
+    In transformers 5.23 its encoder adds the padding mask to the logits as 0 and 1, so that clips
+    see padding, and one image in a batch changes the projection of every clip in it.
     """
     forward, config = embed.forward, embed.config
 
@@ -378,15 +341,15 @@ def _embed_clips_alone(embed: nn.Module) -> None:
 
 def _step(times: np.ndarray | None, default: float = 1.0) -> float:
     """Seconds between two frames; `default` where it is not known."""
-    if times is None or len(times) < 2 or not np.isfinite(times).all():
+    if times is None or len(times) < 2:
         return default
     return float(times[-1] - times[0]) / (len(times) - 1) or default
 
 
 def _metadata(video: np.ndarray, times: np.ndarray | None) -> VideoMetadata:
     """When the frames were taken, as transformers' processors take it."""
-    if times is None or not np.isfinite(times).all():
+    if times is None:
         return VideoMetadata(len(video), frames_indices=list(range(len(video))))
     indices = (np.asarray(times) * _TICKS).round().astype(int).tolist()
     whole = round(len(indices) * _step(times) * _TICKS)  # so that the sampled rate comes out right
-    return VideoMetadata(total_num_frames=whole, fps=_TICKS, frames_indices=indices)
+    return VideoMetadata(whole, fps=_TICKS, frames_indices=indices)

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from minerlib.families import FAMILIES, KINDS, MEDIA, Family, RowError
 from minerlib.tap import tap
+
+_GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+_GREEDY |= {"no_repeat_ngram_size": 0, "temperature": None, "top_p": None, "top_k": None}
 
 
 @dataclass(eq=False)
@@ -31,7 +33,7 @@ class MLLM:
     act_fn(gate_proj(x)). The vision and audio towers have none.
     """
 
-    model: nn.Module
+    model: Any
     processor: Any
     name: str
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -47,34 +49,26 @@ class MLLM:
         self.layers = list(self.family.layers())
         self.activations = [self.family.activation(layer) for layer in self.layers]
         for what, parts in (("layers", self.layers), ("activation modules", self.activations)):
-            first = {id(part): i for i, part in reversed(list(enumerate(parts)))}
-            if shared := [i for i, part in enumerate(parts) if first[id(part)] != i]:
+            if shared := [i for i, part in enumerate(parts) if parts.index(part) < i]:
                 raise ValueError(
                     f"{self.name}: decoder layers {shared} share their {what} with earlier ones, "
                     "so a hook cannot tell the layers apart; give each its own"
                 )
-        self.n_neurons = self._width()
+        self.n_layers, self.n_neurons = len(self.layers), self._width()
         self.family.patch()
         self.model.eval().requires_grad_(False)
 
     def _width(self) -> int:
         """Neurons per decoder layer, from the weights that read them."""
+        said: Any = getattr(self.text_config, "intermediate_size", None)
         down = [self.family.down_projection(layer) for layer in self.layers]
-        widths = [getattr(d, "in_features", None) for d in down]
-        if None in widths:
-            size = getattr(self.text_config, "intermediate_size", None)
-            widths = size if isinstance(size, list) else [size] * self.n_layers
-        if None in widths or len(set(widths)) > 1:
-            odd = {i: w for i, w in enumerate(widths) if w != max(set(widths), key=widths.count)}
+        widths = [getattr(d, "in_features", said) for d in down]
+        if odd := {i: w for i, w in enumerate(widths) if w != widths[0] or not isinstance(w, int)}:
             raise ValueError(
                 f"{self.name}: decoder layers must have equally many neurons; of {widths[0]} in "
                 f"layer 0, layers {odd} differ. A model trimmed layer by layer is not supported"
             )
-        return int(widths[0])
-
-    @property
-    def n_layers(self) -> int:
-        return len(self.layers)
+        return widths[0]
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +83,7 @@ class MLLM:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The base kinds this model's prompts can hold."""
+        """The base kinds that this model's prompts can hold."""
         return tuple(k for k in KINDS if k == "text" or self.token_ids[k])
 
     @property
@@ -115,34 +109,27 @@ class MLLM:
     @cached_property
     def _weights_hash(self) -> str:
         digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            raw = tensor.cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(name.encode() + raw.numpy().tobytes())
+        for name, weight in self.model.state_dict().items():
+            raw = weight.cpu().contiguous().flatten().view(torch.uint8).numpy()
+            digest.update(name.encode() + raw.tobytes())
         return digest.hexdigest()
 
     tap = tap  # the way in
-
-    # ------------------------------------------------------------------ inputs and answers
-
-    def chat(self, sample) -> str:
-        """The sample's prompt in the model's chat template, media first, ready to be answered."""
-        return self.family.chat(sample)
 
     def encode(self, samples: Iterable) -> transformers.BatchFeature:
         """Left-padded model inputs for the samples, on the model's device; ids [batch, token].
 
         Raises RowError for a sample that this model or its processor cannot take.
         """
-        samples = list(samples)
-        for sample in samples:
+        for sample in (samples := list(samples)):
             self.family.check(sample, self.kinds)
         try:
             inputs = self.family.inputs(samples)
         except Exception as error:
-            for sample in samples if len(samples) > 1 else ():
-                self.encode([sample])  # raises if it is this one's fault
             if len(samples) == 1:
                 raise RowError(samples[0].benchmark, samples[0].row, "prompt", error) from error
+            for sample in samples:
+                self.encode([sample])  # raises if it is this one's fault
             raise ValueError(
                 f"{self.name}: its {type(self.processor).__name__} takes each of these "
                 f"{len(samples)} samples, but not in one batch ({type(error).__name__}: {error}); "
@@ -194,13 +181,7 @@ class MLLM:
         tokens = self.model.generate(
             **batch,
             max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            temperature=None,
-            top_p=None,
-            top_k=None,
+            **_GREEDY,
             pad_token_id=self.tokenizer.pad_token_id,
             # A part of a larger model (Omni's thinker) has no generation settings of its own.
             eos_token_id=self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id,
@@ -211,17 +192,17 @@ class MLLM:
     @torch.inference_mode()
     def choose(self, batch, choices: Sequence[str]) -> list[str]:
         """The most probable choice at the last prompt token, per row; "A" and " A" both count."""
-        ids = [self._first_token_ids(c) for c in choices]
+        ids = []
+        for choice in choices:
+            forms = [
+                self.tokenizer.encode(t, add_special_tokens=False) for t in (choice, f" {choice}")
+            ]
+            ids.append(sorted({form[0] for form in forms if len(form) == 1}))
+            if not ids[-1]:
+                raise ValueError(f"{self.name}: the choice {choice!r} is not a single token")
         probs = self.forward(batch).logits[:, -1].float().softmax(-1)
         best = torch.stack([probs[:, i].sum(-1) for i in ids], -1).argmax(-1)
         return [choices[i] for i in best.tolist()]
-
-    def _first_token_ids(self, choice: str) -> list[int]:
-        forms = [self.tokenizer.encode(t, add_special_tokens=False) for t in (choice, " " + choice)]
-        ids = sorted({f[0] for f in forms if len(f) == 1})
-        if not ids:
-            raise ValueError(f"{self.name}: the choice {choice!r} is not a single token")
-        return ids
 
 
 def starts(bench, batch_size: int, first: int = 0) -> range:
@@ -229,8 +210,7 @@ def starts(bench, batch_size: int, first: int = 0) -> range:
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: give a positive number")
     if not len(bench):
-        name = getattr(bench, "name", "samples")
-        raise ValueError(f"benchmark {name!r} has no rows; raise its limit")
+        raise ValueError(f"benchmark {getattr(bench, 'name', '')!r} has no rows; raise its limit")
     return range(first, len(bench), batch_size)
 
 
@@ -258,7 +238,7 @@ def load(
     quantization_config, reach the two `from_pretrained`. Raises ValueError when the decoder's
     parts are not found or cannot be told apart (see `families.Family`).
     """
-    name = str(name)
+    name, processor_kwargs = str(name), processor_kwargs or {}
     if name.startswith((".", "/", "data/")) and not Path(name).is_dir():
         raise FileNotFoundError(f"no model folder {name!r}; `make data` builds the stand-ins")
     config = transformers.AutoConfig.from_pretrained(name, revision=revision)
@@ -268,17 +248,13 @@ def load(
         model_kwargs["attn_implementation"] = attn_implementation
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
-    model = cls.from_pretrained(
-        name, revision=revision, dtype=dtype, device_map=device_map, **model_kwargs
-    )
+    common: dict[str, Any] = {"revision": revision, "dtype": dtype, "device_map": device_map}
+    model: Any = cls.from_pretrained(name, **common, **model_kwargs)
     if device_map is None and getattr(model, "hf_quantizer", None) is None:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    processor_kwargs = processor_kwargs or {}
     processor = transformers.AutoProcessor.from_pretrained(
         name, revision=revision, **processor_kwargs
     )
+    model_kwargs.pop("attn_implementation", None)  # the model itself knows it
     part = FAMILIES.get(type(model).__name__, Family).part(model)
-    settings = processor_kwargs | {
-        k: v for k, v in model_kwargs.items() if k != "attn_implementation"
-    }
-    return MLLM(part, processor, name, settings)
+    return MLLM(part, processor, name, processor_kwargs | model_kwargs)

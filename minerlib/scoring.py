@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import xarray as xr
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from minerlib.artifacts import Checkpoint, computation, key
 from minerlib.model import MLLM, RowError, starts
@@ -26,17 +27,13 @@ from minerlib.separation import BASE_SETS, SETS, separate, stack
 
 
 class Layer(NamedTuple):
-    """What a metric may look at: one layer's neurons over a batch of prompts, float32.
+    """What a metric may look at: one layer's neurons over a batch of prompts."""
 
-    activations [batch, token, neuron] in the model's precision; masks bool [batch, set, token];
-    tokens in each set, at least 1, [batch, set, 1]; and, fused into two passes over the
-    activations, [batch, set, neuron] each: how many tokens are positive, the sum, the highest (0
-    where a set is empty), and the two attention-weighted sums.
-    """
-
-    activations: torch.Tensor
-    masks: torch.Tensor
-    tokens: torch.Tensor
+    activations: torch.Tensor  # [batch, token, neuron], in the model's precision
+    masks: torch.Tensor  # bool [batch, set, token]
+    tokens: torch.Tensor  # in each set, at least 1, [batch, set, 1]
+    # Sums over a set's tokens, [batch, set, neuron] float32: how many are positive, their sum, the
+    # highest (0 in an empty set), and the two attention-weighted sums.
     positive: torch.Tensor
     total: torch.Tensor
     highest: torch.Tensor
@@ -51,12 +48,13 @@ METRICS: dict[str, Callable[[Layer], torch.Tensor]] = {
     "attn_k": lambda layer: layer.attn_k,
     "attn_q": lambda layer: layer.attn_q,
 }
-"""The importance metrics, in the order of the scores' `metric` coordinate: the paper's five, and
-whatever is registered besides: a function of a `Layer` that returns [batch, set, neuron]."""
+"""The importance metrics, each a function of a `Layer` that returns [batch, set, neuron], in the
+order of the scores' `metric` coordinate: the paper's five, and whatever is registered besides."""
 
 _BASE = [SETS.index(name) for name in BASE_SETS]
 _MEAN, _PROMPT = list(METRICS).index("mean"), SETS.index("prompt")
 _UNIONS = {"special_text": ("special", "text"), "prompt": BASE_SETS}
+_PER_LAYER = ("scores", "mean", "minimum")  # what `Sums` holds a list of
 _BLOCK = 2**19  # elements of scratch memory: what stays in a core's cache between two passes
 _GPU_BLOCK = 2**25  # a GPU wants few large kernels instead
 
@@ -198,8 +196,8 @@ def metrics(x, weights_k, weights_q, masks, kinds, minimum=None) -> torch.Tensor
         highest[:, SETS.index(union)] = highest[:, [SETS.index(k) for k in names]].amax(1)
     count = masks.sum(-1, keepdim=True)
     highest.masked_fill_(count == 0, 0)
-    layer = Layer(x, masks, count.clamp(min=1), positive, sums, highest, *sums.chunk(3, 1)[1:])
-    layer = layer._replace(total=sums[:, : len(SETS)])
+    total, *attn = sums.chunk(3, 1)
+    layer = Layer(x, masks, count.clamp(min=1), positive, total, highest, *attn)
     return torch.stack([metric(layer) for metric in METRICS.values()], 1)
 
 
@@ -210,9 +208,7 @@ def normalise(values: torch.Tensor) -> torch.Tensor:
 
 
 class Sums:
-    """Running sums of one benchmark's scores; per layer, on that layer's device."""
-
-    lists = ("scores", "mean", "minimum")
+    """Running sums of one benchmark's scores: per layer, on that layer's device."""
 
     def __init__(self, n_layers: int):
         self.scores: list = [0] * n_layers  # [metric, set, neuron]
@@ -223,7 +219,7 @@ class Sums:
         self.skipped: list[str] = []
 
     def save(self, checkpoint: Checkpoint, done: int) -> None:
-        tensors = {n: torch.stack([t.cpu() for t in getattr(self, n)]) for n in self.lists}
+        tensors = {n: torch.stack([t.cpu() for t in getattr(self, n)]) for n in _PER_LAYER}
         facts = {"done": done, "rows": self.rows, "skipped": self.skipped}
         checkpoint.save({**tensors, "samples": self.samples}, **facts)
 
@@ -232,9 +228,9 @@ class Sums:
         if (found := checkpoint.load()) is None:
             return 0
         tensors, facts = found
-        for name in self.lists:
-            moved = [t.to(d) for t, d in zip(tensors[name], devices, strict=True)]
-            setattr(self, name, moved)
+        for name in _PER_LAYER:
+            parts = [t.to(d) for t, d in zip(tensors[name], devices, strict=True)]
+            setattr(self, name, parts)
         self.samples, self.rows, self.skipped = tensors["samples"], facts["rows"], facts["skipped"]
         return facts["done"]
 
@@ -266,7 +262,7 @@ def score(
         made = key(mllm, made_by, data=bench.fingerprint, on_error=on_error)
         saved = Checkpoint(checkpoint, made, every)
         done = sums.load(saved, [next(layer.parameters()).device for layer in mllm.layers])
-    for i in tqdm(starts(bench, batch_size, done), desc=f"score {bench.name}"):
+    for i in tqdm(starts(bench, batch_size, done), desc=f"score {bench.name}", leave=False):
         _add(mllm, bench, range(i, min(i + batch_size, len(bench))), sums, on_error)
         if saved is not None and saved.due():
             sums.save(saved, i + batch_size)
@@ -274,10 +270,9 @@ def score(
         warnings.warn("; ".join(["rows skipped", *sums.skipped]), stacklevel=2)
     if not sums.rows:
         raise ValueError(f"benchmark {bench.name!r}: every row was skipped: {sums.skipped[0]}")
-    result = _to_array(sums, mllm.n_layers, bench.name)
     if saved is not None:
         saved.done()
-    return result
+    return _to_array(sums, mllm.n_layers, bench.name)
 
 
 def own_metrics() -> list[str]:
@@ -289,35 +284,30 @@ def _add(mllm: MLLM, bench, positions, sums: Sums, on_error: str) -> None:
     """Add these rows; where one of them fails and may be skipped, the others one by one."""
     _, samples, batch, skipped = mllm.gather(bench, positions, on_error)
     sums.skipped += skipped
-    if not samples:
-        return
     try:
-        add_batch(mllm, batch, sums, [(s.benchmark or bench.name, s.row) for s in samples])
+        if samples:
+            add_batch(mllm, batch, sums, [(s.benchmark or bench.name, s.row) for s in samples])
     except RowError as error:
         if on_error == "raise":
             raise
         if len(positions) == 1:
             sums.skipped.append(str(error))
-            return
-        for i in positions:
-            _add(mllm, bench, [i], sums, on_error)
+        else:
+            for i in positions:
+                _add(mllm, bench, [i], sums, on_error)
 
 
 @torch.inference_mode()
-def add_batch(mllm: MLLM, batch, sums: Sums, rows: list[tuple[str, int]] | None = None) -> None:
+def add_batch(mllm: MLLM, batch, sums: Sums, rows: Sequence[tuple[str, int]] = ()) -> None:
     """Run the prompts once and add their normalised scores to the sums.
 
-    `rows` names them, (benchmark, row) each. Raises RowError for the first whose activations are
-    not finite, and then leaves the sums as they were.
+    rows: (benchmark, row) of each prompt. Raises RowError for the first whose activations are not
+    finite, and then leaves the sums as they were.
     """
     masks = stack(separate(mllm, batch))
     kinds = layout(masks)
-    weights, on_device, found = {}, {}, {}
-
-    def masks_on(device):
-        if device not in on_device:
-            on_device[device] = masks.to(device)
-        return on_device[device]
+    weights, found = {}, {}
+    masks_on = lru_cache(masks.to)
 
     def attend(layer, query, key, mask, scaling):
         weights[layer] = attention_weights(query, key, masks_on(query.device), scaling)
@@ -330,7 +320,7 @@ def add_batch(mllm: MLLM, batch, sums: Sums, rows: list[tuple[str, int]] | None 
             )
         low = torch.full((), float("inf"), device=x.device, dtype=x.dtype)
         raw = metrics(x, *weights.pop(layer), masks_on(x.device), kinds, low)
-        finite = raw.isfinite().all(-1).flatten(1).all(-1)
+        finite = raw.isfinite().flatten(1).all(1)
         found[layer] = normalise(raw).sum(0), raw[:, _MEAN, _PROMPT].sum(0), low, finite
 
     with mllm.tap(activation=activate, attention=attend):
@@ -338,12 +328,10 @@ def add_batch(mllm: MLLM, batch, sums: Sums, rows: list[tuple[str, int]] | None 
     finite = torch.stack([found[i][3].cpu() for i in range(mllm.n_layers)])  # [layer, batch]
     if not finite.all():
         layer, row = (~finite).nonzero()[0].tolist()
-        raise RowError(
-            *(rows[row] if rows else ("batch", row)),
-            f"layer {layer}",
-            f"activations or scores of {mllm.name} in {mllm.model.dtype} are not finite; try "
-            "dtype='bfloat16' or 'float32'",
-        )
+        why = f"activations or scores of {mllm.name} in {mllm.model.dtype} are not finite; try "
+        benchmark, number = rows[row] if rows else ("batch", row)
+        why += "dtype='bfloat16' or 'float32'"
+        raise RowError(benchmark, number, f"layer {layer}", why)
     for layer, (scores, mean, low, _) in found.items():
         sums.scores[layer] = sums.scores[layer] + scores
         sums.mean[layer] = sums.mean[layer] + mean

@@ -44,9 +44,9 @@ def tap(
     With a cache all fire once for the prompt and once for each new token. Raises RuntimeError when
     a forward pass ends in which a tapped activation or attention never ran.
     """
-    chosen = list(range(mllm.n_layers) if layers is None else layers)
-    fired: set[tuple[str, int]] = set()
+    chosen = range(mllm.n_layers) if layers is None else list(layers)
     due: set[tuple[str, int]] = set()
+    fired: set[tuple[str, int]] = set()
 
     def told(what: str, i: int, callback: Callable) -> Callable:
         due.add((what, i))
@@ -71,15 +71,11 @@ def tap(
         for i in chosen:
             if activation is not None:
                 tell = told("activation", i, activation)
-                hook = mllm.activations[i].register_forward_hook(
-                    lambda module, args, out, tell=tell: tell(out)
-                )
+                hook = mllm.activations[i].register_forward_hook(lambda m, a, out, t=tell: t(out))
                 stack.callback(hook.remove)
             if hidden is not None:
                 hook = mllm.layers[i].register_forward_hook(
-                    lambda module, args, out, depth=i + 1: hidden(
-                        depth, out[0] if isinstance(out, tuple) else out
-                    )
+                    lambda m, a, out, i=i: hidden(i + 1, out[0] if isinstance(out, tuple) else out)
                 )
                 stack.callback(hook.remove)
             if attention is not None:
@@ -87,9 +83,7 @@ def tap(
                 stack.enter_context(_listen(i, modules, told("attention", i, attention)))
         if hidden is not None and layers is None:
             hook = mllm.layers[0].register_forward_pre_hook(
-                lambda module, args, kwargs: hidden(
-                    0, args[0] if args else kwargs["hidden_states"]
-                ),
+                lambda m, args, kwargs: hidden(0, args[0] if args else kwargs["hidden_states"]),
                 with_kwargs=True,
             )
             stack.callback(hook.remove)

@@ -123,7 +123,7 @@ def test_placeholders_are_as_many_as_features(mllm, samples):
 
 def test_media_come_before_the_text(mllm, samples):
     for sample in samples:
-        chat = mllm.chat(sample)
+        chat = mllm.family.chat(sample)
         for kind in ("image", "video", "audio"):
             if getattr(sample, kind) is not None:
                 placeholder = mllm.tokenizer.convert_ids_to_tokens(mllm.token_ids[kind])[0]

@@ -4,7 +4,7 @@ nbval compares words and structure exactly and sees every number as `#` and ever
 VERDICT (tests/nbval_sanitize.cfg). Here the numbers themselves are compared, each by its kind, and
 verdicts exactly, unless one of the two says that it is close to its boundary.
 
-    python tests/numbers.py runs/tiny-qwen2-vl/notebooks     # against the committed notebooks
+    python tests/printed.py runs/tiny-qwen2-vl/notebooks     # against the committed notebooks
 
 Processors round sums differently. What that moves: the last printed digit of a measure; an answer
 of a silenced model, and with it a mean over rows; a draw that passes the observed value, and with
