@@ -244,11 +244,9 @@ class _Rows:
 
     def _light(self) -> Iterable[dict]:
         """The rows without their media."""
-        heavy = [
-            field.name
-            for field in self.rows.features.arrow_schema
-            if field.name == self.spec.modality != "text" or "binary" in str(field.type)
-        ]
+        schema, modality = self.rows.features.arrow_schema, self.spec.modality
+        heavy = [f.name for f in schema if f.name == modality != "text" or "binary" in str(f.type)]
+        heavy = [name for name in heavy if name != self.spec.each]
         light = self.rows.remove_columns(heavy)
         return light if light.column_names else itertools.repeat({}, len(self.rows))
 

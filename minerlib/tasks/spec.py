@@ -107,6 +107,8 @@ class Spec:
     def __post_init__(self) -> None:
         if self.modality not in ("text", *media.DECODE):
             raise ValueError(f"modality {self.modality!r}: use text, {', '.join(media.DECODE)}")
+        if self.max_seconds and self.modality != "audio":
+            raise ValueError(f"max_seconds={self.max_seconds} is for audio, not {self.modality}")
         metrics.metric_of(self.metric)
 
     def sample(
@@ -149,7 +151,7 @@ class Spec:
             for _, named, *_ in Formatter().parse(self.prompt):
                 column = (named or "").partition(".")[0].partition("[")[0]
                 if named is not None and row.get(column) is None:
-                    what = "is empty in this row" if column in row else f"not in {sorted(row)}"
+                    what = "empty in this row" if column in row else f"not in {sorted(row)}"
                     raise ValueError(f"names {column!r}, which is {what}")
             return self.prompt.format_map(row)
 
