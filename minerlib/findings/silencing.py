@@ -7,17 +7,19 @@ Neurons are bool [modality, layer, neuron], as `select` returns them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pandas as pd
 import xarray as xr
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from minerlib import inference
 from minerlib.selection import matched_random, unique
 from minerlib.tasks.evaluation import AVERAGE, compare, summarise
 
 Answers = Callable[..., pd.DataFrame]
+Sets = Mapping[Any, xr.DataArray]
 
 REVIEWERS_RATIOS = tuple(round(0.005 * i, 3) for i in range(1, 11))
 """Budgets that the paper's reviewers asked for: 0.5 % to 5 % of all neurons."""
@@ -28,13 +30,10 @@ def average(table: pd.DataFrame) -> dict[str, float]:
     return summarise(table).iloc[-1][["mean", "low", "high"]].to_dict()
 
 
-def conditions(
-    answers: Answers, picked: Mapping[Hashable, xr.DataArray], column: str = "condition"
-) -> pd.DataFrame:
+def conditions(answers: Answers, picked: Sets, column: str = "condition") -> pd.DataFrame:
     """The average score with each set of neurons silenced.
 
-    Returns columns `column` (the sets' names), neurons (different ones), share (of all neurons),
-    mean, low, high.
+    Columns `column` (the sets' names), neurons (different ones), share (of all), mean, low, high.
     """
     rows = []
     for name, neurons in tqdm(picked.items(), desc=column, leave=False):
@@ -44,9 +43,7 @@ def conditions(
     return pd.DataFrame(rows)
 
 
-def random_draws(
-    answers: Answers, neurons: xr.DataArray, draws: int = 10, seed: int = 0
-) -> pd.DataFrame:
+def random_draws(answers: Answers, neurons: xr.DataArray, draws=10, seed=0) -> pd.DataFrame:
     """Average scores under random draws of as many different neurons: columns null, draw, mean.
 
     null is "any layer", or "same layers": the stricter one, with as many in each layer too.
@@ -60,40 +57,29 @@ def random_draws(
 
 
 def strategies(
-    answers: Answers,
-    picked: Mapping[str, xr.DataArray],
-    default: str,
-    *,
-    draws: int = 10,
-    seed: int = 0,
+    answers: Answers, picked: Sets, default: str, *, draws: int = 10, seed: int = 0
 ) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """Each strategy's neurons silenced, the model as it is, and the nulls.
 
     picked holds each strategy's neurons; "random" among them is the paper's null, the whole
     budget whatever the others spend of it. The most damaging and the default strategy get
-    matched nulls, see `random_draws`.
-
-    Returns
-    -------
-    table: condition, neurons, share, mean, low, high, where the ends of matched nulls hold 95 %
-    of the draws; null: strategy, null, draw, mean; and the most damaging strategy.
+    matched nulls, see `random_draws`. Returns a table: condition, neurons, share, mean, low,
+    high, where the ends of matched nulls hold 95 % of the draws; the draws: strategy, null, draw,
+    mean; and the most damaging strategy.
     """
     measured = {name: neurons for name, neurons in picked.items() if name != "random"}
     if default not in measured:
         raise ValueError(f"strategy={default!r}: the null is none; use one of {list(measured)}")
     table = conditions(answers, measured)
     best = str(table.loc[table["mean"].idxmin(), "condition"])
-    lines, nulls = [], []
+    at, lines, nulls = table.set_index("condition"), [], []
     for name in dict.fromkeys((best, default)):
-        drawn = random_draws(answers, measured[name], draws, seed).assign(strategy=name)
-        nulls.append(drawn)
-        spent = table.set_index("condition").loc[name, ["neurons", "share"]].to_dict()
-        for null, part in drawn.groupby("null", sort=False)["mean"]:
+        nulls.append(random_draws(answers, measured[name], draws, seed).assign(strategy=name))
+        for null, part in nulls[-1].groupby("null", sort=False)["mean"]:
             what = f"random, as many as {name}" + (", same layers" if null == "same layers" else "")
             low, high = inference.middle95(part.to_numpy())
-            lines.append(
-                {"condition": what, **spent, "mean": part.mean(), "low": low, "high": high}
-            )
+            spent = {"condition": what, **at.loc[name, ["neurons", "share"]]}
+            lines.append({**spent, "mean": part.mean(), "low": low, "high": high})
     whole = {"random, whole budget": picked["random"]} if "random" in picked else {}
     start = {"condition": "as it is", "neurons": 0, "share": 0.0, **average(answers())}
     parts = [pd.DataFrame([start]), table, pd.DataFrame(lines), conditions(answers, whole)]
@@ -101,15 +87,15 @@ def strategies(
     return table, pd.concat(nulls, ignore_index=True), best
 
 
-def doses(answers: Answers, picked: Mapping[float, xr.DataArray], seed: int = 0) -> pd.DataFrame:
-    """Dose and response: columns ratio, what ("selected" or "random"), neurons, share, mean, ...
+def doses(answers: Answers, picked: Sets, seed: int = 0) -> pd.DataFrame:
+    """Dose and response of the neurons of each ratio, and of one random draw of as many.
 
-    picked holds the neurons of each budget; random is one draw of as many.
+    Columns ratio, neurons, share, mean, low, high, what ("selected" or "random").
     """
     random = {ratio: matched_random(neurons, seed=seed) for ratio, neurons in picked.items()}
-    parts = {"selected": conditions(answers, picked, "ratio")}
-    parts["random"] = conditions(answers, random, "ratio")
-    return pd.concat([t.assign(what=what) for what, t in parts.items()], ignore_index=True)
+    parts = (("selected", picked), ("random", random))
+    tables = [conditions(answers, sets, "ratio").assign(what=what) for what, sets in parts]
+    return pd.concat(tables, ignore_index=True)
 
 
 def breaking_points(doses: pd.DataFrame, before: float, lost: float = 0.25) -> pd.Series:
@@ -119,26 +105,24 @@ def breaking_points(doses: pd.DataFrame, before: float, lost: float = 0.25) -> p
 
 
 def constants(answers: Answers, neurons: xr.DataArray, scores: xr.DataArray) -> pd.DataFrame:
-    """The neurons silenced with each constant of `deactivate`: columns constant, mean, low, high.
+    """The neurons silenced with each constant of `deactivate`, which scores hold.
 
-    scores, as `score` or `aggregate` returns them, hold the recorded constants.
+    Columns constant, mean, low, high.
     """
-    modes = ("zero", "mean", "min")
-    tables = {mode: answers(neurons, mode=mode, constants=scores) for mode in modes}
-    return pd.DataFrame([{"constant": mode, **average(t)} for mode, t in tables.items()])
+    tables = ((m, answers(neurons, mode=m, constants=scores)) for m in ("zero", "mean", "min"))
+    return pd.DataFrame([{"constant": mode, **average(table)} for mode, table in tables])
 
 
-def specificity(answers: Answers, alone: Mapping[str, xr.DataArray], seed: int = 0) -> pd.DataFrame:
+def specificity(answers: Answers, alone: Sets, seed: int = 0) -> pd.DataFrame:
     """One modality's neurons silenced at a time, every benchmark tested.
 
-    Returns columns silenced (modality), what ("selected", or "random": one draw of as many),
-    benchmark, difference (of the score, paired), low, high.
+    Columns silenced (modality), what ("selected", or "random": one draw of as many), benchmark,
+    difference (of the score, paired), low, high.
     """
     before, parts = answers(), []
     for modality, neurons in tqdm(alone.items(), desc="modalities", leave=False):
-        random = matched_random(neurons, seed=seed)
-        for what, silenced in (("selected", neurons), ("random", random)):
-            change = compare(before, answers(silenced)).assign(silenced=modality, what=what)
+        for what, which in (("selected", neurons), ("random", matched_random(neurons, seed=seed))):
+            change = compare(before, answers(which)).assign(silenced=modality, what=what)
             parts.append(change[change["benchmark"] != AVERAGE])
     columns = ["silenced", "what", "benchmark", "difference", "low", "high"]
     return pd.concat(parts, ignore_index=True)[columns]
@@ -162,35 +146,29 @@ def claims(table: pd.DataFrame, changes: pd.DataFrame, null: pd.DataFrame) -> pd
     """The claim that silencing hurts more than random neurons do, for each strategy and null.
 
     table and null as `strategies` returns them; changes as `compare` does, with a column
-    strategy. It holds if the silenced model's interval lies below every random draw; p is the
-    share of draws, one-sided, that hurt as much.
-
-    Returns the columns of `inference.claims_table`, then strategy, neurons, before, after,
-    change, random draws.
+    strategy. p is the share of draws, one-sided, that hurt as much. Returns the columns of
+    `inference.claims_table`, then strategy, neurons, before, after, change, random draws.
     """
-    at, lines = table.set_index("condition"), []
-    ends = ["mean", "low", "high"]
+    at, spread, lines = table.set_index("condition"), inference.spread, []
+    start = at.loc["as it is"]
     for (name, where), part in null.groupby(["strategy", "null"], sort=False):
         draws, line = part["mean"].to_numpy(), at.loc[name]
         # The last line is the average over benchmarks, or the only benchmark.
-        change = changes.loc[changes["strategy"] == name, ["difference", "low", "high"]].iloc[-1]
-        before, after = (inference.spread(*of[ends]) for of in (at.loc["as it is"], line))
-        change = inference.spread(*change, sign="+")
-        drawn = inference.spread(draws.mean(), draws.min(), draws.max())
-        lines.append(
-            {
-                "claim": f"silencing what {name} selects hurts more than random ones, {where}",
-                "measured": f"{before} to {after}, change {change}",
-                "null": drawn,
-                "p": inference.rank_p(line["mean"], draws, "less"),
-                "verdict": inference.below_every_draw(line["high"], draws),
-                "strategy": name,
-                "neurons": int(line["neurons"]),
-                "before": before,
-                "after": after,
-                "change": change,
-                "random draws": drawn,
-            }
-        )
-    own = pd.DataFrame(lines)[["strategy", "neurons", "before", "after", "change", "random draws"]]
-    return inference.claims_table("I", lines).join(own)
+        change = changes[changes["strategy"] == name].iloc[-1]
+        own = {
+            "strategy": name,
+            "neurons": int(line["neurons"]),
+            "before": spread(start["mean"], start["low"], start["high"]),
+            "after": spread(line["mean"], line["low"], line["high"]),
+            "change": spread(change["difference"], change["low"], change["high"], "+"),
+            "random draws": spread(draws.mean(), draws.min(), draws.max()),
+        }
+        claim = {
+            "claim": f"silencing {name} neurons hurts more than as many random, {where}",
+            "measured": f"{own['before']} to {own['after']}, change {own['change']}",
+            "null": own["random draws"],
+            "p": inference.rank_p(line["mean"], draws, "less"),
+            "verdict": inference.below_every_draw(line["high"], draws),
+        }
+        lines.append(claim | own)
+    return inference.claims_table("I", lines).join(pd.DataFrame(lines)[list(own)])
