@@ -1,0 +1,116 @@
+"""CONTRIBUTING.md's examples, run as they stand: what is added registers itself, in one file."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT, Rows, samples_for, shared_mllm
+
+import minerlib as ml
+from minerlib import families, scoring, selection
+from minerlib.tasks import ANSWER_METRICS, REGISTRY
+
+EXAMPLES = dict(
+    re.findall(r"```python\n# (my_\w+)\.py\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+)
+REGISTRIES = (
+    scoring.METRICS,
+    selection.STRATEGIES,
+    REGISTRY,
+    ANSWER_METRICS,
+    families.FAMILIES,
+)
+
+
+@pytest.fixture
+def plug_in(tmp_path, monkeypatch):
+    """Import an example as the plug-in that it says it is; every registry is restored."""
+    before = [dict(registry) for registry in REGISTRIES]
+
+    def add(name: str):
+        path = tmp_path / f"{name}.py"
+        path.write_text(EXAMPLES[name])
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    yield add
+    for registry, held in zip(REGISTRIES, before, strict=True):
+        registry.clear()
+        registry.update(held)
+
+
+@pytest.fixture
+def scores():
+    mllm = shared_mllm("tiny-qwen2-vl")
+    return ml.score(mllm, Rows(samples_for(mllm)[:3]))
+
+
+def test_each_kind_of_thing_has_an_example():
+    kinds = {"metric", "strategy", "benchmark", "answer_metric", "family"}
+    assert set(EXAMPLES) == {f"my_{kind}" for kind in kinds}
+
+
+def test_an_importance_metric(plug_in):
+    plug_in("my_metric")
+    mllm = shared_mllm("tiny-qwen2-vl")
+    found = ml.score(mllm, Rows(samples_for(mllm)[:3]))
+    assert found.metric.values.tolist() == [*selection.PAPER_WEIGHTS, "spread"]
+    assert found.sel(metric="spread").std() > 0 and found.sel(metric="spread").max() <= 1
+    wb = ml.Workbook(weights="spread")
+    assert wb.weights == {"spread": 1.0}
+    assert ml.select(found, weights={"spread": 0.5, "attn_k": 0.5}).any()
+
+
+def test_a_strategy(plug_in, scores):
+    plug_in("my_strategy")
+    assert ml.Workbook(strategy="margin").strategy == "margin"
+    neurons = ml.select(scores, strategy="margin")
+    assert int(neurons.sum()) == selection.unique(neurons) == neurons.attrs["budget"]
+
+
+def test_a_benchmark_and_an_answer_metric(plug_in, tmp_path):
+    plug_in("my_answer_metric")
+    plug_in("my_benchmark")
+    (tmp_path / "capitals").mkdir()
+    rows = pd.DataFrame({"country": ["Kenya", "Peru"], "capital": ["Nairobi", "Lima"]})
+    rows.to_parquet(tmp_path / "capitals/test-0.parquet")
+    bench = ml.benchmark("capitals", source=tmp_path)
+    assert bench[1].prompt == "What is the capital of Peru? Answer with one name."
+    assert bench.score(["Nairobi.", "Arequipa"]) == [1.0, 0.0]
+    assert ml.Workbook(benchmarks="capitals").names == ["capitals"]
+    letter = ANSWER_METRICS["first_letter"]
+    assert np.array_equal(letter.rows(["nope", "x"], [("Nairobi",), ("Lima",)]), [1.0, 0.0])
+
+
+def test_a_family(plug_in):
+    module = plug_in("my_family")
+    assert families.FAMILIES["MyModelForCausalLM"] is module.Mine
+
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ff = torch.nn.Module()
+            self.ff.nonlinearity, self.ff.back = torch.nn.SiLU(), torch.nn.Linear(6, 4)
+
+    class MyModelForCausalLM(torch.nn.Module):
+        dtype = torch.float32
+
+        def __init__(self):
+            super().__init__()
+            self.trunk = torch.nn.Module()
+            self.trunk.blocks = torch.nn.ModuleList([Block(), Block()])
+            self.config = shared_mllm("tiny-qwen2-vl").model.config
+
+    mllm = ml.MLLM(MyModelForCausalLM(), shared_mllm("tiny-qwen2-vl").tokenizer, "mine")
+    assert (mllm.n_layers, mllm.n_neurons) == (2, 6)
+    assert mllm.activations == [block.ff.nonlinearity for block in mllm.model.trunk.blocks]
+    assert mllm.fingerprint["family"] == module.Mine.identity()
