@@ -1,9 +1,6 @@
-"""The run folder: what each stage made, written atomically, found again by all that made it.
+"""The run folder: what each stage made, written whole, found again by all that made it.
 
-    run = Run("runs/tiny-qwen2-vl", mllm)
-    scores = run.cached("scores-mmlu", lambda: score(mllm, bench), of=score, data=bench.fingerprint)
-
-A file's name ends in a hash of its key: model, configuration, versions of code and packages.
+Run(folder, mllm).cached("scores", lambda: score(mllm, bench), of=score, rows=bench.fingerprint)
 """
 
 from __future__ import annotations
@@ -12,16 +9,16 @@ import hashlib
 import inspect
 import json
 import logging
-import os
 import resource
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,7 +27,6 @@ import torch
 import xarray as xr
 
 log = logging.getLogger(__name__)
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 PACKAGES = (
     *("torch", "torchvision", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn"),
@@ -41,10 +37,10 @@ COMPUTATIONS: dict[str, int] = {}
 """Version of every computation whose result is cached; tests/golden.json has its numbers."""
 
 
-def computation(version: int) -> Callable[[Function], Function]:
+def computation(version: int) -> Callable:
     """Register a function whose result is cached; raise its version when its numbers change."""
 
-    def register(function: Function) -> Function:
+    def register(function: Callable) -> Callable:
         COMPUTATIONS[f"{function.__module__}.{function.__qualname__}"] = version
         return function
 
@@ -57,15 +53,15 @@ def identity(function: Callable) -> str:
     The hash is of its source file or notebook cell, its place there, defaults and closure; what it
     calls elsewhere is not followed. TypeError for what is no plain function or has no source.
     """
-    name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', function)}"
-    if name in COMPUTATIONS:
-        return f"{name} {COMPUTATIONS[name]}"
     try:
+        name = f"{function.__module__}.{function.__qualname__}"
+        if name in COMPUTATIONS:
+            return f"{name} {COMPUTATIONS[name]}"
         code, bound = function.__code__, [function.__defaults__, function.__kwdefaults__]
         bound += [cell.cell_contents for cell in function.__closure__ or ()]
         return f"{name} {digest([inspect.findsource(code)[0], [*code.co_positions()], bound])}"
     except (AttributeError, OSError) as error:
-        raise TypeError(f"{name} is no function with a source: wrap it in a def") from error
+        raise TypeError(f"{function!r} is no function with a source; wrap it in a def") from error
 
 
 def digest(value: Any) -> str:
@@ -84,8 +80,6 @@ def _plain(value: Any) -> Any:
         return {"bytes": hashlib.sha256(value).hexdigest()}
     if isinstance(value, FunctionType):
         return {"function": identity(value)}
-    if isinstance(value, Mapping):
-        return dict(value)
     if isinstance(value, xr.DataArray):
         coords = {str(k): [c.dims, c.values] for k, c in value.coords.items()}
         return {"dims": value.dims, "coords": coords, "values": value.values}
@@ -94,8 +88,7 @@ def _plain(value: Any) -> Any:
             value = value.astype(str)  # text that went through a file
         if not value.dtype.hasobject:
             return {"shape": value.shape, "dtype": value.dtype.str} | _plain(value.tobytes())
-    kind = type(value).__name__
-    raise TypeError(f"{value!r:.80} ({kind}) has no faithful hash: use text, numbers or arrays")
+    raise TypeError(f"{value!r:.80} ({type(value).__name__}) has no faithful hash")
 
 
 def key(mllm: Any, of: Any, **config: Any) -> dict[str, dict]:
@@ -109,55 +102,44 @@ def key(mllm: Any, of: Any, **config: Any) -> dict[str, dict]:
 
 
 class Run:
-    """The artefacts (DataArray, DataFrame or dict) of one MLLM in one folder.
+    """The artefacts (DataArray, DataFrame or dict) of an MLLM in a folder, found by their `key`.
 
-    `of` is the function, or functions, that compute an artefact. `notices` are for its manifest.
+    What is put in `notices` stands in every manifest from then on.
     """
 
     def __init__(self, folder: str | Path, mllm: Any):
-        self.folder, self.mllm = Path(folder), mllm
+        self.folder, self.mllm, self.notices = Path(folder), mllm, dict[str, Any]()
 
     def stem(self, name: str, *, of: Any, **config: Any) -> str:
         """The artefact's file name without its suffix."""
         return f"{name}-{digest(key(self.mllm, of, **config))}"
 
-    def cached(
-        self, name: str, compute: Callable[[], Any], *, of: Any, notices: Any = None, **config: Any
-    ) -> Any:
+    def cached(self, name: str, compute: Callable[[], Any], *, of: Any, **config: Any) -> Any:
         """The artefact of this name and key, computed and saved if it is not there whole."""
-        stem = self.stem(name, of=of, **config)
-        for path in (self.folder / f"{stem}{suffix}" for suffix in _FORMATS):
-            if path.exists():
-                try:
-                    return _FORMATS[path.suffix][2](path)
-                except Exception as error:  # every format has its own
-                    log.warning("%s is damaged (%s) and has to be made anew", path.name, error)
-        start = time.perf_counter()
-        value, seconds = compute(), time.perf_counter() - start
-        path = self.save(name, value, of=of, seconds=seconds, notices=notices, **config)
-        return _FORMATS[path.suffix][2](path)
+        path, start = self.folder / self.stem(name, of=of, **config), time.perf_counter()
+        for suffix, _, read in _FORMATS.values():
+            if (value := _whole(Path(f"{path}{suffix}"), read)) is not None:
+                return value
+        value = compute()
+        path = self.save(name, value, of=of, seconds=time.perf_counter() - start, **config)
+        return _FORMATS[type(value)][2](path)
 
-    def save(
-        self, name: str, value: Any, *, of: Any, seconds=None, notices: Any = None, **config: Any
-    ) -> Path:
+    def save(self, name: str, value: Any, *, of: Any, seconds: float = 0, **config: Any) -> Path:
         """Write an artefact and its manifest, each beside and then renamed."""
-        suffix = next((s for s, (kind, *_) in _FORMATS.items() if isinstance(value, kind)), None)
-        if suffix is None:
-            kinds = ", ".join(kind.__name__ for kind, *_ in _FORMATS.values())
+        if type(value) not in _FORMATS:
+            kinds = ", ".join(kind.__name__ for kind in _FORMATS)
             raise TypeError(f"artefact {name!r} is a {type(value).__name__}, none of {kinds}")
+        suffix, write, _ = _FORMATS[type(value)]
         path = self.folder / f"{self.stem(name, of=of, **config)}{suffix}"
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        peak = peak * 1024 if sys.platform != "darwin" else peak
-        gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // _RSS_PER_MIB
         manifest = {
             **{"name": name, "file": path.name, "model_name": Path(self.mllm.name).name},
             **key(self.mllm, of, **config),
-            "python": sys.version.split()[0],
-            "seconds": None if seconds is None else round(seconds, 2),
-            "peak_memory_mib": (peak + gpu) // 2**20,
-            "notices": {**getattr(value, "attrs", {}), **(notices or {})},
+            **{"seconds": round(seconds, 2), "python": sys.version.split()[0]},
+            "peak_memory_mib": peak + torch.cuda.max_memory_allocated() // 2**20,
+            "notices": self.notices | getattr(value, "attrs", {}),
         }
-        atomically(path, lambda part: _FORMATS[suffix][1](value, part))
+        atomically(path, partial(write, value))
         text = json.dumps(manifest, indent=1, default=_plain)
         atomically(path.with_suffix(".manifest.json"), lambda part: part.write_text(text))
         return path
@@ -168,33 +150,30 @@ class Run:
         FileNotFoundError says how others of this name differ where there are only those.
         """
 
-        def missing():
-            wanted = key(self.mllm, of, **config)
-            flat, differences = _flat(wanted), []
+        def missing() -> None:
+            text = f"no artefact {name!r} of this model and configuration in {self.folder}; run "
+            text += f"notebook {made_by} with the same parameters"
+            wanted = json.loads(json.dumps(key(self.mllm, of, **config), default=_plain))
             for other in (m for m in self.manifests() if m["name"] == name):
-                held = _flat({part: other.get(part) for part in wanted})
-                keys = [k for k in {**flat, **held} if flat.get(k) != held.get(k)]
-                what = ", ".join(f"{k} is {held.get(k)}, not {flat.get(k)}" for k in keys[:4])
-                differences.append(f"\n  {other['file']}: {what}")
-            raise FileNotFoundError(
-                f"no artefact {name!r} of this model and configuration in {self.folder}; run "
-                f"notebook {made_by} with the same parameters"
-                + ("".join(["; there are others:", *differences]) if differences else "")
-            )
+                held = {part: other.get(part) for part in wanted}
+                a, b = (pd.json_normalize(tree).iloc[0].to_dict() for tree in (held, wanted))
+                keys = [k for k in {**b, **a} if str(a.get(k)) != str(b.get(k))]
+                what = ", ".join(f"{k} is {a.get(k)}, not {b.get(k)}" for k in keys[:4])
+                text += f"\n  there is {other['file']}: {what}"
+            raise FileNotFoundError(text)
 
         return self.cached(name, missing, of=of, **config)
 
     def manifests(self) -> list[dict]:
         """The manifests of all artefacts in the folder."""
-        texts = (file.read_text() for file in sorted(self.folder.glob("*.manifest.json")))
-        return [json.loads(text) for text in texts if text.strip()]
+        files = sorted(self.folder.glob("*.manifest.json"))
+        return [manifest for file in files if (manifest := _whole(file, _json)) is not None]
 
 
 class Checkpoint:
     """Tensors of an unfinished computation, saved every so many seconds for the next run.
 
-    The file's name holds its key's digest: other keys never meet, and processes with one key
-    replace the file whole.
+    The file's name holds its key's digest, so other keys never meet.
     """
 
     def __init__(self, path: str | Path, key: Any, every: float = 60.0):
@@ -214,13 +193,12 @@ class Checkpoint:
 
     def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
         """Tensors, on the CPU, and facts of the last save; None if there is none that is whole."""
-        if self.path.exists():
-            try:  # one read: a file by itself is whole, two opened in turn need not be the same
-                tensors = safetensors.torch.load(self.path.read_bytes())
-                return tensors, json.loads(bytes(tensors.pop("meta").numpy()))
-            except Exception as error:
-                log.warning("%s is damaged (%s); starting anew", self.path.name, error)
-        return None
+
+        def read(path: Path):  # at once, for another process may replace the file
+            tensors = safetensors.torch.load(path.read_bytes())
+            return tensors, json.loads(bytes(tensors.pop("meta").numpy()))
+
+        return _whole(self.path, read)
 
     def done(self) -> None:
         """Remove the file: the result is kept elsewhere."""
@@ -230,7 +208,7 @@ class Checkpoint:
 def atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Write beside `path`, under a name that no other process or call has, and rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex}.part")
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
         write(part)
         part.replace(path)
@@ -238,23 +216,23 @@ def atomically(path: Path, write: Callable[[Path], Any]) -> None:
         part.unlink(missing_ok=True)
 
 
-_FORMATS: dict[str, tuple[type, Callable, Callable]] = {  # suffix: type, write, read
-    ".nc": (
-        xr.DataArray,
-        lambda value, p: value.to_netcdf(p, engine="h5netcdf"),
-        lambda p: xr.load_dataarray(p, engine="h5netcdf"),
-    ),
-    ".parquet": (pd.DataFrame, pd.DataFrame.to_parquet, pd.read_parquet),
-    ".json": (
-        dict,
-        lambda value, p: p.write_text(json.dumps(value, indent=1)),
-        lambda p: json.loads(p.read_text()),
-    ),
+def _whole(path: Path, read: Callable[[Path], Any]) -> Any:
+    """What the file holds; None if it is not there, or damaged."""
+    try:
+        return read(path) if path.exists() else None
+    except Exception as error:  # every format has its own
+        log.warning("%s is damaged and counts as missing: %s", path.name, error)
+        return None
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+_H: dict[str, Any] = {"engine": "h5netcdf"}
+_FORMATS: dict[type, tuple[str, Callable, Callable]] = {  # suffix, write, read
+    xr.DataArray: (".nc", partial(xr.DataArray.to_netcdf, **_H), partial(xr.load_dataarray, **_H)),
+    pd.DataFrame: (".parquet", pd.DataFrame.to_parquet, pd.read_parquet),
+    dict: (".json", lambda value, p: p.write_text(json.dumps(value, indent=1)), _json),
 }
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, str]:
-    if not isinstance(tree, dict):
-        return {prefix[1:]: str(tree)}
-    parts = (_flat(value, f"{prefix}.{name}") for name, value in tree.items())
-    return {name: value for part in parts for name, value in part.items()}
+_RSS_PER_MIB = 2**20 if sys.platform == "darwin" else 2**10

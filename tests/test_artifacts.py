@@ -111,9 +111,8 @@ def test_manifest(run, registered):
     table = TABLE.copy()
     table.attrs["skipped"] = ["mmlu row 3: image: cannot be decoded"]
     config = {"ratio": 0.02, "data": {"mmlu": "abc"}, "mask": NEURONS, "share": np.float32(0.5)}
-    path = run.save(
-        "table", table, of=registered, seconds=1.23456, notices={"revision": "f00"}, **config
-    )
+    run.notices["mmlu"] = {"revision": "f00"}
+    path = run.save("table", table, of=registered, seconds=1.23456, **config)
     (manifest,) = run.manifests()
     assert manifest["file"] == path.name and path.exists()
     assert manifest["name"] == "table" and manifest["seconds"] == 1.23
@@ -124,16 +123,17 @@ def test_manifest(run, registered):
     assert manifest["of"] == {f"{__name__}.made": "1"}
     assert manifest["packages"].keys() == set(artifacts.PACKAGES)
     assert manifest["packages"]["torch"] == torch.__version__.split("+")[0]
-    assert manifest["notices"] == {"revision": "f00", "skipped": table.attrs["skipped"]}
+    assert manifest["notices"] == {"mmlu": {"revision": "f00"}} | table.attrs
     assert 10 < manifest["peak_memory_mib"] < 100_000
     assert str(run.folder) not in json.dumps(manifest)
     assert run.load("table", "02", of=registered, **config).attrs == table.attrs
 
 
 def test_seconds_and_notices_are_not_in_the_key(run):
-    first = run.save("facts", FACTS, of=made, seconds=1, notices={"a": 1})
+    first = run.save("facts", FACTS, of=made, seconds=1)
+    run.notices["why"] = "x"
     assert run.save("facts", FACTS, of=made) == first
-    run.cached("slow", lambda: FACTS, of=made, notices={"why": "x"})
+    run.cached("slow", lambda: FACTS, of=made)
     slow = next(m for m in run.manifests() if m["name"] == "slow")
     assert slow["notices"] == {"why": "x"} and 0 <= slow["seconds"] < 5
 
@@ -167,7 +167,7 @@ def fail_halfway(monkeypatch, error):
         path.write_text("hal")
         raise error("disk full")
 
-    formats = artifacts._FORMATS | {".json": (dict, write, artifacts._FORMATS[".json"][2])}
+    formats = artifacts._FORMATS | {dict: (".json", write, artifacts._json)}
     monkeypatch.setattr(artifacts, "_FORMATS", formats)
 
 
@@ -293,7 +293,7 @@ def test_threads_write_and_read_one_artefact(run, value):
 def test_what_was_never_made(run):
     with pytest.raises(FileNotFoundError, match="no artefact 'total'.*run notebook 03_score") as e:
         run.load("total", "03_score_aggregation", of=made)
-    assert "others" not in str(e.value)
+    assert "there is" not in str(e.value)
 
 
 def test_another_parameter_is_refused_and_named(run):
@@ -302,14 +302,24 @@ def test_another_parameter_is_refused_and_named(run):
     run.save("other", SCORES, of=made, ratio=0.7)
     with pytest.raises(FileNotFoundError, match=r"config\.ratio is 0\.02, not 0\.05") as error:
         run.load("scores", "02", of=made, **(config | {"ratio": 0.05}))
-    assert f"there are others:\n  {path.name}: config" in str(error.value)
+    assert f"\n  there is {path.name}: config.ratio is 0.02, not 0.05" in str(error.value)
     assert "0.7" not in str(error.value) and "mmlu" not in str(error.value)
+    assert str(error.value).count("there is") == 1
     with pytest.raises(FileNotFoundError, match=r"config\.data\.mmlu is abc, not xyz"):
         run.load("scores", "02", of=made, ratio=0.02, data={"mmlu": "xyz"})
     with pytest.raises(FileNotFoundError, match=r"config\.seed is None, not 1"):
         run.load("scores", "02", of=made, seed=1, **config)
     with pytest.raises(FileNotFoundError, match=r"config\.ratio is 0\.02, not None"):
         run.load("scores", "02", of=made, data={"mmlu": "abc"})
+
+
+def test_an_array_or_a_tuple_in_a_key_is_compared_by_content(run):
+    run.save("facts", FACTS, of=made, mask=NEURONS.values, kinds=("a", "b"), seed=1)
+    with pytest.raises(FileNotFoundError) as error:
+        run.load("facts", "02", of=made, mask=NEURONS.values, kinds=("a", "b"), seed=2)
+    assert str(error.value).endswith(".json: config.seed is 1, not 2")
+    with pytest.raises(FileNotFoundError, match=r"config\.mask\.bytes is"):
+        run.load("facts", "02", of=made, mask=~NEURONS.values, kinds=("a", "b"), seed=1)
 
 
 @pytest.mark.fault("edited computation returns old numbers")
