@@ -146,11 +146,11 @@ def test_progress_is_switched_off_by_the_environment(echo, monkeypatch, capfd):
     evaluate(FakeMLLM(), prepare(FakeMLLM(), bench))
     assert not capfd.readouterr().err
     monkeypatch.setattr(evaluation, "tqdm", functools.partial(evaluation.tqdm, disable=False))
-    for call, label in ((evaluate, "answer echo"), (prepare, "encode echo")):
+    for call, label in ((evaluate, "echo:"), (prepare, "echo:")):
         result = call(FakeMLLM(), bench)
         assert label in capfd.readouterr().err
     evaluate(FakeMLLM(), result)
-    assert "answer echo" in capfd.readouterr().err
+    assert "echo:" in capfd.readouterr().err
 
 
 def test_empty_batch_size(echo):

@@ -49,13 +49,11 @@ def prepare(
     fit there (Qwen2-VL: some 19 kB per image token in float32), or let `evaluate` encode anew.
     Errors as in `evaluate`.
     """
-    batches = _encode(mllm, bench, batch_size, on_error, f"encode {bench.name}")
+    batches = _encode(mllm, bench, batch_size, on_error)
     return Prepared(bench, [(i, s, x and _encode_media(mllm, x), out) for i, s, x, out in batches])
 
 
-def _encode(
-    mllm: MLLM, bench: Benchmark, batch_size: int, on_error: str, label: str
-) -> Iterator[Batch]:
+def _encode(mllm: MLLM, bench: Benchmark, batch_size: int, on_error: str) -> Iterator[Batch]:
     """One batch of samples of like length after another."""
     firsts, lengths = starts(bench, batch_size), np.zeros(len(bench))
     # Sorting needs a look at every sample; decoding it twice is cheaper than keeping its media.
@@ -66,7 +64,7 @@ def _encode(
             if on_error != "skip":
                 raise
     order = np.argsort(lengths, kind="stable")
-    for i in tqdm(firsts, label, leave=False):
+    for i in tqdm(firsts, bench.name, leave=False):
         part = order[i : i + batch_size].tolist()
         positions, samples, batch, skipped = mllm.gather(bench, part, on_error)
         light = [replace(s, image=None, video=None, audio=None) for s in samples]
@@ -111,22 +109,19 @@ def evaluate(
     """Answer a benchmark greedily and score it, one row per sample in the benchmark's order.
 
     Samples with choices are answered by the most probable choice at the last prompt token, the
-    others by generation of at most `max_new_tokens` (the benchmark's own number by default; a
-    silenced model may ramble to the end of it). Batches hold samples of like length; `batch_size`
-    and `on_error` count only where `bench` is not prepared yet. Raises RowError for a row that
-    cannot be decoded or encoded; on_error="skip" leaves it out, names it in attrs["skipped"]
-    and warns.
+    others by generation of at most `max_new_tokens` (default: the benchmark's own number).
+    `batch_size` and `on_error` count only where `bench` is not prepared yet. Raises RowError for a
+    row that cannot be used; on_error="skip" leaves it out, warns and names it in attrs["skipped"].
 
-    Returns
-    -------
-    Columns benchmark, row, prompt, answer, references, score (in [0, 1]) and the metric's own:
+    Columns: benchmark, row, prompt, answer, references, score (in [0, 1]) and the metric's own:
     `cider_d` for captions, `contains` for exact match.
     """
-    label, rows, skipped = f"answer {getattr(bench, 'benchmark', bench).name}", {}, []
+    rows, skipped = {}, []
     if isinstance(bench, Prepared):
-        batches, bench = tqdm(bench.batches, label, leave=False), bench.benchmark
+        bench, ready = bench
+        batches = tqdm(ready, bench.name, leave=False)
     else:
-        batches = _encode(mllm, bench, batch_size, on_error, label)
+        batches = _encode(mllm, bench, batch_size, on_error)
     for positions, samples, batch, left_out in batches:
         skipped += left_out
         if not samples:
@@ -169,8 +164,8 @@ def _scores(table: pd.DataFrame, column: str = "score") -> dict[str, dict[str, n
 def summarise(table: pd.DataFrame, n: int = 10_000, seed: int = 0) -> pd.DataFrame:
     """Mean score with its 95 % bootstrap interval, per benchmark and averaged over benchmarks.
 
-    `corpus` is the benchmark's published figure over these rows (unclipped CIDEr-D, 1 - corpus
-    WER, else the mean); the average has none, for the figures have different scales.
+    `corpus` is the figure that is published for a benchmark (unclipped CIDEr-D, 1 - corpus WER,
+    else the mean), over these rows; the average has none.
     """
     lines = []
     for name, scores in _scores(table).items():
