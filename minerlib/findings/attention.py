@@ -1,9 +1,7 @@
 """Where attention goes: between token sets (paper hypothesis 1) and to attention sinks.
 
-The model's own attention makes its output. What is measured is recomputed in float32 from the
-queries and keys that `MLLM.tap` shows, under the mask the model used, and reduced to token sets
-prompt by prompt: no [head, token, token] tensor exists. What reaches the last prompt token is in
-`last_token`.
+Recomputed in float32 from the queries and keys that `MLLM.tap` shows, under the mask the model
+used, and reduced to token sets prompt by prompt: no [head, token, token] tensor exists.
 """
 
 from __future__ import annotations
@@ -22,11 +20,10 @@ from minerlib.separation import separate
 def visible(
     mask: torch.Tensor | None, real: torch.Tensor, queries: int | None = None
 ) -> torch.Tensor:
-    """Which keys each query sees, bool [batch, query, key], from the mask the model's kernel got.
+    """Which keys the last `queries` tokens (default all) see, bool [batch, query, key].
 
-    mask is bool (True is seen) or additive [batch, 1 or head, query, key]; None or two dimensions
-    mean causal attention over the real tokens, bool [batch, token]. The queries are the last
-    `queries` tokens (default all).
+    mask, as the model's kernel got it, is bool (True is seen) or additive [batch, 1 or head, query,
+    key]; None or two dimensions mean causal attention over the real tokens, bool [batch, token].
     """
     batch, n = real.shape
     queries = queries or n
@@ -49,9 +46,8 @@ def mass_between(
     """One prompt's mean attention mass from each set's tokens to each set, and its uniform null.
 
     query [head, token, dim], key [kv head, token, dim], seen bool [query, key], sets float
-    [set, token]; scaling defaults to 1/sqrt(dim). Both are [query set, key set], rows summing to 1
-    if the sets partition the prompt; NaN where a set is empty. The null is what the same tokens
-    would give if each attended uniformly over the tokens it sees, itself included.
+    [set, token]. Both are [query set, key set], NaN where a set is empty. The null is what the
+    same tokens would give if each attended uniformly over the tokens it sees, itself included.
     """
     even = seen / seen.sum(-1, keepdim=True).clamp(min=1)
     count = sets.sum(-1, keepdim=True)
@@ -65,10 +61,9 @@ def mass_between(
 
 @torch.inference_mode()
 def _masses(mllm: MLLM, bench, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Attention mass and its null per sample, and the tokens of each set.
+    """Mass and its null [sample, layer, set, set], and how many tokens a set has [sample, set].
 
-    The first two are [sample, layer, set, set], the last [sample, set]; the sets are the model's
-    kinds, then the prompt's first token by itself, and the special tokens without it.
+    The sets: the model's kinds, then the prompt's first token, and the special ones without it.
     """
     n_sets = len(mllm.kinds) + 2
     found = np.full((2, len(bench), mllm.n_layers, n_sets, n_sets), np.nan, np.float32)
@@ -113,13 +108,9 @@ def attention_between(mllm: MLLM, bench, *, batch_size: int = 8) -> pd.DataFrame
     """Mean attention mass from each base set's tokens to each base set, by layer.
 
     Attention is the model's own (causal, masked), averaged over heads; a sample's value is the
-    mean over the query set's tokens, and samples weigh equally.
-
-    Returns
-    -------
-    Columns layer, query, key, share, low, high (95 % bootstrap interval over samples), uniform
-    (the mean share if every token attended uniformly over the tokens it sees), n (samples that
-    hold both sets).
+    mean over the query set's tokens, and samples weigh equally. Columns layer, query, key, share,
+    low, high (95 % bootstrap interval over samples), uniform (the share if every token attended
+    uniformly over the tokens it sees, itself included), n (samples that hold both sets).
     """
     kinds = list(mllm.kinds)
     mass, null, _ = _masses(mllm, bench, batch_size)
@@ -131,10 +122,7 @@ def attention_between(mllm: MLLM, bench, *, batch_size: int = 8) -> pd.DataFrame
 def attention_within(mllm: MLLM, bench, *, batch_size: int = 8) -> pd.DataFrame:
     """Share of attention that stays within a token's own base set, by layer (hypothesis 1).
 
-    Returns
-    -------
-    Columns layer, set, share, low, high (95 % bootstrap interval over samples), uniform (the
-    share if every token attended uniformly over the tokens it sees, itself included), n.
+    Columns layer, set, share, low, high, uniform, n as in `attention_between`.
     """
     table = attention_between(mllm, bench, batch_size=batch_size)
     own = table[table["query"] == table["key"]].drop(columns="key")
@@ -148,11 +136,8 @@ def attention_sinks(mllm: MLLM, bench, *, batch_size: int = 8) -> pd.DataFrame:
     Sums over all of the prompt's queries: 1 is what the set's tokens would collect if every token
     attended uniformly over the tokens it sees (Xiao et al. 2023 call tokens far above it sinks).
     Since a prompt's first token is the usual sink and often special, it has a row of its own,
-    `first`, and `later special` is special without it.
-
-    Returns
-    -------
-    Columns layer, set, collected, low, high (95 % bootstrap interval over samples), n.
+    `first`, and `later special` is special without it. Columns layer, set, collected, low, high
+    (95 % bootstrap interval over samples), n.
     """
     mass, null, counts = _masses(mllm, bench, batch_size)
     kinds = len(mllm.kinds)  # they partition the queries; the others would count some twice

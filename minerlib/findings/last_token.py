@@ -1,41 +1,23 @@
 """What reaches the last prompt token, from which the answer is read (paper finding III).
 
-Attention and saliency by source set, attention knockout and the logit lens, each measured per
-sample, so that conditions compare in pairs:
-
-    answers = answer_tokens(mllm, bench, "model")          # before anything is silenced
-    before = measures(mllm, bench, answers)
-    with deactivate(mllm, neurons, ["image"]):
-        after = measures(mllm, bench, answers)
-    over_layers(changes(before, {"image": after}))
+Attention and saliency by source set, attention knockout and the logit lens, each per sample and
+of one answer token, chosen before anything is silenced, so that conditions compare in pairs.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
-from typing import Literal
+from itertools import product
 
 import numpy as np
 import pandas as pd
 import torch
 
+from minerlib import inference
 from minerlib.artifacts import computation
 from minerlib.findings.attention import visible
-from minerlib.inference import (
-    HOLDS,
-    bootstrap,
-    change_against_draws,
-    claims_table,
-    clear_of,
-    majority,
-    mean_over_samples,
-    paired,
-    rank_p,
-    spread,
-)
 from minerlib.model import MLLM
 from minerlib.separation import separate
 
@@ -50,16 +32,12 @@ _BY = ["measure", "layer", "set"]
 
 
 def answer_tokens(
-    mllm: MLLM,
-    bench,
-    target: Literal["reference", "model"] = "reference",
-    *,
-    batch_size: int = 8,
+    mllm: MLLM, bench, target: str = "reference", *, batch_size: int = 8
 ) -> np.ndarray:
     """The token id that answers each sample, int [sample]: what the other functions follow.
 
-    The first token of the most frequent reference, or the model's own first answer token; take
-    the latter outside `deactivate`, so that every condition follows the same token.
+    target "reference": the first token of the most frequent reference; "model": the model's own
+    first answer token, to be taken outside `deactivate`.
     """
     if target == "reference":
         common = [Counter(sample.references).most_common(1)[0][0] for sample in bench]
@@ -77,14 +55,14 @@ def answer_tokens(
     return np.concatenate(parts)
 
 
-def _answers(mllm, bench, answers) -> torch.Tensor:
+def _wanted(mllm: MLLM, bench, answers: np.ndarray | None) -> torch.Tensor:
     answers = answer_tokens(mllm, bench) if answers is None else np.asarray(answers)
     if answers.shape != (len(bench),):
         raise ValueError(
             f"answers has shape {answers.shape}, but there are {len(bench)} samples; take it from "
             "answer_tokens(mllm, bench)"
         )
-    return torch.from_numpy(answers.astype(np.int64))
+    return torch.from_numpy(answers)
 
 
 def _sources(mllm: MLLM, batch) -> tuple[list[str], torch.Tensor]:
@@ -99,13 +77,9 @@ def _sources(mllm: MLLM, batch) -> tuple[list[str], torch.Tensor]:
     return [*mllm.kinds, "last"], sets
 
 
-def _log_probability(mllm: MLLM, batch, answers: torch.Tensor) -> torch.Tensor:
-    """Log-probability of each prompt's answer token, [batch] float32."""
-    return _of(mllm.forward(batch).logits[:, -1], answers)
-
-
-def _of(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
-    log_p = logits.float().log_softmax(-1)
+def _log_p(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    """Log-probability of each prompt's answer token at its last position, [batch] float32."""
+    log_p = logits[:, -1].float().log_softmax(-1)
     return log_p.gather(1, answers.to(log_p.device)[:, None])[:, 0]
 
 
@@ -119,13 +93,13 @@ def _last_step(mllm: MLLM, batch, answers: torch.Tensor) -> tuple[torch.Tensor, 
     settings |= {"output_logits": True, "return_dict_in_generate": True}
     settings |= {"pad_token_id": mllm.tokenizer.pad_token_id}
     out = mllm.model.generate(**batch, **settings)  # generate knows every family's positions
-    cache, before = out.past_key_values, _of(out.logits[0], answers)
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    cache, before = out.past_key_values, _log_p(out.logits[0][:, None], answers)
+    settings |= {key: batch[key] for key in ("input_ids", "attention_mask")}
 
     def step() -> torch.Tensor:
         cache.crop(-1)
-        done = mllm.model.generate(**inputs, past_key_values=cache, **settings)
-        return _of(done.logits[0], answers)
+        done = mllm.model.generate(past_key_values=cache, **settings)
+        return _log_p(done.logits[0][:, None], answers)
 
     if (step() - before).abs().max() > (0.3 if torch.finfo(mllm.model.dtype).eps > 1e-5 else 1e-3):
         raise RuntimeError(
@@ -163,85 +137,73 @@ def last_row(
 
 
 def last_token_flow(
-    mllm: MLLM,
-    bench,
-    answers: np.ndarray | None = None,
-    *,
-    saliency: bool = True,
-    batch_size: int = 8,
+    mllm: MLLM, bench, answers: np.ndarray | None = None, *, batch_size: int = 8
 ) -> pd.DataFrame:
     """What the last prompt token draws from each source set, by layer and sample (finding III).
 
     answers int [sample] from `answer_tokens` (default: the references). Saliency is Wang et al.'s
     (2023) |sum over heads of A dL/dA| with A the last token's attention to one source token and L
-    the answer's negative log-probability, summed over the set's tokens. It comes from one
-    backward pass through the model's own attention kernel: a zero added to the last row of the
-    additive mask yields A (dL/dA - c) summed over heads, where c, the last token's mean of dL/dA
-    under A, equals the head's output times its gradient, read at the output projection. No
-    attention matrix is kept, only the activations that a backward pass needs: use a small batch.
+    the answer's negative log-probability, summed over the set's tokens. It comes from one backward
+    pass through the model's own kernel: a zero added to the last row of the additive mask yields
+    A (dL/dA - c) summed over heads, where c, the last token's mean of dL/dA under A, equals the
+    head's output times its gradient, read at the output projection. No attention matrix is kept,
+    only the activations that a backward pass needs: use a small batch.
 
-    Returns
-    -------
     Columns sample, layer, set (the base sets without the last token, and `last`, the token
     itself), tokens (in the set), attention (head-averaged; sums to 1 over the sets), uniform (the
     same if attention were uniform over the tokens seen), saliency.
     """
-    answers = _answers(mllm, bench, answers)
-    if saliency:
-        _needs_dense_masks(mllm)
+    wanted = _wanted(mllm, bench, answers)
+    _needs_dense_masks(mllm)
     parts = []
     for first, batch in mllm.batches(bench, batch_size, "last token"):
         names, sets = _sources(mllm, batch)
-        real, rows, even, gates, outputs = sets.any(1), {}, {}, {}, {}
+        real = sets.any(1)
+        found: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
 
-        def attend(layer, query, key, mask, scaling, real=real, rows=rows, even=even, gates=gates):
+        def attend(layer, query, key, mask, scaling, real=real, found=found):
             seen = visible(mask, real.to(query.device))
-            rows[layer] = last_row(query, key, seen[:, -1], scaling).detach()
-            even[layer] = seen[:, -1].float()
-            if not saliency:
-                return None
+            found["row"][layer] = last_row(query, key, seen[:, -1], scaling).detach()
+            found["seen"][layer] = seen[:, -1].float()
             bias = _bias(mask, seen, query.dtype)
-            gates[layer] = bias.new_zeros(len(bias), bias.shape[-1], requires_grad=True)
-            last = bias[:, :, -1:] + gates[layer][:, None, None]
-            return torch.cat([bias[:, :, :-1], last], 2)
-
-        def keep(layer, outputs=outputs):
-            def hook(module, args):
-                outputs[layer] = args[0]
-
-            return mllm.family.output_projection(mllm.layers[layer]).register_forward_pre_hook(hook)
+            gate = bias.new_zeros(len(bias), bias.shape[-1], requires_grad=True)
+            found["gate"][layer] = gate
+            return torch.cat([bias[:, :, :-1], bias[:, :, -1:] + gate[:, None, None]], 2)
 
         with ExitStack() as stack:
-            for layer in range(mllm.n_layers if saliency else 0):
-                stack.callback(keep(layer).remove)
-            stack.enter_context(mllm.tap(attention=attend))
-            stack.enter_context(torch.set_grad_enabled(saliency))
-            log_p = _log_probability(mllm, batch, answers[first : first + len(real)])
-        slope = _saliency(-log_p.sum(), rows, gates, outputs) if saliency else {}
+            for i, layer in enumerate(mllm.layers):
 
-        for layer, row in rows.items():
-            members = sets.to(row.device).float()
-            mean, seen = row.mean(1), even[layer]
-            columns = [mean, seen / seen.sum(1, keepdim=True), *([slope[layer]] if slope else [])]
-            per_set = torch.einsum("cbn,bsn->bsc", torch.stack(columns), members).cpu().numpy()
+                def keep(module, args, i=i, found=found):
+                    found["heads"][i] = args[0]
+
+                output = mllm.family.output_projection(layer)
+                stack.callback(output.register_forward_pre_hook(keep).remove)
+            stack.enter_context(mllm.tap(attention=attend))
+            stack.enter_context(torch.enable_grad())
+            log_p = _log_p(mllm.forward(batch).logits, wanted[first : first + len(real)])
+            slope = _saliency(-log_p.sum(), found)
+
+        for i, row in found["row"].items():
+            members, seen = sets.to(row.device).float(), found["seen"][i]
+            columns = torch.stack([row.mean(1), seen / seen.sum(1, keepdim=True), slope[i]])
+            per_set = torch.einsum("cbn,bsn->bsc", columns, members).cpu().numpy()
             count = members.sum(-1).int().cpu().numpy()
             for b, s in np.argwhere(count):
-                parts.append((first + b, layer, names[s], count[b, s], *per_set[b, s]))
-    columns = ["sample", "layer", "set", "tokens", "attention", "uniform", "saliency"]
-    return pd.DataFrame(parts, columns=columns[: 7 if saliency else 6])
+                parts.append((first + b, i, names[s], count[b, s], *per_set[b, s]))
+    named = ["sample", "layer", "set", "tokens", "attention", "uniform", "saliency"]
+    return pd.DataFrame(parts, columns=named)
 
 
-def _saliency(loss: torch.Tensor, rows: dict, gates: dict, outputs: dict) -> dict:
+def _saliency(loss: torch.Tensor, found: dict) -> dict[int, torch.Tensor]:
     """|sum over heads of A dL/dA| of the last token, [batch, token] float32 by layer."""
-    wanted = [*gates.values(), *(outputs[layer] for layer in gates)]
-    grads = torch.autograd.grad(loss, wanted)
-    found = {}
-    for layer, gate, slope in zip(gates, grads, grads[len(gates) :], strict=False):
-        a = rows[layer]
-        heads = [x[:, -1].detach().float().view(*a.shape[:2], -1) for x in (outputs[layer], slope)]
-        mean = (heads[0] * heads[1]).sum(-1, keepdim=True)  # of dL/dA under A, [batch, head, 1]
-        found[layer] = (gate.float() + (a * mean).sum(1)).abs()
-    return found
+    n, slopes = len(found["gate"]), {}
+    grads = torch.autograd.grad(loss, [found[k][i] for k in ("gate", "heads") for i in range(n)])
+    for layer, (gate, slope) in enumerate(zip(grads[:n], grads[n:], strict=True)):
+        a, last = found["row"][layer], (found["heads"][layer].detach()[:, -1], slope[:, -1])
+        heads, theirs = (x.float().view(*a.shape[:2], -1) for x in last)
+        mean = (heads * theirs).sum(-1, keepdim=True)  # of dL/dA under A, [batch, head, 1]
+        slopes[layer] = (gate.float() + (a * mean).sum(1)).abs()
+    return slopes
 
 
 def width(mllm: MLLM, window: int | None = None) -> int:
@@ -252,24 +214,12 @@ def width(mllm: MLLM, window: int | None = None) -> int:
     return window
 
 
-def side_by_side(n_layers: int, window: int) -> list[int]:
-    """Centres of windows that lie side by side and together cut every layer."""
-    return [min(i + window // 2, n_layers - 1) for i in range(0, n_layers, window)]
-
-
-def around(centre: int, window: int, n_layers: int) -> range:
-    """The `window` layers around a centre, an even one reaching further down; less at the ends."""
-    low = centre - window // 2
-    return range(max(low, 0), min(low + window, n_layers))
-
-
 @torch.inference_mode()
 def knockout(
     mllm: MLLM,
     bench,
     answers: np.ndarray | None = None,
     *,
-    sets: Sequence[str] | None = None,
     window: int | None = None,
     layers: Sequence[int] | None = None,
     cache: bool | None = None,
@@ -278,39 +228,31 @@ def knockout(
     """The answer's probability when the last token may not look at a set (Geva et al. 2023).
 
     For each set, and each centre in `layers` (default all), the last token's attention to the
-    set's tokens is cut in the `window` layers around it (default a fifth of the layers); what is
-    left is renormalised by the softmax. The last token always sees itself. Each set and centre
-    costs a step of the last token over cached keys and values, or with cache=False a forward
-    pass of the prompt (the default for models with other than full attention, whose cache cannot
-    step back).
+    set's tokens, itself excepted, is cut in the `window` layers around it (default a fifth of the
+    layers; an even number reaches further down); the softmax renormalises what is left. Each
+    costs a step of the last token over cached keys and values, or with cache=False a forward pass
+    of the prompt (the default for models with other than full attention, whose cache cannot step
+    back).
 
-    Returns
-    -------
     Columns sample, layer (the centre), set, probability (nothing cut), blocked (cut), loss
-    (probability - blocked), log_loss (the same of log-probabilities).
+    (probability - blocked).
     """
     _needs_dense_masks(mllm)
-    answers = _answers(mllm, bench, answers)
+    wanted, window, n = _wanted(mllm, bench, answers), width(mllm, window), mllm.n_layers
     if cache is None:
         cache = set(getattr(mllm.text_config, "layer_types", None) or ()) <= {"full_attention"}
-    window = width(mllm, window)
-    centres = range(mllm.n_layers) if layers is None else layers
-    if unknown := set(sets or ()) - set(mllm.kinds):
-        raise ValueError(f"{mllm.name} has no sets {sorted(unknown)}; there are {mllm.kinds}")
     parts = []
     for first, batch in mllm.batches(bench, batch_size, "knockout"):
         names, members = _sources(mllm, batch)
-        real, answer = members.any(1), answers[first : first + len(members)]
-        if cache:
-            before, run = _last_step(mllm, batch, answer)
-        else:
-            run = partial(_log_probability, mllm, batch, answer)
-            before = run()
+        real, answer = members.any(1), wanted[first : first + len(members)]
+
+        def whole(batch=batch, answer=answer):
+            return _log_p(mllm.forward(batch).logits, answer)
+
+        before, run = _last_step(mllm, batch, answer) if cache else (whole(), whole)
         for s, name in enumerate(names[:-1]):
             cut = members[:, s]
             held = cut.any(1).nonzero()[:, 0].tolist()
-            if not held or (sets is not None and name not in sets):
-                continue
 
             def block(layer, query, key, mask, scaling, cut=cut, real=real):
                 seen = visible(mask, real.to(query.device), query.shape[2])
@@ -319,19 +261,14 @@ def knockout(
                 bias[:, :, -1].masked_fill_(cut.to(bias.device)[:, None], lowest)
                 return bias
 
-            for centre in centres:
-                cuts = around(centre, window, mllm.n_layers)
-                with mllm.tap(attention=block, layers=cuts):
-                    after = run()
-                parts += [
-                    (first + b, centre, name, float(before[b]), float(after[b])) for b in held
-                ]
-    table = pd.DataFrame(parts, columns=["sample", "layer", "set", "before", "after"])
-    before, after = table.pop("before"), table.pop("after")
-    table["probability"], table["blocked"] = np.exp(before), np.exp(after)
-    table["loss"] = table["probability"] - table["blocked"]
-    table["log_loss"] = before - after
-    return table
+            for centre in (range(n) if layers is None else layers) if held else ():
+                low = centre - window // 2
+                with mllm.tap(attention=block, layers=range(max(low, 0), min(low + window, n))):
+                    after = run().exp()
+                for b in held:
+                    parts.append((first + b, centre, name, float(before[b].exp()), float(after[b])))
+    table = pd.DataFrame(parts, columns=["sample", "layer", "set", "probability", "blocked"])
+    return table.assign(loss=table["probability"] - table["blocked"])
 
 
 def unembed(mllm: MLLM, hidden: torch.Tensor) -> torch.Tensor:
@@ -348,42 +285,33 @@ def unembed(mllm: MLLM, hidden: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def read(mllm: MLLM, hidden: np.ndarray, top: int = 1) -> list[list[str]]:
     """The `top` tokens that the logit lens reads in each hidden state [n, hidden], best first."""
-    hidden = torch.from_numpy(np.asarray(hidden, np.float32))
-    best = torch.cat([unembed(mllm, part).topk(top, -1)[1].cpu() for part in hidden.split(256)])
+    parts = torch.from_numpy(np.asarray(hidden, np.float32)).split(256)
+    best = torch.cat([unembed(mllm, part).topk(top, -1)[1].cpu() for part in parts])
     return [[mllm.tokenizer.decode([i]) for i in row] for row in best.tolist()]
 
 
 @torch.inference_mode()
 def logit_lens(
-    mllm: MLLM,
-    bench,
-    answers: np.ndarray | None = None,
-    *,
-    batch_size: int = 8,
+    mllm: MLLM, bench, answers: np.ndarray | None = None, *, batch_size: int = 8
 ) -> pd.DataFrame:
     """How far the answer can be read at the last prompt token, by layer (the logit lens).
 
-    Returns
-    -------
-    Columns sample, layer (0 the embeddings, i after the i-th layer), probability,
-    log_probability and rank (0 the most probable token) of the answer token.
+    Columns sample, layer (0 the embeddings, i after the i-th layer), probability and rank (0 the
+    most probable token) of the answer token.
     """
-    answers = _answers(mllm, bench, answers)
-    parts = []
+    wanted, parts = _wanted(mllm, bench, answers), []
     for first, batch in mllm.batches(bench, batch_size, "logit lens"):
-        answer = answers[first : first + len(batch["input_ids"])]
+        answer = wanted[first : first + len(batch["input_ids"])]
 
         def lens(layer, h, first=first, answer=answer):
-            log_p = unembed(mllm, h[:, -1]).log_softmax(-1)
-            own = log_p.gather(1, answer.to(log_p.device)[:, None])
-            rank, own = (log_p > own).sum(1).tolist(), own[:, 0].tolist()
-            for b, (p, r) in enumerate(zip(own, rank, strict=True)):
-                parts.append((first + b, layer, np.exp(p), p, r))
+            logits = unembed(mllm, h[:, -1])
+            rank = (logits > logits.gather(1, answer.to(logits.device)[:, None])).sum(1)
+            p = _log_p(logits[:, None], answer).exp()
+            parts.extend((first + b, layer, float(p[b]), int(rank[b])) for b in range(len(p)))
 
         with mllm.tap(hidden=lens):
             mllm.forward(batch)
-    columns = ["sample", "layer", "probability", "log_probability", "rank"]
-    return pd.DataFrame(parts, columns=columns)
+    return pd.DataFrame(parts, columns=["sample", "layer", "probability", "rank"])
 
 
 # --- the finding ---------------------------------------------------------------------------------
@@ -400,34 +328,31 @@ def measures(
 ) -> pd.DataFrame:
     """The four measures as one table, in percent; windows of knockout lie side by side.
 
-    Returns
-    -------
     Columns measure (one of MEASURES, or `uniform`, the attention's null), sample, layer, set,
     value: share of attention; share of the sample's whole saliency, over all layers and sets;
     probability of the answer lost by knockout (layer: the window's centre); and its probability
     in the logit lens (set `answer`; layer 0: the embeddings).
     """
-    window = width(mllm, window)
+    n, window = mllm.n_layers, width(mllm, window)
     flow = last_token_flow(mllm, bench, answers, batch_size=batch_size)
     flow["saliency"] /= flow.groupby("sample")["saliency"].transform("sum")
-    centres = side_by_side(mllm.n_layers, window)
+    centres = [min(i + window // 2, n - 1) for i in range(0, n, window)]  # so that all are cut
     cut = knockout(mllm, bench, answers, window=window, layers=centres, batch_size=batch_size)
-    lens = logit_lens(mllm, bench, answers, batch_size=batch_size).assign(set="answer")
-    tables = {"loss": cut.assign(measure="knockout"), "probability": lens.assign(measure="lens")}
-    tables |= {name: flow.assign(measure=name) for name in ("attention", "uniform", "saliency")}
-    columns = ["measure", "sample", "layer", "set", "value"]
-    parts = [table.rename(columns={name: "value"})[columns] for name, table in tables.items()]
-    table = pd.concat(parts, ignore_index=True)
+    lens = logit_lens(mllm, bench, answers, batch_size=batch_size)
+    keys = ["sample", "layer", "set"]
+    parts = [
+        flow.melt(keys, ["attention", "uniform", "saliency"], "measure"),
+        cut.assign(measure="knockout").rename(columns={"loss": "value"}),
+        lens.assign(measure="lens", set="answer").rename(columns={"probability": "value"}),
+    ]
+    table = pd.concat(parts, ignore_index=True)[["measure", *keys, "value"]]
     return table.assign(value=100 * table["value"])
 
 
 def changes(before: pd.DataFrame, after: Mapping[Hashable, pd.DataFrame]) -> pd.DataFrame:
-    """Tables of `measures` under several conditions, minus the same before, in points.
-
-    Columns silenced (the condition), sample, measure, layer, set, value.
-    """
-    parts = [paired(before, t, "value", _BY).assign(silenced=name) for name, t in after.items()]
-    return pd.concat(parts, ignore_index=True)
+    """Tables of `measures` by condition, minus the one before; the condition is `silenced`."""
+    tables = {name: inference.paired(before, table, "value", _BY) for name, table in after.items()}
+    return pd.concat(tables, names=["silenced"]).reset_index("silenced").reset_index(drop=True)
 
 
 def over_layers(table: pd.DataFrame) -> pd.Series:
@@ -436,37 +361,32 @@ def over_layers(table: pd.DataFrame) -> pd.Series:
     From a table of `measures` or `changes`; indexed by silenced (if there), measure, set, sample.
     """
     by = [name for name in ("silenced", "measure", "set", "sample") if name in table]
-    value = table.groupby(by, sort=False)["value"].agg(["mean", "sum"])
+    value = table.groupby(by)["value"].agg(["mean", "sum"])
     shares = value.index.get_level_values("measure") == "saliency"
     return value["mean"].mask(shares, value["sum"]).rename("value")
 
 
 def by_source(changed: pd.DataFrame, chance: pd.DataFrame) -> pd.DataFrame:
     """Mean change by measure and silenced modality, then `random` (rows) and source (columns)."""
-    random = over_layers(chance).groupby(["measure", "set", "sample"], sort=False).mean()
-    both = [over_layers(changed), pd.concat({"random": random}, names=["silenced"])]
-    means = pd.concat(both).groupby(["measure", "silenced", "set"], sort=False).mean()
-    return means.unstack("set")
+    random = over_layers(chance).rename(lambda draw: "random", level="silenced")
+    both = pd.concat([over_layers(changed), random])
+    return both.groupby(["measure", "silenced", "set"]).mean().unstack("set")
 
 
 def at_own_source(changed: pd.DataFrame, chance: pd.DataFrame) -> pd.DataFrame:
     """Each modality's change at its own source by layer, against the range of the random draws.
 
     changed and chance from `changes`, the former under the modalities' names. The lens has no
-    source: its change is the answer's own.
-
-    Returns
-    -------
-    Columns silenced, measure, layer, set, value, low, high (95 % interval over samples), n, null
-    (the draws' mean), null_low, null_high (their range), beyond (whether the interval is clear of
-    that range).
+    source: its change is the answer's own. Columns silenced, measure, layer, set, value, low,
+    high (95 % interval over samples), n, null (the draws' mean), null_low, null_high (their
+    range), beyond (whether the interval is clear of that range).
     """
     own = changed[changed["measure"].isin(MEASURES)]
     own = own[(own["set"] == own["silenced"]) | (own["set"] == "answer")]
-    table = mean_over_samples(own, "value", ["silenced", *_BY])
+    table = inference.mean_over_samples(own, "value", ["silenced", *_BY])
     draws = chance.pivot_table("value", _BY, "silenced")  # means over samples
     draws = draws.reindex(pd.MultiIndex.from_frame(table[_BY])).to_numpy().T
-    clear = clear_of(table["low"], table["high"], draws)
+    clear = inference.clear_of(table["low"], table["high"], draws)
     band = {"null": draws.mean(0), "null_low": draws.min(0), "null_high": draws.max(0)}
     return table.assign(**band, beyond=clear)
 
@@ -480,32 +400,25 @@ def claims(before: pd.DataFrame, changed: pd.DataFrame, chance: pd.DataFrame) ->
     draws = over_layers(chance).groupby(["measure", "set", "silenced"]).mean()
     far = at_own_source(changed, chance).query("beyond").astype({"layer": str})
     since = far.groupby(["silenced", "measure"])["layer"].agg(", ".join)
-    lines, verdicts = [], []
-    for modality in changed["silenced"].unique():
-        for measure, what in _CLAIMS.items():
-            source = "answer" if measure == "lens" else modality
-            values, null = change[modality, measure, source], draws[measure, source].to_numpy()
-            mean, low, high = bootstrap(values)
-            verdicts.append(
-                change_against_draws(mean, low, high, null, n=len(values), tolerance=0.1)
-            )
-            layers = since.get((modality, measure))
-            lines.append(
-                {
-                    "claim": f"{modality} neurons change {what.format(modality)}",
-                    "measured": f"{start[measure, source].mean():z.1f} %, change "
-                    + spread(mean, low, high, "+", 1)
-                    + (f", in layers {layers}" if layers else ""),
-                    "null": f"random: {null.min():+z.1f} to {null.max():+z.1f}",
-                    "p": rank_p(mean, null, "two-sided"),
-                    "verdict": verdicts[-1],
-                }
-            )
+    lines: list[dict] = []
+    for modality, (measure, what) in product(changed["silenced"].unique(), _CLAIMS.items()):
+        source = "answer" if measure == "lens" else modality
+        values, null = change[modality, measure, source], draws[measure, source].to_numpy()
+        size, layers = inference.bootstrap(values), since.get((modality, measure))
+        verdict = inference.change_against_draws(*size, null, n=len(values), tolerance=0.1)
+        measured = f"{start[measure, source].mean():z.1f} %, change "
+        measured += inference.spread(*size, "+", 1) + (f", in layers {layers}" if layers else "")
+        line = {"claim": f"{modality} neurons change {what.format(modality)}", "measured": measured}
+        line["null"] = f"random: {null.min():+z.1f} to {null.max():+z.1f}"
+        p = inference.rank_p(size.mean, null, "two-sided")
+        lines.append({**line, "p": p, "verdict": verdict})
+    verdicts = [line["verdict"] for line in lines]
+    held = sum(verdict.word == inference.HOLDS for verdict in verdicts)
     whole = {
         "claim": "modality-specific neurons influence how key information of each modality "
         "reaches the last token",
-        "measured": f"{sum(v.word == HOLDS for v in verdicts)} of {len(lines)} lines hold",
+        "measured": f"{held} of {len(lines)} lines hold",
         "null": "the lines below",
-        "verdict": majority(verdicts),
+        "verdict": inference.majority(verdicts),
     }
-    return claims_table("III", [whole, *lines])
+    return inference.claims_table("III", [whole, *lines])
