@@ -12,20 +12,12 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
+import pydantic
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    Field,
-    PrivateAttr,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateAttr
 
 from minerlib.scoring import METRICS
-from minerlib.selection import STRATEGIES, weightings
+from minerlib.selection import PAPER_WEIGHTS, STRATEGIES, weightings
 from minerlib.separation import SPLITS
 from minerlib.tasks import REGISTRY
 from minerlib.tasks.media import FRAMES
@@ -49,16 +41,14 @@ def _among(names: Callable[[], Iterable[str]]) -> AfterValidator:
 
 
 def _weights(value: Any) -> Any:
-    """Weights by name, as a mapping, or one for each metric; all also as text."""
+    """Weights by name, as a mapping, or one for each of the paper's metrics; all also as text."""
     if isinstance(value, str):
         value = weightings().get(value) or yaml.safe_load(value)
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        if len(value) != len(METRICS):
-            raise ValueError(f"give one for each of {', '.join(METRICS)}")
-        value = dict(zip(METRICS, value, strict=True))
+    if isinstance(value, Sequence) and len(value) == len(PAPER_WEIGHTS):
+        value = dict(zip(PAPER_WEIGHTS, value, strict=True))
     if not isinstance(value, Mapping):
-        known = ", ".join(weightings())
-        raise ValueError(f"use a number for each metric, or one of {known}")
+        how = f"{', '.join(PAPER_WEIGHTS)}, or use one of {', '.join(weightings())}"
+        raise ValueError(f"give a number for each of {how}")
     return value
 
 
@@ -66,9 +56,8 @@ def _listed(value: Any) -> Any:
     return [v.strip() for v in value.split(",")] if isinstance(value, str) else value
 
 
-WHOLE = "a whole number of at least 1"
-Whole = Annotated[int, Field(ge=1, description=WHOLE)]
-Maybe = Annotated[int | None, Field(ge=1, description=f"{WHOLE}, or None")]
+Whole = Annotated[int, Field(ge=1, description="a whole number of at least 1")]
+Maybe = Annotated[int | None, Field(ge=1, description="a whole number of at least 1, or None")]
 Ratio = Annotated[float, Field(gt=0, le=1, description="a share of all neurons, in (0, 1]")]
 Seed = Annotated[int, Field(ge=0, description="a whole number of at least 0")]
 Text = Annotated[str, Field(description="give text")]
@@ -79,11 +68,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Parameters(BaseModel, extra="forbid", frozen=True, validate_default=True):
-    """The fields that notebooks share; what they mean is told in `workbook.Workbook`.
-
-    Modules named in the environment variable MINER_PLUGINS are imported first: what they register
-    is known then.
-    """
+    """The fields that notebooks share; `workbook.Workbook` says what they mean."""
 
     model: Text = "data/models/tiny-qwen2-vl"
     benchmarks: Annotated[Names, Field(description="names, as a list or with commas")] = None
@@ -92,7 +77,7 @@ class Parameters(BaseModel, extra="forbid", frozen=True, validate_default=True):
     eval_limit: Whole = 96
     ratio: Ratio = 0.02
     strategy: Annotated[Text, _among(lambda: STRATEGIES)] = "LA_MU"
-    weights: Annotated[Weights, Field(description="use a number for each metric")] = "default"  # type: ignore[assignment]
+    weights: Annotated[Weights, Field(description="give numbers")] = PAPER_WEIGHTS
     split: Annotated[Text, _among(lambda: SPLITS)] = "special_text_separate"
     seed: Seed = 0
     batch_size: Whole = 32
@@ -113,17 +98,17 @@ class Parameters(BaseModel, extra="forbid", frozen=True, validate_default=True):
             importlib.import_module(module)
         try:
             super().__init__(**given)
-        except ValidationError as error:
+        except pydantic.ValidationError as error:
             raise ValueError("\n".join(map(self._line, error.errors()))) from None
         self._declared = frozenset(type(self).model_fields)
 
-    @field_validator("*", mode="before")
+    @pydantic.field_validator("*", mode="before")
     @classmethod
     def _typed(cls, value: Any, info: Any) -> Any:
         """No field is a truth value; text from a command line can mean None."""
         field = cls.model_fields[info.field_name]
         if isinstance(value, bool):
-            raise ValueError(field.description or "not a truth value")
+            raise ValueError(field.description)
         return None if field.default is None and _is_none(value) else value
 
     @classmethod
@@ -139,9 +124,8 @@ class Parameters(BaseModel, extra="forbid", frozen=True, validate_default=True):
     def bind(cls, namespace: dict[str, Any]) -> Self:
         """From a notebook's `globals()`: what its parameters cell declares, as it is now.
 
-        Names that are no fields are the notebook's `own`, of the type of their default. All are
-        written back: `limit` in the notebook is what it is here. Names that Papermill injected and
-        the cell does not declare are refused.
+        Names that are no fields are the notebook's `own`, of their default's type. All are written
+        back: `limit` in the notebook is what it is here. Undeclared injected names are refused.
         """
         given = declared(namespace, cls.model_fields)
         fields = {name: value for name, value in given.items() if name in cls.model_fields}
@@ -170,11 +154,8 @@ def declared(namespace: Mapping[str, Any], fields: Iterable[str]) -> dict[str, A
     "# Parameters". Outside a notebook: the fields that the namespace holds.
     """
     cells = [(text.startswith("# Parameters"), assigned(text)) for text in namespace.get("In", [])]
-    known = next(
-        (a for injected, a in cells if not injected and {"model", "runs"} & a.keys()), None
-    )
-    if known is None:
-        known = {name: None for name in fields if name in namespace}
+    own = [names for injected, names in cells if not injected and {"model", "runs"} & names.keys()]
+    known = own[0] if own else {name: None for name in fields if name in namespace}
     for name in (name for injected, names in cells if injected for name in names):
         if name not in known:
             raise ValueError(f"unknown parameter {name!r}; {_nearest(name, known)}")
@@ -182,33 +163,23 @@ def declared(namespace: Mapping[str, Any], fields: Iterable[str]) -> dict[str, A
 
 
 def assigned(cell: str) -> dict[str, Any]:
-    """The names that a cell assigns, with the values that are literals, else None."""
+    """The names that a cell assigns literals to, and these."""
     try:
         lines = [line for line in ast.parse(cell).body if isinstance(line, ast.Assign)]
-    except SyntaxError:  # a shell line, say
+        return {t.id: ast.literal_eval(x.value) for x in lines for t in x.targets}  # type: ignore
+    except (SyntaxError, ValueError, AttributeError):  # a cell of another kind
         return {}
-    found = {}
-    for line in lines:
-        try:
-            value = ast.literal_eval(line.value)
-        except ValueError:
-            value = None
-        found |= {target.id: value for target in line.targets if isinstance(target, ast.Name)}
-    return found
 
 
 def _like(name: str, value: Any, default: Any) -> Any:
-    """The value in its default's type, read from text where a command line gave text."""
+    """The value in its default's type, also from a command line's text."""
     if default is None:
         return None if _is_none(value) else value
-    if isinstance(value, str) and not isinstance(default, str):
-        value = yaml.safe_load(value)
     try:
-        if isinstance(value, bool) == isinstance(default, bool):
-            return TypeAdapter(type(default)).validate_python(value)
-    except ValidationError:
-        pass
-    raise ValueError(f"{name}={value!r}: give a {type(default).__name__}, such as {default!r}")
+        return pydantic.TypeAdapter(type(default)).validate_python(value)
+    except pydantic.ValidationError:
+        what = f"give a {type(default).__name__}, such as {default!r}"
+        raise ValueError(f"{name}={value!r}: {what}") from None
 
 
 def at_least(**given: tuple[float, float]) -> None:

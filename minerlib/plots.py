@@ -65,18 +65,10 @@ def tokens(table: pd.DataFrame, ax: Axes, width: int = 68) -> None:
         wide = len(text) + 0.8 if len(part) == 1 else max(len(text) + 2, 20)
         if x + wide > width:
             x, y = 0.0, y - 1.35
-        ax.add_patch(
-            Rectangle((x, y), wide - 0.2, 1, fc=COLOURS[kind], alpha=0.35, ec=COLOURS[kind], lw=0.6)
-        )
-        ax.text(
-            x + wide / 2 - 0.1,
-            y + 0.47,
-            text,
-            ha="center",
-            va="center",
-            family="monospace",
-            fontsize=6.5,
-        )
+        colour = {"fc": COLOURS[kind], "ec": COLOURS[kind]}
+        ax.add_patch(Rectangle((x, y), wide - 0.2, 1, alpha=0.35, lw=0.6, **colour))
+        font = {"family": "monospace", "fontsize": 6.5}
+        ax.text(x + wide / 2 - 0.1, y + 0.47, text, ha="center", va="center", **font)
         x += wide
     handles = [Rectangle((0, 0), 1, 1, fc=COLOURS[k], alpha=0.35) for k in table["kind"].unique()]
     ax.legend(handles, table["kind"].unique(), ncols=6, loc="lower left", bbox_to_anchor=(0, 1))
@@ -88,11 +80,11 @@ def by_layer(
     table: pd.DataFrame,
     ax: Axes,
     *,
-    value: str = "value",
-    group: str = "modality",
-    null: str | None = None,
-    ylabel: str = "",
-    like: Mapping[str, str] | None = None,
+    value="value",
+    group="modality",
+    null=None,
+    ylabel="",
+    like=None,
 ) -> None:
     """One line per group over layers, with its interval (columns low, high) and a dotted null.
 
@@ -107,17 +99,8 @@ def by_layer(
         error = None
         if "low" in part:
             error = np.maximum([part[value] - part["low"], part["high"] - part[value]], 0)
-        ax.errorbar(
-            x,
-            part[value],
-            error,
-            color=colour,
-            marker=MARKERS.get(as_if, "o"),
-            capsize=1.5,
-            lw=1.2,
-            elinewidth=0.8,
-            label=name,
-        )
+        style = {"color": colour, "marker": MARKERS.get(as_if, "o"), "label": name}
+        ax.errorbar(x, part[value], error, capsize=1.5, lw=1.2, elinewidth=0.8, **style)
         if null is not None:
             ax.plot(x, part[null], color=colour, ls=":", lw=1)
             if "null_low" in part:
@@ -137,9 +120,8 @@ def projections(table: pd.DataFrame) -> Figure:
         ax = axes[layers.index(layer), views.index(view)]
         for kind, dots in part.groupby("kind"):
             style = {"color": COLOURS[kind], "marker": MARKERS[kind], "label": kind}
-            ax.scatter(
-                dots["x"], dots["y"], s=12 if kind == "special" else 7, alpha=0.75, lw=0, **style
-            )
+            size = 12 if kind == "special" else 7
+            ax.scatter(dots["x"], dots["y"], s=size, alpha=0.75, lw=0, **style)
         ax.set(xticks=[], yticks=[], title=view if layer == layers[0] else "")
         where = f"layer {layer}" if layer else "embeddings"
         ax.set_ylabel(where if view == views[0] else "")
@@ -153,35 +135,16 @@ def stacked(counts: pd.DataFrame, ax: Axes, *, xlabel: str = "", ylabel: str = "
     bottom = np.zeros(len(counts))
     x = np.arange(len(counts))
     for name in counts:
-        ax.bar(
-            x,
-            counts[name],
-            bottom=bottom,
-            color=COLOURS[name],
-            hatch=HATCHES[name],
-            ec="white",
-            lw=0.4,
-            label=name,
-        )
+        style = {"color": COLOURS[name], "hatch": HATCHES[name], "label": name}
+        ax.bar(x, counts[name], bottom=bottom, ec="white", lw=0.4, **style)
         bottom += counts[name].to_numpy()
     ax.set(xlabel=xlabel, ylabel=ylabel, xticks=x, xticklabels=counts.index)
 
 
 def heat(matrix: pd.DataFrame, ax: Axes, *, low=0.0, high=1.0, fmt=".2f", cmap="viridis") -> None:
     """An annotated matrix on a fixed colour scale, so that panels compare."""
-    sns.heatmap(
-        matrix,
-        ax=ax,
-        vmin=low,
-        vmax=high,
-        annot=True,
-        fmt=fmt,
-        cmap=cmap,
-        cbar=False,
-        square=True,
-        linewidths=0.5,
-        annot_kws={"fontsize": 7},
-    )
+    style = {"cmap": cmap, "fmt": fmt, "linewidths": 0.5, "annot_kws": {"fontsize": 7}}
+    sns.heatmap(matrix, ax=ax, vmin=low, vmax=high, annot=True, cbar=False, square=True, **style)
     ax.tick_params(length=0)
     ax.tick_params(axis="y", rotation=0)
     ax.set(xlabel="", ylabel="")

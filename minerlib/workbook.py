@@ -10,8 +10,7 @@ wb.answers(neurons)                             # one row per sample, cached
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -42,20 +41,16 @@ if not ((ROOT / "notebooks").is_dir() and (ROOT / "data").is_dir()):
 """Where relative paths start: the checkout that minerlib lies in, else the current folder."""
 SHIPPED = ("data/models", "data/benchmarks")
 
-PAPER_BENCHMARKS = {
-    "vision": ("text_vqa", "coco_caption", "mmlu", "msvd_qa"),
-    "audio": ("mmlu", "libri", "vocal_sound"),
-}
-"""The benchmarks that the paper uses for Qwen2-VL and for Qwen2-Audio."""
+PAPER_BENCHMARKS = ("text_vqa", "coco_caption", "mmlu", "msvd_qa", "libri", "vocal_sound")
+"""What the paper asks Qwen2-VL and Qwen2-Audio: each what its media allow."""
 
 PUBLISHED = {
     "Qwen2-VL-7B-Instruct": {"text_vqa": 0.843},
     "Qwen2-Audio-7B-Instruct": {"libri": 1 - 0.0359, "vocal_sound": 0.936},
 }
-"""Corpus figures of models as they are: Qwen2-VL's README (TextVQA val), lmms-eval (LibriSpeech
-test-clean with the chat template, VocalSound test)."""
+"""Corpus figures: Qwen2-VL's README (TextVQA val), lmms-eval (LibriSpeech test-clean with the chat
+template, VocalSound test). One that is further off than `FAR`, beyond its interval, is far off."""
 FAR = 0.05
-"""A figure further than this from the published one, beyond its interval, is far off."""
 
 
 class NotApplicable(ValueError):
@@ -92,7 +87,7 @@ class Workbook(Parameters):
     @property
     def choice(self) -> dict[str, Any]:
         """The parameters of stage 4."""
-        return {n: getattr(self, n) for n in ("ratio", "strategy", "weights", "split", "seed")}
+        return self.model_dump(include={"ratio", "strategy", "weights", "split", "seed"})
 
     @property
     def label(self) -> str:
@@ -114,8 +109,7 @@ class Workbook(Parameters):
     def mllm(self) -> MLLM:
         local = ROOT / self.model
         name = os.path.relpath(local) if local.is_dir() else self.model
-        bounds = ("min_pixels", "max_pixels")
-        pixels = {bound: n for bound in bounds if (n := getattr(self, bound)) is not None}
+        pixels = self.model_dump(include={"min_pixels", "max_pixels"}, exclude_none=True)
         transformers.logging.set_verbosity_error()
         if os.environ.get("TQDM_DISABLE"):
             transformers.logging.disable_progress_bar()
@@ -128,12 +122,8 @@ class Workbook(Parameters):
     @cached_property
     def names(self) -> list[str]:
         """The benchmarks' names, in the paper's order."""
-        if self.benchmarks:
-            return list(self.benchmarks)
-        kinds = set(self.mllm.kinds)
-        names = list(PAPER_BENCHMARKS["vision"]) if {"image", "video"} & kinds else ["mmlu"]
-        names += [n for n in PAPER_BENCHMARKS["audio"] if "audio" in kinds and n not in names]
-        return [n for n in names if REGISTRY[n].modality in kinds]
+        fitting = (n for n in PAPER_BENCHMARKS if REGISTRY[n].modality in self.mllm.kinds)
+        return list(self.benchmarks or fitting)
 
     @cached_property
     def rows(self) -> dict[str, Benchmark]:
@@ -143,7 +133,9 @@ class Workbook(Parameters):
         how = {name: getattr(self, name) for name in ("seed", "frames", "on_error")}
         how["source"] = None if source == "hub" else str(ROOT / source)
         how["sampling_rate"] = self.mllm.family.sampling_rate
-        return {name: benchmark(name, **how) for name in self.names}
+        rows = {name: benchmark(name, **how) for name in self.names}
+        self.run.notices |= {n: {**b.origin, "notices": b.notices} for n, b in rows.items()}
+        return rows
 
     @cached_property
     def mining(self) -> dict[str, Benchmark]:
@@ -160,51 +152,40 @@ class Workbook(Parameters):
 
     # ------------------------------------------------------------------ the stages' artefacts
 
-    def cached(
-        self,
-        name: str,
-        compute: Callable[[], Any],
-        *,
-        of: Any,
-        rows: Mapping[str, Benchmark] | None = None,
-        **config: Any,
-    ) -> Any:
-        """The artefact of this model, these rows (default: the evaluation's) and config."""
+    def cached(self, name: str, compute: Callable, *, of, rows=None, **config: Any) -> Any:
+        """The artefact of this model, these benchmarks (the evaluation's by default) and config."""
         config |= {"rows": _prints(self.evaluation if rows is None else rows)}
         of = [*([of] if callable(of) else of), *self._plugged]
         return self.run.cached(name, compute, of=of, on_error=self.on_error, **config)
 
-    def mine(self) -> dict[str, xr.DataArray]:
+    def mine(self, made_by: str = "") -> dict[str, xr.DataArray]:
         """Stage 2 per benchmark, computed or read; interrupted mining continues."""
-        return {name: self._mined(name, self.run.cached) for name in self.mining}
+        how = {"batch_size": self.batch_size, "on_error": self.on_error}
+        found = {}
+        for name, bench in self.mining.items():
+            part = self.folder / f"scores-{name}"
+            compute = partial(score, self.mllm, bench, checkpoint=part, **how)
+            key = {"of": (score, *self._plugged), "rows": bench.fingerprint}
+            found[name] = self._stage(made_by, f"scores-{name}", compute, **key)
+        return found
 
     def scores(self) -> dict[str, xr.DataArray]:
         """Stage 2 per benchmark, as notebook 02 left it."""
-        load = self._loaded("02_importance_scores")
-        return {name: self._mined(name, load) for name in self.mining}
+        return self.mine("02_importance_scores")
 
-    def aggregate(self) -> xr.DataArray:
+    def aggregate(self, made_by: str = "") -> xr.DataArray:
         """Stage 3, computed from notebook 02's artefacts or read."""
-        return self._total(self.run.cached)
+        key = {"of": (score, aggregate, *self._plugged), "rows": _prints(self.mining)}
+        return self._stage(made_by, "total", lambda: aggregate(self.scores().values()), **key)
 
     def total(self) -> xr.DataArray:
         """Stage 3, as notebook 03 left it."""
-        return self._total(self._loaded("03_score_aggregation"))
+        return self.aggregate("03_score_aggregation")
 
-    def _loaded(self, made_by: str) -> Callable[..., Any]:
-        return lambda name, compute, **key: self.run.load(name, made_by, **key)
-
-    def _mined(self, name: str, get: Callable[..., Any]) -> xr.DataArray:
-        bench, how = self.mining[name], {"on_error": self.on_error}
-        key = {"rows": bench.fingerprint, **how}
-        how |= {"batch_size": self.batch_size, "checkpoint": self.folder / f"scores-{name}"}
-        compute = partial(score, self.mllm, bench, **how)
-        return get(f"scores-{name}", compute, of=(score, *self._plugged), **key)
-
-    def _total(self, get: Callable[..., Any]) -> xr.DataArray:
-        key = {"rows": _prints(self.mining), "on_error": self.on_error}
-        of = (score, aggregate, *self._plugged)
-        return get("total", lambda: aggregate(self.scores().values()), of=of, **key)
+    def _stage(self, made_by: str, name: str, compute: Callable, **key: Any) -> xr.DataArray:
+        if made_by:
+            return self.run.load(name, made_by, on_error=self.on_error, **key)
+        return self.run.cached(name, compute, on_error=self.on_error, **key)
 
     @property
     def _plugged(self) -> list[Callable]:
@@ -217,9 +198,8 @@ class Workbook(Parameters):
         neurons = select(self.total() if total is None else total, **(self.choice | other))
         if not other and not neurons.any():
             raise ValueError(
-                f"ratio={self.ratio}: a budget of {neurons.attrs['budget']} of "
-                f"{neurons.sizes['layer'] * neurons.sizes['neuron']} neurons leaves none for "
-                f"each share that {self.strategy} makes of it; raise ratio, or take adaptive"
+                f"ratio={self.ratio}: its budget of {neurons.attrs['budget']} neurons leaves none "
+                f"for each share that {self.strategy} makes of it; raise ratio, or take adaptive"
             )
         return neurons
 
@@ -238,33 +218,30 @@ class Workbook(Parameters):
     # ------------------------------------------------------------------ silencing, measured
 
     def answers(
-        self,
-        neurons: xr.DataArray | None = None,
-        modalities: Sequence[str] | None = None,
-        mode: str = "zero",
-        constants: xr.DataArray | None = None,
+        self, neurons=None, modalities=None, mode: str = "zero", constants=None
     ) -> pd.DataFrame:
         """Answers on the evaluation rows with the neurons silenced (None: the model as it is).
 
         One row per sample, as `evaluate` returns it. Computed once per benchmark and set of
-        silenced neurons, whatever their modalities are called.
+        silenced neurons.
         """
         if neurons is not None and modalities is not None:
             neurons = neurons.sel(modality=list(modalities))
-        key = {"max_new_tokens": self._longest, "on_error": self.on_error, "silenced": None}
+        key = {"max_new_tokens": self._longest, "on_error": self.on_error}
         if neurons is not None:
-            key["silenced"] = {"neurons": digest(np.asarray(neurons).any(0)), "mode": mode}
+            key["silenced"], key["mode"] = digest(np.asarray(neurons).any(0)), mode
         if mode != "zero" and constants is not None:
-            key["silenced"]["constants"] = digest(constants[f"activation_{mode}"])
-        silenced = partial(deactivate, self.mllm, neurons, mode=mode, constants=constants)
+            key["constants"] = digest(constants[f"activation_{mode}"])
 
         def compute(name: str) -> pd.DataFrame:
-            with nullcontext() if neurons is None else silenced():
+            if neurons is None:
+                return self._evaluated(name)
+            with deactivate(self.mllm, neurons, mode=mode, constants=constants):
                 return self._evaluated(name)
 
-        of = (evaluate, deactivate)
+        key["of"] = (evaluate, deactivate)
         tables = [
-            self.run.cached(f"answers-{n}", partial(compute, n), of=of, rows=b.fingerprint, **key)
+            self.run.cached(f"answers-{n}", partial(compute, n), rows=b.fingerprint, **key)
             for n, b in self.evaluation.items()
         ]
         whole = pd.concat(tables, ignore_index=True)
@@ -287,7 +264,7 @@ class Workbook(Parameters):
         """The model as it is beside its published figures, one row per benchmark.
 
         Columns benchmark, corpus (its usual figure), low, high (95 % interval of the rows' mean),
-        published, verdict: near, FAR OFF (more than `FAR` beyond the interval), none published.
+        published, verdict: near, FAR OFF, or none published.
         """
         table = summarise(self.answers())[["benchmark", "corpus", "low", "high"]]
         table = table[table["benchmark"] != "average"]
@@ -314,20 +291,17 @@ class Workbook(Parameters):
         save(fig, files, {"model": self.label, **self.configuration})
 
     def __repr__(self) -> str:
-        m, n = self.mllm, self.mllm.model.num_parameters() / 1e6
+        m = self.mllm
         what = "a stand-in, see data/README.md" if self.is_shipped else "checkpoint"
-        rows = f"rows each: {self.limit} to mine"
-        if "eval_limit" in self._declared:
-            rows += f", {self.eval_limit} others to evaluate"
         return (
             f"{self.label} ({what}): {m.n_layers} decoder layers x {m.n_neurons} neurons, "
-            f"{n:.1f} M parameters\ntoken kinds: {', '.join(m.kinds)}\n"
-            f"benchmarks: {', '.join(self.names)}; {rows}"
+            f"{m.model.num_parameters() / 1e6:.1f} M parameters\n"
+            f"token kinds: {', '.join(m.kinds)}; benchmarks: {', '.join(self.names)}"
         )
 
 
 def tracked(name: str) -> list[Path]:
-    """Where a figure of this name goes besides the run folder: the folder MINER_FIGURES, if any."""
+    """Where a figure goes besides the run folder: into the folder MINER_FIGURES, if any."""
     folder = os.environ.get("MINER_FIGURES")
     return [ROOT / folder / name] if folder else []
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT, random_mllm
+from PIL import Image
 
 import minerlib as ml
 from minerlib import workbook
-from minerlib.selection import PAPER_WEIGHTS
+from minerlib.parameters import NEUTRAL, at_least
+from minerlib.scoring import METRICS
+from minerlib.selection import PAPER_WEIGHTS, STRATEGIES
 from minerlib.tasks import REGISTRY
+
+# --- parameters ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -18,25 +29,39 @@ from minerlib.tasks import REGISTRY
     [
         ({"limit": 0}, "limit=0: a whole number of at least 1"),
         ({"limit": True}, "limit=True: a whole number"),
-        ({"eval_limit": 9.5}, "eval_limit=9.5"),
-        ({"batch_size": "8"}, "batch_size='8'"),
-        ({"seed": -1}, "seed=-1"),
-        ({"frames": 0}, "frames=0"),
-        ({"max_pixels": 0}, "max_pixels=0"),
+        ({"eval_limit": 9.5}, "eval_limit=9.5: a whole number"),
+        ({"batch_size": "eight"}, "batch_size='eight': a whole number"),
+        ({"seed": -1}, "seed=-1: a whole number of at least 0"),
+        ({"frames": 0}, "frames=0: a whole number"),
+        ({"max_pixels": 0}, "max_pixels=0: a whole number of at least 1, or None"),
         ({"ratio": 2}, r"ratio=2: a share of all neurons, in \(0, 1\]"),
-        ({"ratio": "2 %"}, "ratio='2 %'"),
-        ({"strategy": "LA"}, "strategy='LA': use one of adaptive, LA_MU"),
-        ({"split": "image"}, "split='image': use one of prompt"),
-        ({"dtype": "int8"}, "dtype='int8': use one of auto"),
-        ({"benchmarks": "mmlu, vqa"}, "benchmarks='vqa': use one of text_vqa"),
-        ({"weights": "best"}, "weights='best': use five numbers or one of default"),
-        ({"weights": [1, 0]}, r"weights=\[1, 0\]: give one for each of prob"),
-        ({"weights": 3}, "weights=3: use five numbers"),
+        ({"ratio": float("nan")}, "ratio=nan: a share of all neurons"),
+        ({"ratio": "2 %"}, "ratio='2 %': a share of all neurons"),
+        ({"strategy": "LA"}, "strategy='LA': no 'LA'; use one of adaptive, LA_MU"),
+        ({"split": "image"}, "split='image': no 'image'; use one of prompt"),
+        ({"dtype": "int8"}, "dtype='int8': no 'int8'; use one of auto"),
+        ({"on_error": "ignore"}, "on_error='ignore': use raise or skip"),
+        ({"benchmarks": "mmlu, vqa"}, "no 'vqa'; use one of text_vqa"),
+        ({"benchmarks": 3}, "benchmarks=3: names, as a list or with commas"),
+        ({"model": 3}, "model=3: give text"),
+        ({"run_dir": 3}, "run_dir=3: give text, or None"),
+        ({"weights": "best"}, "weights='best': give a number for each of prob, .* one of default"),
+        ({"weights": [1, 0]}, r"weights=\[1, 0\]: give a number for each of prob"),
+        ({"weights": {"mode": 1}}, "no 'mode'; use one of prob"),
+        ({"weights": {"mean": "much"}}, "weights='much': give numbers"),
+        ({"weights": 3}, "weights=3: give a number for each of prob"),
+        ({"limits": 9}, "unknown parameter 'limits'; did you mean 'limit'"),
     ],
 )
 def test_a_bad_parameter_is_named_before_anything_is_loaded(given, message):
-    with pytest.raises(ValueError, match=message):
-        ml.Workbook(model="no/such/model", **given)
+    with pytest.raises(ValueError, match=message) as raised:
+        ml.Workbook(**{"model": "no/such/model"} | given)
+    assert "\n" not in str(raised.value) and "pydantic" not in str(raised.value)
+
+
+def test_all_bad_parameters_are_named_at_once():
+    with pytest.raises(ValueError, match=r"limit=0: .*\nratio=7: "):
+        ml.Workbook(limit=0, ratio=7)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +73,89 @@ def test_weights_by_name_number_and_text(given):
     assert ml.Workbook(weights=given).weights == PAPER_WEIGHTS
 
 
+def test_text_of_a_command_line_is_read():
+    wb = ml.Workbook(
+        limit="1_000", ratio="0.05", max_pixels="None", device="", benchmarks="mmlu, libri"
+    )
+    assert (wb.limit, wb.ratio, wb.max_pixels, wb.device) == (1000, 0.05, None, None)
+    assert wb.benchmarks == ("mmlu", "libri") and ml.Workbook(benchmarks="none").benchmarks is None
+
+
+# --- bound from a notebook -----------------------------------------------------------------------
+
+CELL = """
+model = "data/models/tiny-qwen2-vl"
+limit = 96  # rows
+draws = 10
+exact = False
+pick = None
+"""
+
+
+def notebook(*cells: str, **now) -> dict:
+    """A notebook's globals after these cells; IPython keeps them in `In`."""
+    space: dict = {}
+    for cell in cells:
+        exec(cell, space)
+    return space | {"In": ["", *cells]} | now
+
+
+def test_a_notebook_binds_what_its_parameters_cell_declares():
+    space = notebook("seed = 9", CELL, "ratio = 0.5", "# Parameters\nlimit = 8\ndraws = 20\n")
+    wb = ml.Workbook.bind(space)
+    assert (wb.limit, wb.seed, wb.ratio) == (8, 0, 0.02)
+    assert wb.own == {"draws": 20, "exact": False, "pick": None}
+    assert wb.parameters == {"limit": 8, **wb.own}
+
+
+def test_bound_values_are_written_back_as_what_they_mean():
+    space = notebook(CELL, limit="1_000", draws="25", exact="true", pick="None")
+    wb = ml.Workbook.bind(space)
+    assert (space["limit"], space["draws"], space["exact"], space["pick"]) == (1000, 25, True, None)
+    assert wb.own["draws"] == 25
+
+
+@pytest.mark.fault("unknown parameter in a notebook")
+@pytest.mark.parametrize(
+    ("injected", "message"),
+    [
+        ("limits = 8", "unknown parameter 'limits'; did you mean 'limit'?"),
+        ("draw = 8", "unknown parameter 'draw'; did you mean 'draws'?"),
+        ("ratio = 0.1", "unknown parameter 'ratio'; use one of draws, exact, limit, model, pick"),
+    ],
+)
+def test_an_injected_parameter_that_is_not_declared_is_refused(injected, message):
+    with pytest.raises(ValueError) as raised:
+        ml.Workbook.bind(notebook(CELL, f"# Parameters\n{injected}\n"))
+    assert message in str(raised.value)
+
+
+@pytest.mark.fault("a parameter of another type")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"draws": "many"}, "draws='many': give a int, such as 10"),
+        ({"draws": 2.5}, "draws=2.5: give a int, such as 10"),
+        ({"exact": "maybe"}, "exact='maybe': give a bool, such as False"),
+        ({"limit": "few"}, "limit='few': a whole number of at least 1"),
+    ],
+)
+def test_a_notebooks_own_parameters_are_of_their_defaults_type(given, message):
+    with pytest.raises(ValueError) as raised:
+        ml.Workbook.bind(notebook(CELL, **given))
+    assert message in str(raised.value)
+
+
+def test_cells_that_are_not_python_and_scripts_without_cells():
+    assert ml.Workbook.bind(notebook(CELL) | {"In": ["!ls", "%time x", CELL]}).own["draws"] == 10
+    assert ml.Workbook.bind({"limit": 8, "else": 1}).parameters == {"limit": 8}
+    with pytest.raises(ValueError, match="draws=3: give at least 10"):
+        at_least(draws=(3, 10), shuffled=(5, 5))
+
+
+# --- rows ----------------------------------------------------------------------------------------
+
+
 def make(tmp_path, name: str = "tiny-qwen2-vl", **given) -> ml.Workbook:
     """A workbook of few rows over a model with random weights."""
     wb = ml.Workbook(model=f"data/models/{name}", run_dir=str(tmp_path), **given)
@@ -55,17 +163,33 @@ def make(tmp_path, name: str = "tiny-qwen2-vl", **given) -> ml.Workbook:
     return wb
 
 
-def test_rows_for_mining_and_evaluation_are_disjoint(tmp_path):
-    wb = make(tmp_path, limit=400, eval_limit=80)
+@pytest.mark.fault("mining and evaluation share media")
+def test_rows_for_mining_and_evaluation_share_no_medium(tmp_path):
+    wb = make(tmp_path, limit=200, eval_limit=80)
     assert wb.names == ["text_vqa", "coco_caption", "mmlu", "msvd_qa"]
     for name in wb.names:
-        mined, evaluated = set(wb.mining[name].numbers), set(wb.evaluation[name].numbers)
-        assert (len(mined), len(evaluated)) == (400, 80) and not mined & evaluated
-    with pytest.raises(ValueError, match="limit=450 and eval_limit=40: text_vqa has 480 rows"):
+        mined, evaluated = wb.mining[name], wb.evaluation[name]
+        assert (len(mined), len(evaluated)) == (200, 80)
+        assert not set(mined.numbers) & set(evaluated.numbers)
+        assert not set(mined.media) & set(evaluated.media)
+    with pytest.raises(ValueError, match="limit=450"):
         _ = make(tmp_path, limit=450, eval_limit=40).evaluation
     assert len(make(tmp_path, limit=450, eval_limit=40).mining["mmlu"]) == 450
-    with pytest.raises(ValueError, match="limit=500: text_vqa has 480 rows"):
+    with pytest.raises(ValueError, match="limit=500: text_vqa has 480 rows; lower it"):
         _ = make(tmp_path, limit=500).mining
+
+
+@pytest.mark.fault("a folder's rows are not shuffled")
+@pytest.mark.parametrize("source", ["auto", "data/benchmarks"])
+def test_every_source_is_shuffled_with_the_seed(tmp_path, source):
+    first, same, other = (
+        make(tmp_path, benchmarks="mmlu", source=source, seed=seed).mining["mmlu"].numbers.tolist()
+        for seed in (0, 0, 1)
+    )
+    assert first == same != other and first != sorted(first)
+
+
+# --- artefacts -----------------------------------------------------------------------------------
 
 
 def test_a_stage_says_which_notebook_comes_before_it(tmp_path):
@@ -77,38 +201,230 @@ def test_a_stage_says_which_notebook_comes_before_it(tmp_path):
     wb.mine()
     total = wb.aggregate()
     np.testing.assert_array_equal(wb.total(), total)
-    with pytest.raises(ValueError, match=r"ratio=0.0005: a budget of 2 of 4096 .* raise ratio"):
+    with pytest.raises(ValueError, match=r"ratio=0.0005: its budget of 2 neurons .* raise ratio"):
         make(tmp_path, benchmarks="mmlu", limit=2, ratio=0.0005, split="prompt",
              strategy="LU_MA").select(total)  # fmt: skip
 
 
-def test_answers_are_computed_once_for_each_set_of_silenced_neurons(tmp_path, monkeypatch):
-    wb, calls = make(tmp_path, benchmarks="mmlu", limit=2, eval_limit=4), []
-    evaluate = workbook.evaluate
+def test_a_modality_alone_gets_a_whole_budget(tmp_path):
+    wb = make(tmp_path, benchmarks="mmlu", limit=2, ratio=0.1)
+    wb.mine()
+    total = wb.aggregate()
+    alone = wb.alone("special")
+    assert alone.modality.values.tolist() == ["special"] and alone.sum() == int(0.1 * 8 * 512)
+    value = ml.selection.weighted(total.sel(modality=["special"]), wb.weights)
+    assert value[alone.values].min() >= value[~alone.values].max()
+    draws = wb.draws(alone, 3, by_layer=True)
+    assert [d.attrs["seed"] for d in draws] == [0, 1, 2]
+    assert all((d.sum("neuron").values == alone.sum("neuron").values).all() for d in draws)
+    assert not np.array_equal(draws[0], draws[1])
 
-    def counted(*args, **kwargs):
-        calls.append(1)
-        return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(workbook, "evaluate", counted)
+@pytest.fixture
+def counted(monkeypatch) -> list[str]:
+    """The benchmarks that are really answered."""
+    calls, evaluated = [], ml.Workbook._evaluated
+
+    def count(self, name):
+        calls.append(name)
+        return evaluated(self, name)
+
+    monkeypatch.setattr(ml.Workbook, "_evaluated", count)
+    return calls
+
+
+def test_answers_are_computed_once_for_each_set_of_silenced_neurons(tmp_path, counted):
+    wb = make(tmp_path, benchmarks="mmlu", limit=2, eval_limit=4)
     before = wb.answers()
-    assert len(before) == 4 and wb.answers().equals(before) and len(calls) == 1
+    assert len(before) == 4 and wb.answers().equals(before) and len(counted) == 1
     scores = wb.mine()["mmlu"]
     neurons = ml.select(scores, ratio=0.5)
     after = wb.answers(neurons)
     # The same neurons under other names of modalities are the same condition.
     assert wb.answers(neurons.assign_coords(modality=["a", "b"])).equals(after)
-    assert len(calls) == 2
+    assert len(counted) == 2
     wb.answers(neurons, mode="mean", constants=scores)
     wb.answers(neurons, modalities=["text"])
-    assert len(calls) == 4
+    assert len(counted) == 4
 
 
-def test_pictures_of_other_bounds_are_another_model(tmp_path):
+@pytest.mark.fault("answers of a stopped run are lost")
+def test_answers_are_kept_benchmark_by_benchmark(tmp_path, counted, monkeypatch):
+    few = {"benchmarks": "mmlu, text_vqa", "limit": 2, "eval_limit": 2, "max_new_tokens": 1}
+    wb = make(tmp_path, **few)
+    whole, stopped = ml.Workbook._evaluated, []
+
+    def stop(self, name):
+        if name == "text_vqa" and not stopped:
+            raise KeyboardInterrupt
+        return whole(self, name)
+
+    monkeypatch.setattr(ml.Workbook, "_evaluated", stop)
+    with pytest.raises(KeyboardInterrupt):
+        wb.answers()
+    stopped.append(True)
+    assert len(make(tmp_path, **few).answers()) == 4 and counted == ["mmlu", "text_vqa"]
+    # One benchmark alone finds what it has.
+    make(tmp_path, **few | {"benchmarks": "text_vqa"}).answers()
+    assert counted == ["mmlu", "text_vqa"]
+
+
+def test_pictures_of_other_bounds_are_another_model():
     path = ROOT / "data/models/tiny-qwen2-vl"
     plain = ml.load(path).fingerprint
-    bounded = ml.load(path, processor_kwargs={"max_pixels": 1024}).fingerprint
-    assert bounded == plain | {"max_pixels": "1024"}
+    assert ml.load(path, processor_kwargs={"max_pixels": 1024}).fingerprint != plain
+
+
+# --- keys ----------------------------------------------------------------------------------------
+
+DEFAULTS = {"benchmarks": "text_vqa, msvd_qa", "limit": 4, "eval_limit": 3}
+CHANGED = {
+    "model": "data/models/tiny-qwen2-audio",
+    "benchmarks": "mmlu",
+    "source": "other rows",
+    "limit": 5,
+    "eval_limit": 2,
+    "ratio": 0.05,
+    "strategy": "adaptive",
+    "weights": "all",
+    "split": "prompt",
+    "seed": 1,
+    "batch_size": 3,
+    "max_new_tokens": 7,
+    "min_pixels": 1568,
+    "max_pixels": 3136,
+    "frames": 4,
+    "run_dir": "elsewhere",
+    "device": "cpu",
+    "dtype": "bfloat16",
+    "on_error": "skip",
+}
+# Which fields change what is mined, and what is answered; a finding hangs on all but the neutral.
+SCORED = {"model", "benchmarks", "source", "limit", "seed", "min_pixels", "max_pixels", "frames",
+          "dtype", "on_error"}  # fmt: skip
+ANSWERED = SCORED - {"limit"} | {"eval_limit", "max_new_tokens"}
+
+
+@pytest.fixture(scope="module")
+def other_rows(tmp_path_factory) -> Path:
+    """The shipped rows, but for the questions of text_vqa."""
+    folder = tmp_path_factory.mktemp("rows") / "benchmarks"
+    shutil.copytree(ROOT / "data/benchmarks", folder)
+    (file,) = (folder / "text_vqa").glob("*.parquet")
+    table = pd.read_parquet(file)
+    table.assign(question="Say: " + table["question"]).to_parquet(file)
+    return folder
+
+
+def stems(wb: ml.Workbook) -> dict[str, str | list[str]]:
+    """The file names, but for their folder, of a workbook's scores, answers and finding."""
+    found: dict[str, list] = {"scores": [], "answers": []}
+
+    class Recording(ml.Run):
+        def cached(self, name, compute, *, of, **config):
+            found[name.split("-")[0]].append(self.stem(name, of=of, **config))
+            return pd.DataFrame()
+
+    wb.__dict__["run"] = Recording(wb.folder, wb.mllm)
+    wb.mine()
+    wb.answers()
+    return found | {"finding": wb.run.stem("finding", of=(), **wb.configuration)}
+
+
+@pytest.fixture(scope="module")
+def usual() -> dict:
+    return stems(ml.Workbook(**DEFAULTS))
+
+
+@pytest.mark.fault("keys that miss a parameter")
+@pytest.mark.parametrize("field", ml.Workbook.model_fields)
+def test_every_field_that_can_change_a_result_is_in_its_key(field, usual, other_rows):
+    assert field in CHANGED, f"say here what a change of the new field {field} changes"
+    change = {field: str(other_rows) if field == "source" else CHANGED[field]}
+    if field == "model":
+        change["benchmarks"] = "mmlu"
+        usual = stems(ml.Workbook(**DEFAULTS | {"benchmarks": "mmlu"}))
+    changed = stems(ml.Workbook(**DEFAULTS | change))
+    assert (changed["scores"] != usual["scores"]) == (field in SCORED)
+    assert (changed["answers"] != usual["answers"]) == (field in ANSWERED)
+    assert (changed["finding"] != usual["finding"]) == (field not in NEUTRAL)
+
+
+@pytest.mark.fault("keys that miss a plug-in's code")
+def test_a_users_own_metric_and_strategy_are_in_keys(usual, monkeypatch):
+    monkeypatch.setitem(METRICS, "least", lambda layer: layer.highest * 0)
+    assert stems(ml.Workbook(**DEFAULTS))["scores"] != usual["scores"]
+    monkeypatch.delitem(METRICS, "least")
+    monkeypatch.setitem(STRATEGIES, "LA_MU", lambda value, budget, rng: value > 0)
+    wb = ml.Workbook(**DEFAULTS)
+    assert wb._plugged == [STRATEGIES["LA_MU"]]
+
+
+@pytest.mark.fault("keys that miss a notebook's own parameter")
+def test_a_notebooks_own_parameters_belong_to_its_finding(tmp_path):
+    cell = f'{CELL}\nbenchmarks = "mmlu"\nrun_dir = {str(tmp_path)!r}'
+    keys = [ml.Workbook.bind(notebook(cell, draws=draws)).configuration for draws in (10, 20)]
+    assert keys[0] != keys[1] and "evaluation" not in keys[0]["rows"]
+
+
+# --- findings and figures ------------------------------------------------------------------------
+
+
+def saved(tmp_path, **given) -> ml.Workbook:
+    wb = make(tmp_path, benchmarks="mmlu", limit=2, eval_limit=2, **given)
+    claims = pd.DataFrame([{"finding": "I", "claim": "c", "measured": "1", "verdict": "holds"}])
+    wb.save_finding("I", claims, doses=pd.DataFrame({"ratio": [0.1]}), baseline=np.float64(0.5))
+    fig, ax = plt.subplots()
+    ax.plot([0, 1])
+    wb.save_figure(fig, "05-dose")
+    plt.close(fig)
+    return wb
+
+
+@pytest.mark.fault("another configuration overwrites findings and figures")
+def test_another_configuration_keeps_its_own_finding_and_figures(tmp_path, capsys):
+    saved(tmp_path)
+    saved(tmp_path)
+    assert "finding I of tiny-qwen2-vl is kept" in capsys.readouterr().out
+    saved(tmp_path, ratio=0.5)
+    saved(tmp_path, seed=3)
+    files = [f for f in tmp_path.glob("finding-I-*.json") if "manifest" not in f.name]
+    found = [json.loads(file.read_text()) for file in files]
+    assert sorted((f["parameters"]["ratio"], f["parameters"]["seed"]) for f in found) == [
+        (0.02, 0), (0.02, 3), (0.5, 0),
+    ]  # fmt: skip
+    assert found[0]["claims"][0]["verdict"] == "holds" and found[0]["doses"] == [{"ratio": 0.1}]
+    figures = list((tmp_path / "figures").iterdir())
+    belongs = [json.loads(Image.open(file).info["Configuration"]) for file in figures]
+    assert len(figures) == 3 and {b["parameters"]["ratio"] for b in belongs} == {0.02, 0.5}
+    assert {b["model"] for b in belongs} == {"tiny-qwen2-vl"}
+
+
+@pytest.mark.fault("a run changes the tracked figures")
+def test_tracked_figures_change_only_where_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(workbook, "ROOT", tmp_path)
+    monkeypatch.delenv("MINER_FIGURES", raising=False)
+    for asked in (False, True):
+        if asked:
+            monkeypatch.setenv("MINER_FIGURES", "kept")
+        wb = saved(tmp_path / "run", source=str(ROOT / "data/benchmarks"))
+        assert (tmp_path / f"kept/05-dose-{wb.label}.png").exists() == asked
+
+
+# --- what a notebook shows -----------------------------------------------------------------------
+
+
+def test_a_table_is_shown_as_a_table_and_as_unwrapped_text(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: shown.append(data))
+    row = {"name": "x" * 60, "share": -0.001, "p": 0.0312, "n": 3, "same": True, "none": np.nan}
+    workbook.show(pd.DataFrame([row] * 2), digits={"p": 3})
+    text, html = shown[0]["text/plain"], shown[0]["text/html"]
+    assert len(text.splitlines()) == 3 and "x" * 60 in text and "x" * 60 in html
+    assert text.split()[-5:] == ["x" * 60, "0.00", "0.031", "3", "yes"]
+    assert "-0" not in text and "nan" not in text.lower() and "<table" in html
+    workbook.show(pd.Series([0.126, 2], index=["a", "b"], name="mean"))
+    assert shown[1]["text/plain"].split() == ["mean", "a", "0.13", "b", "2.00"]
 
 
 def test_sanity_says_what_is_far_from_the_published_figure(tmp_path, monkeypatch):
@@ -120,7 +436,8 @@ def test_sanity_says_what_is_far_from_the_published_figure(tmp_path, monkeypatch
     ]
     columns = ["benchmark", "answer", "references", "score"]
     table = pd.DataFrame([r for r in rows for _ in range(20)], columns=columns)
-    monkeypatch.setattr(wb, "answers", lambda: table)
+    table["row"] = range(len(table))
+    monkeypatch.setattr(ml.Workbook, "answers", lambda self: table)
     published = {"libri": 0.96, "vocal_sound": 0.96}
     monkeypatch.setitem(workbook.PUBLISHED, "tiny-qwen2-audio", published)
     found = wb.sanity().set_index("benchmark")
@@ -143,3 +460,20 @@ def test_plugins_add_benchmarks(tmp_path, monkeypatch):
         assert ml.Workbook(benchmarks="capitals").names == ["capitals"]
     finally:
         REGISTRY.pop("capitals", None)
+
+
+@pytest.mark.fault("an installed package writes beside itself")
+def test_relative_paths_start_here_where_there_is_no_checkout(tmp_path, monkeypatch):
+    (tmp_path / "site/minerlib").mkdir(parents=True)
+    installed = shutil.copy(ROOT / "minerlib/workbook.py", tmp_path / "site/minerlib")
+    monkeypatch.chdir(tmp_path)
+    assert runpy.run_path(installed)["ROOT"] == tmp_path
+    assert workbook.ROOT == ROOT
+
+
+@pytest.mark.fault("the rows' revision is not in the manifest")
+def test_manifests_say_where_rows_came_from(tmp_path):
+    saved(tmp_path)
+    (manifest,) = (json.loads(f.read_text()) for f in tmp_path.glob("finding-*.manifest.json"))
+    held = manifest["notices"]["mmlu"]
+    assert held["split"] == "test" and held["notices"] == [] and "revision" in held
