@@ -1,8 +1,4 @@
-"""Where the modalities converge (finding II): distances of kinds' clouds, layer by layer.
-
-`convergence` measures, `verdicts` says where half of it is done, `lower_share` where neurons sit,
-`distances` and `silenced` what silencing them moves; `claims` puts it into sentences.
-"""
+"""Where the modalities converge (finding II): distances of kinds' clouds, layer by layer."""
 
 from __future__ import annotations
 
@@ -27,8 +23,7 @@ from minerlib.findings.states import States, hidden_states
 from minerlib.inference import Resampling, table_row
 from minerlib.model import MLLM
 
-FALLING = ("distance", "silhouette", "accuracy")
-CONVERGENCE = {m: m in FALLING for m in (*FALLING, "mixing", "cka")}
+CONVERGENCE = dict(distance=True, silhouette=True, accuracy=True, mixing=False, cka=False)
 """Measures of convergence: whether smaller is more converged."""
 
 
@@ -44,10 +39,8 @@ def convergence(
     are of the other kind, over chance; `cka`, debiased linear CKA between the kinds' means
     across samples. Null: labels shuffled within each sample, for `cka` samples paired at random.
 
-    Returns
-    -------
-    curves: pair, layer, measure, value, low, high, null, null_low, null_high, p (chance that the
-    null is as far apart; for cka, as related). layers: pair, measure, layer (see
+    Returns curves: pair, layer, measure, value, low, high, null, null_low, null_high, p (chance
+    that the null is as far apart; for cka, as related). layers: pair, measure, layer (see
     `clouds.convergence_layer`), low, high, start, closest, end (values), lower_half and never
     (shares of resamplings in which it lies in the lower half of the layers, and nowhere).
     """
@@ -58,19 +51,16 @@ def convergence(
     for a, b in tqdm(pairs, desc="pairs", leave=False):
         pair, part = f"{a}-{b}", states.of(a, b)
         r = Resampling(part.tokens, b, n_boot, n_null, seed)
-        values: dict[str, list] = {m: [] for m in CONVERGENCE}
-        drawn: dict[str, list] = {m: [] for m in CONVERGENCE}
+        drawn: dict[str, list] = {m: [] for m in CONVERGENCE}  # the samples themselves first
         for layer, x in enumerate(part.hidden):
             for row, draws in _apart(x, r, k, n_null, seed):
                 curves.append({"pair": pair, "layer": layer, **row})
-                values[row["measure"]].append(row["value"])
-                drawn[row["measure"]].append(draws)
+                drawn[row["measure"]].append(np.append(row["value"], draws))
         for measure, falling in CONVERGENCE.items():
-            curve = np.array(values[measure])
-            at = clouds.convergence_layer(np.stack(drawn[measure], -1), falling)
-            low, high = map(float, inference.middle95(at))
-            half = float(clouds.convergence_layer(curve, falling))
-            lower, never = float((at < (len(curve) - 1) / 2).mean()), float(np.isnan(at).mean())
+            curve = (by_draw := np.stack(drawn[measure], -1))[0]
+            half, *at = clouds.convergence_layer(by_draw, falling)
+            low, high = map(float, inference.middle95(np.array(at)))
+            lower, never = np.mean(np.array(at) < (len(curve) - 1) / 2), np.isnan(at).mean()
             line = {"pair": pair, "measure": measure, "layer": half, "low": low, "high": high}
             line |= {"lower_half": lower, "start": curve[0], "end": curve[-1], "never": never}
             layers.append(line | {"closest": curve.min() if falling else curve.max()})
@@ -95,9 +85,9 @@ def _apart(x: np.ndarray, r: Resampling, k: int, n_null: int, seed: int) -> list
         "accuracy": clouds.classified(x, r.second, r.group),
         "mixing": clouds.mixing(clouds.neighbours(distance, k), r.second),
     }
-    for measure, values in per_token.items():
-        draws = inference.weighted(r.by_sample(values[:1]).T, r.draws)[:, 0]
-        found.append((r.row(measure, values, greater=CONVERGENCE[measure]), draws))
+    for measure, right in per_token.items():
+        draws = inference.weighted(r.by_sample(right[:1]).T, r.draws)[:, 0]
+        found.append((r.row(measure, right, greater=CONVERGENCE[measure]), draws))
     first, second = (r.by_sample(x.T, own).T for own in (~r.own, r.own))
     value, draws, null = clouds.cka(first, second, r.draws, n_null, seed)
     return [*found, (table_row("cka", value, draws, null), draws)]
@@ -129,14 +119,13 @@ def verdicts(curves: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
 
 
 def disparity(pictures: pd.DataFrame) -> pd.DataFrame:
-    """How much the t-SNE pictures of `states.project` differ between seeds, layer by layer.
+    """How much pairs of a layer's t-SNE pictures of `states.project` differ: layer, least, most.
 
-    Procrustes: the squared difference after the best shift, scaling and rotation, 0 for the same
-    picture and 1 for an unrelated one. Returns columns layer, least, most over pairs of seeds.
+    The squared difference after the best shift, scaling and rotation: 0 is the same picture.
     """
     rows = []
     for layer, panel in pictures[pictures["view"] != "PCA"].groupby("layer"):
-        views = [view[["x", "y"]].to_numpy() for _, view in panel.groupby("view")]
+        views = [view[["x", "y"]] for _, view in panel.groupby("view")]
         apart = [procrustes(a, b)[2] for a, b in combinations(views, 2)]
         rows.append((layer, min(apart), max(apart)))
     return pd.DataFrame(rows, columns=["layer", "least", "most"])
@@ -202,10 +191,9 @@ def silenced(
         for modality, table in after.items():
             change = (now := table.sel(kind=kind).values) - base
             bands[modality] = (change[0], *inference.middle95(change[1:]))
-            for what, x, draws in (
-                ("layer", clouds.convergence_layer(now) - at, drawn_at),
-                ("distance", change.mean(1), drawn.mean(1)),
-            ):
+            later = clouds.convergence_layer(now) - at
+            both = {"layer": (later, drawn_at), "distance": (change.mean(1), drawn.mean(1))}
+            for what, (x, draws) in both.items():
                 draws = draws[np.isfinite(draws)] if np.isfinite(draws).any() else draws
                 low, high = map(float, inference.middle95(x[1:]))
                 p = inference.rank_p(x[0], draws, "two-sided")
@@ -233,11 +221,11 @@ def claims(layers, sits: pd.DataFrame, moved: pd.DataFrame, n_layers: int) -> li
         measured = f"{line.start:z.2f} to {line.closest:z.2f}, {where}"
         null = f"steady: layer {n_layers / 2:g}; shuffled: {line.null:z.2f}"
         lines.append((claim, measured, null, None, line.verdict))
-    words = [line[-1].word for line in lines]
-    measured = f"{words.count(inference.HOLDS)} of {len(lines)} measures of text and media hold"
-    whole = inference.majority([line[-1] for line in lines])
+    found = [line[-1] for line in lines]
+    hold = sum(verdict.word == inference.HOLDS for verdict in found)
+    measured = f"{hold} of {len(lines)} measures of text and media hold"
     claim = "different modalities mainly converge in the lower layers"
-    lines.insert(0, (claim, measured, "the lines below", None, whole))
+    lines.insert(0, (claim, measured, "the lines below", None, inference.majority(found)))
     for line in sits.itertuples():
         measured = f"{line.lower:.2f} of {line.neurons} in the lower half"
         null = f"random: {spread(line.null, line.null_low, line.null_high)}"

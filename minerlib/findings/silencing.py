@@ -93,9 +93,9 @@ def doses(answers: Answers, picked: Sets, seed: int = 0) -> pd.DataFrame:
     Columns ratio, neurons, share, mean, low, high, what ("selected" or "random").
     """
     random = {ratio: matched_random(neurons, seed=seed) for ratio, neurons in picked.items()}
-    parts = (("selected", picked), ("random", random))
-    tables = [conditions(answers, sets, "ratio").assign(what=what) for what, sets in parts]
-    return pd.concat(tables, ignore_index=True)
+    tables = [conditions(answers, sets, "ratio") for sets in (picked, random)]
+    selected, drawn = tables[0].assign(what="selected"), tables[1].assign(what="random")
+    return pd.concat([selected, drawn], ignore_index=True)
 
 
 def breaking_points(doses: pd.DataFrame, before: float, lost: float = 0.25) -> pd.Series:
@@ -105,10 +105,7 @@ def breaking_points(doses: pd.DataFrame, before: float, lost: float = 0.25) -> p
 
 
 def constants(answers: Answers, neurons: xr.DataArray, scores: xr.DataArray) -> pd.DataFrame:
-    """The neurons silenced with each constant of `deactivate`, which scores hold.
-
-    Columns constant, mean, low, high.
-    """
+    """Silenced with each constant of `deactivate`, which scores hold: constant, mean, low, high."""
     tables = ((m, answers(neurons, mode=m, constants=scores)) for m in ("zero", "mean", "min"))
     return pd.DataFrame([{"constant": mode, **average(table)} for mode, table in tables])
 
@@ -143,17 +140,16 @@ def by_medium(specific: pd.DataFrame, media: Mapping[str, str]) -> pd.DataFrame:
 
 
 def claims(table: pd.DataFrame, changes: pd.DataFrame, null: pd.DataFrame) -> pd.DataFrame:
-    """The claim that silencing hurts more than random neurons do, for each strategy and null.
+    """The claim that silencing hurts more than random neurons, for each strategy and null.
 
     table and null as `strategies` returns them; changes as `compare` does, with a column
-    strategy. p is the share of draws, one-sided, that hurt as much. Returns the columns of
+    strategy; p: how often, one-sided, a draw hurts as much. Returns the columns of
     `inference.claims_table`, then strategy, neurons, before, after, change, random draws.
     """
     at, spread, lines = table.set_index("condition"), inference.spread, []
     start = at.loc["as it is"]
     for (name, where), part in null.groupby(["strategy", "null"], sort=False):
         draws, line = part["mean"].to_numpy(), at.loc[name]
-        # The last line is the average over benchmarks, or the only benchmark.
         change = changes[changes["strategy"] == name].iloc[-1]
         own = {
             "strategy": name,
