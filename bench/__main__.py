@@ -342,7 +342,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     results = json.loads(JSON.read_text()) if JSON.exists() else {}
-    off = os.environ.get("MINER_PROGRESS") == "0"
+    off = os.environ.get("TQDM_DISABLE") == "1"
     for name in tqdm(arguments.sections or SECTIONS, desc="bench", disable=off):
         lines = SECTIONS[name](arguments.rounds)
         results[name] = {"machine": machine(), "rounds": arguments.rounds, "lines": lines}

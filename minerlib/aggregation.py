@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from minerlib.artifacts import computation
 
+
+@computation(version=1)
 def aggregate(scores: Iterable[xr.DataArray]) -> xr.DataArray:
     """Mean over the benchmarks in which a set occurs, [metric, modality, layer, neuron].
 

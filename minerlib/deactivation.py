@@ -12,9 +12,11 @@ import safetensors
 import torch
 import xarray as xr
 
+from minerlib.artifacts import computation
 from minerlib.model import MLLM
 
 
+@computation(version=1)
 @contextmanager
 def deactivate(
     mllm: MLLM,

@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 import xarray as xr
+from sklearn.metrics import pairwise_distances
 
+from minerlib.artifacts import computation
 from minerlib.scoring import METRICS
 from minerlib.separation import SPLITS
 
@@ -80,6 +82,7 @@ def random(value: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarr
     return mask.reshape(value.shape)
 
 
+@computation(version=1)
 def select(
     scores: xr.DataArray,
     ratio: float = 0.02,
@@ -107,8 +110,7 @@ def select(
             f"strategy {strategy!r} gave {mask.dtype} {mask.shape}, not bool {value.shape}"
         )
     attrs = {"ratio": ratio, "strategy": strategy, "split": split, "budget": budget, "seed": seed}
-    coords = {"modality": modalities, "layer": scores.layer.values}
-    return xr.DataArray(mask, coords, ("modality", "layer", "neuron"), "neurons", attrs)
+    return _labelled(mask, modalities, scores.layer, attrs)
 
 
 def modalities_of(scores: xr.DataArray, split: str) -> list[str]:
@@ -161,13 +163,12 @@ def unique(neurons: xr.DataArray) -> int:
 
 def overlap(neurons: xr.DataArray) -> pd.DataFrame:
     """Jaccard overlap of the modalities' neurons, modality by modality."""
-    sets = neurons.values.reshape(neurons.sizes["modality"], -1).astype(np.int64)
-    both, size = sets @ sets.T, sets.sum(1)
-    either = np.maximum(size[:, None] + size[None] - both, 1)
+    sets = neurons.values.reshape(neurons.sizes["modality"], -1)
     names = neurons.modality.values
-    return pd.DataFrame(both / either, names, names)
+    return pd.DataFrame(1 - pairwise_distances(sets, metric="jaccard"), names, names)
 
 
+@computation(version=1)
 def matched_random(neurons: xr.DataArray, seed: int, by_layer: bool = False) -> xr.DataArray:
     """A random draw of as many unique neurons, bool [modality "random", layer, neuron].
 
@@ -180,10 +181,10 @@ def matched_random(neurons: xr.DataArray, seed: int, by_layer: bool = False) -> 
     mask = np.zeros(groups.shape, bool)
     for row, count in zip(mask, groups.sum(-1), strict=True):
         row[rng.choice(row.size, count, replace=False)] = True
-    return xr.DataArray(
-        mask.reshape(1, *union.shape),
-        {"modality": ["random"], "layer": neurons.layer.values},
-        ("modality", "layer", "neuron"),
-        "neurons",
-        {"strategy": "matched_random", "by_layer": int(by_layer), "seed": seed},
-    )
+    attrs = {"strategy": "matched_random", "by_layer": int(by_layer), "seed": seed}
+    return _labelled(mask.reshape(1, *union.shape), ["random"], neurons.layer, attrs)
+
+
+def _labelled(mask: np.ndarray, modalities: list[str], layer, attrs: dict) -> xr.DataArray:
+    coords = {"modality": modalities, "layer": layer.values}
+    return xr.DataArray(mask, coords, ("modality", "layer", "neuron"), "neurons", attrs)
