@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import configparser
+import ast
 import importlib.util
 import os
 import re
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 import papermill
+import printed
 import pytest
 from conftest import ROOT
 
@@ -105,6 +106,99 @@ def test_nothing_of_this_machine(notebook):
             assert not re.search(rf"\b{re.escape(host)}\b", text), f"{where} names the host"
 
 
+# --- prose, calls and figures --------------------------------------------------------------------
+
+BOUND = re.compile(r"^(wb = ml\.Workbook|card = Scorecard)\.bind\(globals\(\)\)$", re.M)
+NOT_FOR_EVERY_MODEL = re.compile(r"\b2 ?%|\btwo percent\b|\bten times\b|\bthe odd one out\b", re.I)
+CITED = re.compile(r"\bpaper|Qwen2-(VL|Audio)|arxiv|reviewers?\b", re.I)
+
+
+def functions(cell) -> list[ast.FunctionDef]:
+    source = re.sub(r"^[%!].*$", "", cell.source, flags=re.M)
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+
+
+def sections(notebook) -> list[tuple[str, str]]:
+    """Headings with the prose below them, of the markdown cells."""
+    text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    return re.findall(r"^#+ (.*)\n([^#]*)", text, re.M)
+
+
+@pytest.mark.fault("parameters typed twice")
+def test_parameters_are_bound_in_one_line(notebook):
+    first, second = code_cells(notebook)[:2]
+    assert BOUND.findall(second.source), "the second code cell binds them"
+    names = {t.id for x in ast.parse(first.source).body for t in x.targets}
+    passed = [k for k in ast.walk(ast.parse(second.source)) if isinstance(k, ast.keyword)]
+    again = {k.arg for k in passed if isinstance(k.value, ast.Name) and k.value.id == k.arg}
+    assert not names & again, "parameters are not passed one by one"
+
+
+@pytest.mark.fault("computation in a notebook")
+def test_no_function_is_longer_than_ten_lines(notebook):
+    for cell in code_cells(notebook):
+        for function in functions(cell):
+            assert function.end_lineno - function.lineno < 10, f"{function.name} is for the library"
+
+
+@pytest.mark.fault("one helper in two notebooks")
+def test_no_helper_stands_in_two_notebooks():
+    defined: dict[str, list[str]] = {}
+    for path in NOTEBOOKS:
+        for cell in code_cells(nbformat.read(path, as_version=4)):
+            for function in functions(cell):
+                defined.setdefault(function.name, []).append(path.stem)
+    assert {name: where for name, where in defined.items() if len(where) > 1} == {}
+
+
+def test_every_figure_is_kept_and_followed_by_what_to_see_in_it(notebook):
+    for cell, following in zip(notebook.cells, notebook.cells[1:], strict=False):
+        if cell.cell_type == "code" and re.search(r"\bfig(, \w+)? =", cell.source):
+            assert "save_figure(" in cell.source, cell.source
+            assert following.cell_type == "markdown", cell.source
+            assert not following.source.startswith("#"), "first what to see, then the next heading"
+
+
+@pytest.mark.fault("prose that another model contradicts")
+def test_prose_holds_for_any_model_ratio_and_seed(notebook):
+    """Figures of the paper may be cited, in sentences that say whose they are."""
+    text = "\n\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    text = re.sub(r"^#+ .*$", "", text, flags=re.M)
+    for part in re.split(r"\n\n|\n- |(?<=[.:!?])\s", text):
+        if NOT_FOR_EVERY_MODEL.search(part):
+            assert CITED.search(part), part
+        if "stand-in" in part:  # the model may be none
+            assert "data/README.md" in part, part
+
+
+def test_tables_are_shown_as_tables(notebook):
+    for cell in code_cells(notebook):
+        assert ".to_string(" not in cell.source, cell.source
+
+
+def test_every_notebook_has_its_parts(notebook):
+    headings = [title for title, _ in sections(notebook)]
+    assert headings[-2:] == ["On your own", "Further reading"]
+    for part in ("**What you'll see**", "**What you need**"):
+        assert part in notebook.cells[0].source
+
+
+def test_a_findings_notebook_ends_with_its_claims_and_keeps_them(notebook):
+    about = notebook.metadata.get("minerlib", {})
+    if "finding" in about:
+        *_, last = code_cells(notebook)
+        assert about["claim"] and f'save_finding("{about["finding"]}",claims' in re.sub(
+            r"\s", "", last.source
+        )
+        assert any("show(claims" in cell.source for cell in code_cells(notebook)[-3:])
+
+
+def test_what_is_chaotic_is_shown_and_not_compared(notebook):
+    for cell in code_cells(notebook):
+        tags = cell.metadata.get("tags", [])
+        assert ("chaotic" in tags) == ("nbval-ignore-output" in tags)
+
+
 def test_no_injected_parameters(notebook):
     """The committed notebook is the one with the defaults, not a run's output."""
     assert "papermill" not in notebook.metadata
@@ -131,11 +225,8 @@ KEPT = [
 
 
 def sanitise(text: str) -> str:
-    parser = configparser.RawConfigParser()
-    parser.read(ROOT / "tests/nbval_sanitize.cfg")
-    for name in parser.sections():
-        text = re.sub(parser[name]["regex"], parser[name]["replace"], text)
-    return text
+    """As nbval does, but for the numbers, which tests/printed.py compares."""
+    return printed.skeleton(text, before="verdicts")
 
 
 @pytest.mark.parametrize(("text", "expected"), SANITISED)
@@ -168,20 +259,21 @@ def run(tmp_path, monkeypatch):
     return script
 
 
-def write(name: str, parameters: str, code: str) -> None:
+def write(name: str, parameters: str, code: str, about: dict | None = None) -> None:
     notebook = nbformat.v4.new_notebook(
         cells=[
             nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
             nbformat.v4.new_code_cell(code),
         ],
         metadata={
-            "kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}
+            "kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"},
+            "minerlib": about or {},
         },
     )
     nbformat.write(notebook, Path("notebooks") / f"{name}.ipynb")
 
 
-def printed(path: str) -> str:
+def said(path: str) -> str:
     cells = nbformat.read(path, as_version=4).cells
     return "".join(o.get("text", "") for c in cells for o in c.get("outputs", [])).strip()
 
@@ -221,16 +313,16 @@ def test_a_notebook_gets_what_it_declares(run, executed):
         ("00_one", {"limit": 8, "model": "models/tiny"}),
         ("01_two", {"ratio": 0.001}),
     ]
-    assert Path("runs/tiny/notebooks/01_two.ipynb").exists()
+    assert Path("runs/tiny/notebooks-limit=8-ratio=1e-3/01_two.ipynb").exists()
     run.main(["model=models/tiny", "run=elsewhere"])
     assert executed[-1] == ("01_two", {"run_dir": "runs/elsewhere/tiny"})
 
 
 def test_every_model_gets_every_notebook(run, executed, monkeypatch):
     monkeypatch.setattr(run.torch.cuda, "is_available", lambda: True)  # else side by side
-    write("05_three", "model = 'none'", "print(model)")
+    write("01_three", "model = 'none'", "print(model)", {"finding": "III"})
     run.main(["model=models/tiny owner/big"])
-    assert [name for name, _ in executed] == ["00_one", "01_two"] * 2 + ["05_three"] * 2
+    assert [name for name, _ in executed] == ["00_one", "01_two"] * 2 + ["01_three"] * 2
     assert {p.parent.parent.name for p in Path("runs").rglob("*.ipynb")} == {"tiny", "big"}
 
 
@@ -242,20 +334,42 @@ def test_a_notebook_over_all_runs_comes_once_and_last(run, executed, monkeypatch
     assert executed[-1] == ("00_all", {"runs": "runs/elsewhere", "models": ["tiny", "big"]})
 
 
+@pytest.mark.fault("another configuration overwrites executed notebooks")
+def test_other_parameters_leave_the_executed_notebooks_of_the_defaults(run, executed):
+    run.main(["model=models/tiny"])
+    folder = Path("runs/tiny/notebooks")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    run.main(["model=models/tiny", "limit=7"])
+    run.main(["model=models/tiny", "limit=7", "ratio=0.5"])
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    others = {path.name for path in Path("runs/tiny").iterdir()}
+    assert others == {"notebooks", "notebooks-limit=7", "notebooks-limit=7-ratio=0.5"}
+
+
+def test_the_suffix_of_a_folder_is_a_file_name_and_tells_values_apart(run):
+    texts = ["a/b", "a_b", "[1, 2]", "x" * 300, "x" * 301, "{mean: 1}", "ü"]
+    names = [run.suffix({"source": text}) for text in texts]
+    assert len(set(names)) == len(texts) and max(map(len, names)) < 100
+    assert all(re.fullmatch(r"[-\w.,=]+", name) for name in names)
+    assert run.suffix({}) == "" and run.suffix({"seed": "1", "limit": "8"}) == "-limit=8-seed=1"
+
+
 def test_models_run_side_by_side_on_cpus(run, monkeypatch):
     """Stages model by model, then findings; a failure stops its model only and is named."""
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    monkeypatch.setenv("MINER_PROGRESS", "1")
+    monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setattr(run.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(run.os, "cpu_count", lambda: 6)
-    write("05_three", "model = 'none'", "import os; print(os.environ['OMP_NUM_THREADS'], model)")
-    write("06_four", "model = 'none'", "import os; assert 'good' in model, 'model is ' + model")
+    about = {"finding": "III"}
+    code = "import os; print(os.environ['OMP_NUM_THREADS'], model)"
+    write("05_three", "model = 'none'", code, about)
+    write("06_four", "model = 'none'", "assert 'good' in model, 'model is ' + model", about)
     write("00_one", "model = 'none'", "assert 'bad' not in model")
     message = r"00_one\.ipynb failed for owner/bad: [^$]*06_four\.ipynb failed for owner/so: .*so"
     with pytest.raises(SystemExit, match=message):
         run.main(["model=owner/bad owner/so owner/good"])
     assert {p.parent.parent.name for p in Path("runs").rglob("05_*")} == {"so", "good"}
-    assert printed("runs/good/notebooks/05_three.ipynb") == "2 owner/good"
+    assert said("runs/good/notebooks/05_three.ipynb") == "2 owner/good"
     noted = nbformat.read("runs/good/notebooks/06_four.ipynb", as_version=4).metadata
     assert noted["peak_memory_mib"] > 10
 
@@ -279,11 +393,12 @@ def test_picks_up_where_it_stopped(run, executed):
         os.utime(file, (newest + 1, newest + 1))
 
     assert names() == ["00_one", "01_two"]
-    touch("runs/tiny/notebooks/00_one.ipynb")
-    touch("runs/tiny/notebooks/01_two.ipynb")
+    folder = Path("runs/tiny/notebooks-limit=8")
+    touch(folder / "00_one.ipynb")
+    touch(folder / "01_two.ipynb")
     assert names() == []
 
-    output = Path("runs/tiny/notebooks/01_two.ipynb")
+    output = folder / "01_two.ipynb"
     whole = output.read_text()
     for unfinished in ('"end_time": null', '"end_time": "now", "exception": true'):
         output.write_text(whole.replace('"end_time": "now"', unfinished))
@@ -291,20 +406,31 @@ def test_picks_up_where_it_stopped(run, executed):
     output.unlink()
     assert names() == ["01_two"]
 
-    arguments[1] = "limit=9"  # other parameters, for the notebook that has them
     touch(output)
-    assert names() == ["00_one"]
     touch("notebooks/01_two.ipynb")
-    touch("runs/tiny/notebooks/00_one.ipynb")
+    touch(folder / "00_one.ipynb")
     assert names() == ["01_two"]
-    touch("models/tiny/config.json")
+    for file in ("models/tiny/config.json", "minerlib/deep/room.py"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).touch()
+        touch(file)
+        assert names() == ["00_one", "01_two"], file
+        touch(folder / "00_one.ipynb")
+        touch(folder / "01_two.ipynb")
+        assert names() == []
+    arguments.append("run=mine")  # in a folder of one's own: other parameters, executed anew
     assert names() == ["00_one", "01_two"]
+    for name in ("00_one", "01_two"):
+        touch(f"runs/mine/tiny/notebooks/{name}.ipynb")
+    arguments[1] = "limit=9"  # for the notebook that has it
+    assert names() == ["00_one"]
 
 
 def test_executes_with_papermill(run, capsys):
     run.main(["model=models/tiny", "limit=1_000", "ratio=0.05"])
-    assert printed("runs/tiny/notebooks/00_one.ipynb") == "1000 int models/tiny"
-    assert printed("runs/tiny/notebooks/01_two.ipynb") == "0.05 None"
+    folder = "runs/tiny/notebooks-limit=1_000-ratio=0.05"
+    assert said(f"{folder}/00_one.ipynb") == "1000 int models/tiny"
+    assert said(f"{folder}/01_two.ipynb") == "0.05 None"
     capsys.readouterr()
     for path in Path("runs").rglob("*.ipynb"):
         os.utime(path, (2e9, 2e9))
@@ -324,7 +450,7 @@ def test_a_notebook_that_does_not_apply_is_passed_over(run, capsys):
     write("00_one", "model = 'none'", code)
     run.main(["model=models/tiny"])
     assert "00_one.ipynb: not applicable for models/tiny: no picture" in capsys.readouterr().out
-    assert printed("runs/tiny/notebooks/01_two.ipynb") == "0.02 None"
+    assert said("runs/tiny/notebooks/01_two.ipynb") == "0.02 None"
 
 
 def test_own_rows_and_plugins_are_inputs(run, executed, monkeypatch):
