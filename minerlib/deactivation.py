@@ -69,14 +69,12 @@ def export(
     compared before the card is written. Raises ValueError for a model that is quantised or partly
     offloaded, and for layers whose down projection is not one plain weight.
     """
-    chosen = _union(mllm, neurons, modalities)
-    if getattr(mllm.model, "hf_quantizer", None) is not None:
-        raise ValueError(f"{mllm.name} is quantised; export needs it loaded with float weights")
-    state = dict(mllm.model.state_dict())
-    if absent := [name for name, tensor in state.items() if tensor.is_meta]:
+    chosen, state = _union(mllm, neurons, modalities), dict(mllm.model.state_dict())
+    quantised = getattr(mllm.model, "hf_quantizer", None) is not None
+    if absent := [name for name, weight in state.items() if quantised or weight.is_meta]:
         raise ValueError(
-            f"{mllm.name}: {len(absent)} weights are offloaded ({absent[0]}); export needs it "
-            "loaded whole, so without device_map or with one that has no disk or cpu part"
+            f"{mllm.name}: {len(absent)} weights are quantised or offloaded ({absent[0]}); export "
+            "needs it loaded whole, with float weights and a device_map without disk or cpu parts"
         )
     names = {module: name for name, module in mllm.model.named_modules()}
     silenced = {}
@@ -88,7 +86,7 @@ def export(
     mllm.model.save_pretrained(folder, state_dict=state)
     mllm.processor.save_pretrained(folder)
     _verify(folder, silenced)
-    how = {k: v for k, v in getattr(neurons, "attrs", {}).items()}
+    how = dict(getattr(neurons, "attrs", {}))
     counts = "\n".join(f"| {i} | {int(c)} |" for i, c in enumerate(chosen.sum(-1)))
     (folder / "README.md").write_text(
         f"# {Path(mllm.name).name} with {int(chosen.sum())} neurons silenced\n\n"
@@ -118,8 +116,7 @@ def _verify(folder: Path, silenced: dict[str, torch.Tensor]) -> None:
 
 
 def _names(neurons) -> list[str]:
-    given = getattr(neurons, "modality", np.arange(len(neurons)))
-    return [str(m) for m in np.asarray(given)]
+    return [str(m) for m in np.asarray(getattr(neurons, "modality", np.arange(len(neurons))))]
 
 
 def _union(mllm: MLLM, neurons, modalities) -> np.ndarray:
@@ -133,8 +130,7 @@ def _union(mllm: MLLM, neurons, modalities) -> np.ndarray:
         )
     if modalities is None:
         return np.asarray(values.any(0))
-    if isinstance(modalities, str):
-        modalities = [modalities]
+    modalities = [modalities] if isinstance(modalities, str) else modalities
     names = _names(neurons)
     if missing := sorted(set(modalities) - set(names)):
         raise ValueError(f"no neurons of modality {missing}; there are {names}")
@@ -149,10 +145,7 @@ def _constants(mode: str, constants, chosen: np.ndarray) -> np.ndarray:
         raise ValueError(f"unknown mode {mode!r}; use zero, mean or min")
     name = f"activation_{mode}"
     if constants is None or name not in constants.coords:
-        raise ValueError(
-            f"mode {mode!r} needs the constants recorded during scoring: pass constants=scores, "
-            "the result of score or aggregate"
-        )
+        raise ValueError(f"mode {mode!r} needs what scoring recorded: pass constants=scores")
     values = constants[name].values
     values = values[:, None] if mode == "min" else values
     if len(values) != len(chosen) or values.shape[1] not in (1, chosen.shape[1]):
@@ -164,14 +157,11 @@ def _constants(mode: str, constants, chosen: np.ndarray) -> np.ndarray:
 
 def _down_projection(mllm: MLLM, layer: int) -> torch.nn.Module:
     down = mllm.family.down_projection(mllm.layers[layer])
-    if down is None:
+    parts = dict(down.named_parameters()) if down is not None else {}
+    if "weight" not in parts or set(parts) - {"weight", "bias"}:
         raise ValueError(
-            f"layer {layer}: no down_proj beside the activation; export cannot silence it"
+            f"layer {layer}: no down projection of one weight; export cannot silence it"
         )
-    if {n for n, _ in down.named_parameters()} - {"weight", "bias"} or not isinstance(
-        getattr(down, "weight", None), torch.Tensor
-    ):
-        raise ValueError(f"layer {layer}: its down projection is more than one weight; merge it")
-    if not down.weight.is_floating_point():
-        raise ValueError(f"layer {layer}: down_proj is quantised; export needs float weights")
+    if not parts["weight"].is_floating_point():
+        raise ValueError(f"layer {layer}: its down projection is quantised; export needs floats")
     return down

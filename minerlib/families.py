@@ -150,7 +150,8 @@ class Family:
     @property
     def template(self) -> str | None:
         """The chat template in force."""
-        return getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
+        parts = (self.processor, self.tokenizer)
+        return next((t for p in parts if (t := getattr(p, "chat_template", None))), None)
 
     def chat(self, sample) -> str:
         """The sample's prompt in the chat template, media first, ready to be answered."""

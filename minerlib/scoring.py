@@ -113,8 +113,7 @@ def attention(
     query [batch, head, token, dim], key [batch, kv head, token, dim]; real bool [batch, token], or
     [batch, query, key] where tokens see different ones.
     """
-    batch, heads, n, dim = query.shape
-    kv_heads = key.shape[1]
+    (batch, heads, n, dim), kv_heads = query.shape, key.shape[1]
     groups = heads // kv_heads
     query, keys = query.view(batch, kv_heads, groups, n, dim), key.float().mT
     scale = dim**-0.5 if scaling is None else scaling
@@ -147,8 +146,7 @@ def _block(x: torch.Tensor) -> int:
 
 def _parts(n: int, size: int) -> list[slice]:
     """Slices of at least one element that cover range(n)."""
-    size = max(1, size)
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+    return [slice(i, min(i + max(1, size), n)) for i in range(0, n, max(1, size))]
 
 
 def layout(masks: torch.Tensor) -> np.ndarray:
@@ -179,9 +177,7 @@ def metrics(x, weights_k, weights_q, masks, kinds, minimum=None) -> torch.Tensor
         sums[rows].baddbmm_(weights[rows, :, columns], part)
         positive[rows].baddbmm_(members[rows, :, columns], torch.gt(part, 0, out=other))
         here = np.unique(kinds[rows, columns]).tolist()
-        for k in here:
-            if k < 0:
-                continue
+        for k in (k for k in here if k >= 0):
             own = part
             if len(here) > 1:
                 own = torch.add(part, outside[rows, _BASE[k], columns, None], out=other)
@@ -315,8 +311,8 @@ def add_batch(mllm: MLLM, batch, sums: Sums, rows: Sequence[tuple[str, int]] = (
     def activate(layer, x):
         if layer not in weights:
             raise RuntimeError(
-                f"{mllm.name}: layer {layer}'s attention did not go through transformers' "
-                "attention interface, so its queries and keys are unknown"
+                f"{mllm.name}: layer {layer}'s attention passes transformers' attention interface "
+                "by, so its queries and keys are unknown"
             )
         low = torch.full((), float("inf"), device=x.device, dtype=x.dtype)
         raw = metrics(x, *weights.pop(layer), masks_on(x.device), kinds, low)

@@ -458,7 +458,7 @@ def test_a_family_with_other_names_says_what_was_sought_and_is_described_once(
     with ml.deactivate(mllm, neurons):
         silenced = mllm.forward(batch).logits
     assert not torch.allclose(silenced, mllm.forward(batch).logits)
-    with pytest.raises(ValueError, match="no down_proj beside the activation"):
+    with pytest.raises(ValueError, match="no down projection of one weight"):
         ml.export(mllm, neurons, tmp_path / "toy")
 
 
@@ -493,9 +493,7 @@ def test_the_weights_say_how_many_neurons_there_are(folder):
 def test_experts_are_named_at_load(folder):
     config = tf.MixtralConfig(**TEXT, vocab_size=300, num_local_experts=2)
     tokens = tf.AutoTokenizer.from_pretrained(folder("llama"))
-    with pytest.raises(
-        ValueError, match="one gated MLP in a MixtralDecoderLayer.*expert"
-    ):
+    with pytest.raises(ValueError, match="one gated MLP in a MixtralDecoderLayer.*expert"):
         ml.MLLM(tf.MixtralForCausalLM(config), tokens, "moe")
 
 
