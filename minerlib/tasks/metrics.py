@@ -3,9 +3,8 @@
     row_scores("vqa_accuracy", ["Stop."], [("stop",) * 10])    # [1.0], one number per row
     corpus_score("wrr", ["a b"], [("A B C",)])                 # 1 - corpus WER
 
-Rows' scores lie in [0, 1], so that they can enter an average over benchmarks. All texts are
-compared in Unicode's NFC; where normalising leaves nothing of a reference, it is compared as it is
-written, or "An!" would be a right answer to "A".
+All texts are compared in Unicode's NFC. Where normalising leaves nothing of a reference it is
+compared as it is written, or "An!" would be a right answer to "A".
 """
 
 from __future__ import annotations
@@ -15,10 +14,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, partial, wraps
 from itertools import chain
 
+import jiwer
 import numpy as np
+from pycocoevalcap.cider.cider import Cider
+from whisper_normalizer.english import EnglishTextNormalizer
 
 from minerlib.artifacts import computation
 
@@ -35,13 +37,22 @@ def _pairs(answers: Answers, references: References) -> list[tuple[str, list[str
     return [(form(a), [*map(form, refs)]) for a, refs in zip(answers, references, strict=True)]
 
 
+def _per_row(score: Callable[[str, Sequence[str]], float]) -> Rows:
+    """The metric that scores each row so, float [row]."""
+
+    @computation(version=1)
+    @wraps(score)
+    def rows(answers: Answers, references: References) -> np.ndarray:
+        return np.array([float(score(*pair)) for pair in _pairs(answers, references)])
+
+    return rows
+
+
 def _bare(text: str) -> str:
     """What stands for a text of which normalising leaves nothing."""
     text = text.casefold().strip()
     return re.sub(r"[^\w\s]|_", "", text).strip() or text
 
-
-# --- VQA accuracy and exact match ----------------------------------------------------------------
 
 # The evaluation server writes a contraction that lost one apostrophe with it again. Words that
 # are words without it ("well", "shell", "ill", "were") are left alone.
@@ -90,39 +101,30 @@ def _compared(text: str) -> str:
     return normalise_answer(text) or _bare(text)
 
 
-@computation(version=1)
-def vqa_accuracy(answers: Answers, references: References) -> np.ndarray:
-    """VQA accuracy per row: mean over the humans i of min(1, matches among the others / 3).
+@_per_row
+def vqa_accuracy(answer: str, humans: Sequence[str]) -> float:
+    """Mean over the humans i of min(1, matches among the others / 3).
 
     Defined for ten human answers; a single reference has no others and scores 0.
     """
-    scores = []
-    for answer, humans in _pairs(answers, references):
-        given, n = _compared(answer), len(humans)
-        matches = sum(_compared(human) == given for human in humans)
-        agreeing, others = min(1.0, (matches - 1) / 3), min(1.0, matches / 3)
-        scores.append((matches * agreeing + (n - matches) * others) / n)
-    return np.array(scores)
+    given, n = _compared(answer), len(humans)
+    matches = sum(_compared(human) == given for human in humans)
+    agreeing, others = min(1.0, (matches - 1) / 3), min(1.0, matches / 3)
+    return (matches * agreeing + (n - matches) * others) / n
 
 
-@computation(version=1)
-def exact_match(answers: Answers, references: References) -> np.ndarray:
+@_per_row
+def exact_match(answer: str, references: Sequence[str]) -> float:
     """1 where the normalised answer equals a normalised reference, else 0."""
-    pairs = _pairs(answers, references)
-    return np.array([float(_compared(a) in map(_compared, refs)) for a, refs in pairs])
+    return _compared(answer) in map(_compared, references)
 
 
-@computation(version=1)
-def contains(answers: Answers, references: References) -> np.ndarray:
+@_per_row
+def contains(answer: str, references: Sequence[str]) -> float:
     """1 where a normalised reference occurs in the normalised answer as whole words, else 0."""
-    hits = []
-    for answer, refs in _pairs(answers, references):
-        padded = f" {_compared(answer)} "
-        hits.append(float(any(w and f" {w} " in padded for w in map(_compared, refs))))
-    return np.array(hits)
+    padded = f" {_compared(answer)} "
+    return any(words and f" {words} " in padded for words in map(_compared, references))
 
-
-# --- captions ------------------------------------------------------------------------------------
 
 _TOKEN = re.compile(
     r"\w+(?=n't\b)|n't\b"  # do n't
@@ -139,87 +141,63 @@ def tokenise_caption(text: str) -> str:
     return " ".join(_TOKEN.findall(text.lower().replace("\u2019", "'")))
 
 
-def _penn(captions: Sequence[Sequence[str]]) -> list[list[str]]:
+def _tokens(groups: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [[tokenise_caption(caption) for caption in group] for group in groups]
+
+
+def _penn(groups: Sequence[Sequence[str]]) -> list[list[str]]:
     """Captions tokenised by pycocoevalcap's Stanford tokeniser, which runs Java."""
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    listed = {i: [{"caption": c} for c in group] for i, group in enumerate(captions)}
+    listed = {i: [{"caption": caption} for caption in group] for i, group in enumerate(groups)}
     tokens = PTBTokenizer().tokenize(listed)
     return [tokens[i] for i in listed]
 
 
-def _tokens(captions: Sequence[Sequence[str]]) -> list[list[str]]:
-    return [[tokenise_caption(caption) for caption in group] for group in captions]
-
-
-def _cider(answers: Answers, references: References, tokens: Callable = _tokens) -> np.ndarray:
-    from pycocoevalcap.cider.cider import Cider
-
-    groups = [[answer, *refs] for answer, refs in _pairs(answers, references)]
-    if not groups:
-        return np.empty(0)
-    if empty := [i for i, group in enumerate(groups) if len(group) < 2]:
-        raise ValueError(f"rows {empty[:5]} have no reference caption, and CIDEr-D needs one")
-    groups = tokens(groups)
-    truth = {i: group[1:] for i, group in enumerate(groups)}
-    guess = {i: group[:1] for i, group in enumerate(groups)}
-    return Cider(n=4, sigma=6.0).compute_score(truth, guess)[1]
-
-
 @computation(version=1)
-def cider_d(answers: Answers, references: References) -> np.ndarray:
+def cider_d(answers: Answers, references: References, tokens: Callable = _tokens) -> np.ndarray:
     """CIDEr-D per row (n-grams to 4, sigma 6), from 0 to 10, by pycocoevalcap's scorer.
 
     Document frequencies come from the references given here: scores of a subset do not compare
     with those of the whole set, and one row alone scores 0. Tokens are `tokenise_caption`'s.
     """
-    return _cider(answers, references)
+    groups = [[answer, *refs] for answer, refs in _pairs(answers, references)]
+    if not groups:
+        return np.empty(0)
+    if empty := [i for i, group in enumerate(groups) if len(group) < 2]:
+        raise ValueError(f"rows {empty[:5]} have no reference caption, and CIDEr-D needs one")
+    parts = list(enumerate(tokens(groups)))
+    truth, guess = {i: part[1:] for i, part in parts}, {i: part[:1] for i, part in parts}
+    return Cider(n=4, sigma=6.0).compute_score(truth, guess)[1]
 
 
 @computation(version=1)
 def cider_d_penn(answers: Answers, references: References) -> np.ndarray:
     """As `cider_d`, with the tokens of the official tokeniser, which runs Java."""
-    return _cider(answers, references, _penn)
+    return cider_d(answers, references, _penn)
 
 
-# --- speech --------------------------------------------------------------------------------------
+_english = cache(EnglishTextNormalizer)
 
 
-@cache
-def _english() -> Callable[[str], str]:
-    from whisper_normalizer.english import EnglishTextNormalizer
-
-    return EnglishTextNormalizer()
-
-
-def _transcripts(answers: Answers, references: References) -> tuple[list[str], list[str]]:
-    """Normalised references and answers; the first reference is the transcript."""
-    normal, truth, heard = _english(), [], []
-    for answer, (transcript, *_) in _pairs(answers, references):
-        form = normal if normal(transcript).strip() else _bare
-        truth.append(form(transcript))
-        heard.append(form(answer))
-    return truth, heard
+def _transcripts(answer: str, references: Sequence[str]) -> tuple[str, str]:
+    """The first reference, which is the transcript, and the answer, normalised."""
+    form = _english() if _english()(references[0]).strip() else _bare
+    return form(references[0]), form(answer)
 
 
-@computation(version=1)
-def word_recognition_rate(answers: Answers, references: References) -> np.ndarray:
-    """1 - WER of each row after Whisper's English normaliser; negative with many insertions."""
-    import jiwer
-
-    pairs = zip(*_transcripts(answers, references), strict=True)
-    return np.array([1.0 - jiwer.wer(truth, heard) for truth, heard in pairs])
+@_per_row
+def word_recognition_rate(answer: str, references: Sequence[str]) -> float:
+    """1 - WER after Whisper's English normaliser; negative with many insertions."""
+    return 1.0 - jiwer.wer(*_transcripts(answer, references))
 
 
 @computation(version=1)
 def corpus_wrr(answers: Answers, references: References) -> float:
     """1 - corpus WER: all errors over all reference words, after Whisper's English normaliser."""
-    import jiwer
+    truth, heard = zip(*(_transcripts(*pair) for pair in _pairs(answers, references)), strict=True)
+    return 1.0 - jiwer.wer(list(truth), list(heard))
 
-    return 1.0 - jiwer.wer(*_transcripts(answers, references))
-
-
-# --- classes and choices -------------------------------------------------------------------------
 
 _SOUND = re.compile(r"\b(" + "|".join(VOCAL_SOUNDS).replace(" ", r"[\s-]*") + r")\b", re.IGNORECASE)
 
@@ -237,21 +215,16 @@ def _class_of(references: Sequence[str]) -> str:
     return truth
 
 
-@computation(version=1)
-def vocal_sound_accuracy(answers: Answers, references: References) -> np.ndarray:
+@_per_row
+def vocal_sound_accuracy(answer: str, references: Sequence[str]) -> float:
     """1 where the first class named in the answer is the row's class, else 0."""
-    pairs = _pairs(answers, references)
-    return np.array([float(find_sound(answer) == _class_of(refs)) for answer, refs in pairs])
+    return find_sound(answer) == _class_of(references)
 
 
-@computation(version=1)
-def choice_accuracy(answers: Answers, references: References) -> np.ndarray:
+@_per_row
+def choice_accuracy(answer: str, references: Sequence[str]) -> float:
     """1 where the chosen letter is a reference letter, else 0."""
-    pairs = _pairs(answers, references)
-    return np.array([float(a.strip() in {r.strip() for r in refs}) for a, refs in pairs])
-
-
-# --- the table of metrics ------------------------------------------------------------------------
+    return answer.strip() in map(str.strip, references)
 
 
 @dataclass(frozen=True)
@@ -277,28 +250,23 @@ class Metric:
         return [self.rows, *([self.corpus] if self.corpus else []), *self.extra.values()]
 
 
+_english_only = partial(Metric, language="en")
+
 ANSWER_METRICS: dict[str, Metric] = {
-    "vqa_accuracy": Metric(vqa_accuracy, "VQA accuracy", language="en"),
-    "cider_d": Metric(
-        cider_d, "CIDEr-D (regex tokens; rows clipped at 1)",
-        extra={"cider_d": cider_d}, language="en", clip=True,
-    ),
-    "cider_d_penn": Metric(
-        cider_d_penn, "CIDEr-D (Penn tokens; rows clipped at 1)",
-        extra={"cider_d": cider_d_penn}, language="en", clip=True,
-    ),
-    "exact_match": Metric(
+    "vqa_accuracy": _english_only(vqa_accuracy, "VQA accuracy"),
+    "cider_d": _english_only(cider_d, "CIDEr-D (regex tokens; rows clipped at 1)", clip=True,
+                             extra={"cider_d": cider_d}),
+    "cider_d_penn": _english_only(cider_d_penn, "CIDEr-D (Penn tokens; rows clipped at 1)",
+                                  clip=True, extra={"cider_d": cider_d_penn}),
+    "exact_match": _english_only(
         exact_match, "exact match (no LLM judge: not comparable with judged scores)",
-        extra={"contains": contains}, language="en",
+        extra={"contains": contains},
     ),
-    "contains": Metric(contains, "reference contained (no LLM judge)", language="en"),
-    "wrr": Metric(
-        word_recognition_rate, "WRR = 1 - WER (rows clipped to 0..1)", corpus_wrr,
-        language="en", clip=True,
-    ),
-    "vocal_sound": Metric(
-        vocal_sound_accuracy, "accuracy of the first class named", language="en", check=_class_of
-    ),
+    "contains": _english_only(contains, "reference contained (no LLM judge)"),
+    "wrr": _english_only(word_recognition_rate, "WRR = 1 - WER (rows clipped to 0..1)",
+                         corpus_wrr, clip=True),
+    "vocal_sound": _english_only(vocal_sound_accuracy, "accuracy of the first class named",
+                                 check=_class_of),
     "choice_accuracy": Metric(choice_accuracy, "accuracy of the most probable choice"),
 }  # fmt: skip
 
@@ -315,15 +283,14 @@ def metric_of(name: str) -> Metric:
 
 def misfit(metric: str, references: References, language: str = "en") -> str:
     """Why a metric made for one language does not fit these references; empty if it does."""
-    fits = metric_of(metric).language
-    if fits is None:
+    fits, why = metric_of(metric).language, f"language={language!r}"
+    if language == fits:
+        counts = Counter("".join(chain(*references)))
+        letters = {c: n for c, n in counts.items() if c.isalpha()}
+        latin = sum(n for c, n in letters.items() if "LATIN" in unicodedata.name(c, ""))
+        why = "most letters here are not Latin" if 2 * latin < sum(letters.values()) else ""
+    if not (fits and why):
         return ""
-    counts = Counter("".join(chain(*references)))
-    letters = {c: n for c, n in counts.items() if c.isalpha()}
-    latin = sum(n for c, n in letters.items() if "LATIN" in unicodedata.name(c, ""))
-    if language == fits and 2 * latin >= sum(letters.values()):
-        return ""
-    why = f"language={language!r}" if language != fits else "most letters here are not Latin"
     return f"metric {metric!r} is made for {fits!r}, but {why}: its scores may mislead"
 
 

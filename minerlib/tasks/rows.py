@@ -30,19 +30,16 @@ log = logging.getLogger(__name__)
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.parquet")
 
 
-# --- where rows come from ------------------------------------------------------------------------
-
-
-def _parquet_files(folder: Path, split: str, config: str | None = None) -> list[Path]:
-    """Parquet files of one split, all its shards: the split is a folder, or in the file's name.
+def _parquet_files(folder: Path, repo: Repo) -> list[Path]:
+    """Parquet files of a split, all its shards: the split is a folder, or a part of the name.
 
     Covers `data/test-00000-of-00002.parquet`, `all/test-*.parquet`, `clean/test/0000.parquet`.
     """
     found, shards = [], defaultdict(set)
     for file in sorted(folder.rglob("*.parquet")):
         *folders, name = file.relative_to(folder).parts
-        in_config = config is None or config in folders
-        if in_config and (split in folders or split in name.removesuffix(".parquet").split("-")):
+        of_split = repo.split in folders or repo.split in name.removesuffix(".parquet").split("-")
+        if of_split and (repo.config is None or repo.config in folders):
             found.append(file)
             if part := _SHARD.fullmatch(name):
                 shards[file.parent / part[1]].add((int(part[2]), int(part[3])))
@@ -50,10 +47,7 @@ def _parquet_files(folder: Path, split: str, config: str | None = None) -> list[
         total = max(of for _, of in have)
         if odd := have ^ {(i, total) for i in range(total)}:
             names = ", ".join(f"{stem.name}-{i:05}-of-{of:05}.parquet" for i, of in sorted(odd))
-            raise FileNotFoundError(
-                f"{stem.parent}: {names} missing, or left from other shards; a split needs all "
-                f"{total} of one kind"
-            )
+            raise FileNotFoundError(f"{stem.parent}: {names} missing, or left from other shards")
     return found
 
 
@@ -78,34 +72,29 @@ def _download(repo: Repo) -> Path | None:
             return None
         elif constants.HF_HUB_OFFLINE:
             way_out = "HF_HUB_OFFLINE=1 allows cached files only: unset it once to download"
-        cause = (str(error).strip() or "no message").splitlines()[0]
+        cause = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
         raise FileNotFoundError(
-            f"{repo.name} on the hub failed: {type(error).__name__}: {cause}; {way_out}, or give "
-            "source=, a folder with its rows"
+            f"{repo.name} on the hub failed: {cause}; {way_out}, or give source=, a folder"
         ) from error
 
 
 def _locate(
-    name: str,
-    candidates: Sequence[Repo],
-    source: str | os.PathLike | None,
-    split: str | None = None,
-    other: Sequence[str] = (),
-) -> tuple[Path, dict[str, Any], datasets.Dataset]:
-    """A file of a split, where it comes from, and the rows, of the first candidate that exists.
+    name: str, candidates: Sequence[Repo], source: str | os.PathLike | None, **other: str | None
+) -> tuple[list[Path], dict[str, Any]]:
+    """Files of a split from the first candidate that exists, and where they come from.
 
-    A local `source` holds either `NAME/*.parquet`, where the split may also be called as in
-    `other`, or folders laid out like the hub: `owner/name/`.
+    A local source holds either `NAME/*.parquet` or folders laid out like the hub, `owner/name/`.
+    `split` is another than the candidates', `alias` what it may also be called in the former.
     """
-    base = None if source is None else Path(source)
+    base, split = None if source is None else Path(source), other.get("split")
     if base and not base.is_dir():
         raise FileNotFoundError(
             f"source {str(source)!r} is not a folder; give the folder that holds {name}/*.parquet, "
             "or leave source out to load from the hub"
         )
     if own := base is not None and (base / name).is_dir():
-        splits = [split] if split else dict.fromkeys([candidates[0].split, *other])
-        candidates = [Repo(name, each) for each in splits]
+        splits = [split] if split else [candidates[0].split, other.get("alias")]
+        candidates = [Repo(name, each) for each in dict.fromkeys(splits) if each]
     tried = []
     for repo in candidates:
         repo = replace(repo, split=split or repo.split)
@@ -113,11 +102,11 @@ def _locate(
         folder = base / repo.name if base else _download(repo)
         if folder is None or not folder.is_dir():
             tried[-1] += ": no such repository"
-        elif files := _parquet_files(folder, repo.split, repo.config):
-            origin = {"repo": None if own else repo.name, "split": repo.split}
-            origin["revision"] = folder.name if folder.parent.name == "snapshots" else None
-            origin["files"] = [file.relative_to(folder).as_posix() for file in files]
-            return files[0], origin | {"config": repo.config}, _read(files)
+        elif files := _parquet_files(folder, repo):
+            named = [file.relative_to(folder).as_posix() for file in files]
+            revision = folder.name if folder.parent.name == "snapshots" else None
+            origin = {"repo": None if own else repo.name, "revision": revision, "files": named}
+            return files, origin | {"split": repo.split, "config": repo.config}
         elif not own:  # the next owner's rows may be others
             tried[-1] += ": no parquet file of this split"
             break
@@ -128,7 +117,7 @@ def _locate(
     )
 
 
-def _read(files: Sequence[Path]) -> datasets.Dataset:
+def _read(name: str, files: Sequence[Path], columns: Sequence[str]) -> datasets.Dataset:
     """Memory-mapped rows of parquet files; media columns stay undecoded."""
     import datasets as hf
 
@@ -139,19 +128,16 @@ def _read(files: Sequence[Path]) -> datasets.Dataset:
     finally:
         if bars:
             hf.enable_progress_bars()
+    have = set(rows.column_names)
+    if missing := [c for c in columns if not have & set(c.split("|"))]:
+        raise ValueError(
+            f"{name}: column {', '.join(map(repr, missing))} is missing in {files[0].name}; found "
+            f"{sorted(have)}. Rename the column, or change `columns` of REGISTRY[{name!r}]"
+        )
     for column, feature in rows.features.items():
         if isinstance(feature, hf.Audio | hf.Image | hf.Video):
             rows = rows.cast_column(column, type(feature)(decode=False))
     return rows
-
-
-def _require(name: str, rows: datasets.Dataset, columns: Iterable[str], file: Path) -> None:
-    have = set(rows.column_names)
-    if missing := [c for c in columns if not have & set(c.split("|"))]:
-        raise ValueError(
-            f"{name}: column {', '.join(map(repr, missing))} is missing in {file.name}; found "
-            f"{sorted(have)}. Rename the column, or change `columns` of REGISTRY[{name!r}]"
-        )
 
 
 class _Rows:
@@ -161,29 +147,19 @@ class _Rows:
     """
 
     def __init__(
-        self,
-        name: str,
-        source: str | os.PathLike | None,
-        split: str | None,
-        frames: int,
-        sampling_rate: int,
-        on_error: str,
+        self, name: str, source: Any, split: str | None, on_error: str, **how: int
     ) -> None:
-        self.name, self.frames, self.sampling_rate = name, frames, sampling_rate
-        self.spec = spec = REGISTRY[name]
+        self.name, self.how, self.spec = name, how, (spec := REGISTRY[name])
         self.notices: list[str] = []
-        file, self.origin, self.rows = _locate(name, spec.hub, source, split, ["test"])
+        files, self.origin = _locate(name, spec.hub, source, split=split, alias="test")
+        self.rows = _read(name, files, spec.columns)
         self.joined: datasets.Dataset | None = None
         self.join_index: dict[Any, list[int]] = defaultdict(list)
-        wanted = spec.columns
         if spec.join and not set(spec.join.provides) <= set(self.rows.column_names):
-            other, self.origin["joined"], self.joined = _locate(name, spec.join.hub, source)
-            _require(name, self.joined, spec.join.columns, other)
+            files, self.origin["joined"] = _locate(name, spec.join.hub, source)
+            self.joined = _read(name, files, spec.join.columns)
             for i, key in enumerate(self.joined[spec.join.theirs]):
                 self.join_index[key].append(i)
-        elif spec.join:
-            wanted += spec.join.provides
-        _require(name, self.rows, wanted, file)
         # Of each sample: its row, the element of the `each` column, and the references.
         self.row_of: list[int] = []
         self.element_of: list[int] = []
@@ -220,14 +196,13 @@ class _Rows:
             self.note(f"{name}: {text}: scores may not compare", warnings.warn)
         if odd := metrics.misfit(spec.metric, self.references, spec.language):
             self.note(f"{name}: {odd}", warnings.warn)
-        good, long = [n for n in range(total) if n not in faults], []
-        if spec.max_seconds:
-            long = [n for n in good if (attempt(self._seconds, n) or 0) > spec.max_seconds]
+        long, most = [], spec.max_seconds
+        if most:
+            good = [number for number in range(total) if number not in faults]
+            long = [number for number in good if (attempt(self._seconds, number) or 0) > most]
         if long:
-            self.note(
-                f"{name}: skipped {len(long)} of {total} clips longer than {spec.max_seconds:g} s, "
-                "which the audio encoder would cut"
-            )
+            text = f"skipped {len(long)} of {total} clips longer than {most:g} s"
+            self.note(f"{name}: {text}, which the audio encoder would cut")
         if faults:
             first = next(iter(faults.values()))
             self.note(f"{name}: left out {len(faults)} of {total} rows, the first: {first}")
@@ -280,17 +255,10 @@ class _Rows:
         with blamed(self.name, number, self.spec.modality):
             return media.duration(media.medium(self._completed(number), self.spec.modality))
 
-    def _source(self, row: dict) -> str:
-        return digest(media.source_bytes(media.medium(row, self.spec.modality)))
-
     def sample(self, number: int) -> Sample:
-        sample = self.spec.sample(
-            *self._whole(number),
-            frames=self.frames,
-            sampling_rate=self.sampling_rate,
-            benchmark=self.name,
-            number=int(number),
-        )
+        row, joined = self._whole(number)
+        how: dict[str, Any] = {"benchmark": self.name, "number": int(number), **self.how}
+        sample = self.spec.sample(row, joined, **how)
         if sample.notice:
             self.note(f"{self.name} row {number}: {self.spec.modality}: {sample.notice}")
         return sample
@@ -300,32 +268,32 @@ class _Rows:
         if number not in self._made_of:
             # For a row that cannot be used its name: whoever reads that row is told why.
             prompt = source = f"row {number}"
-            index, columns = self.row_of[number], (self.spec.modality, *media.MEDIA_COLUMNS)
+            index, modality = self.row_of[number], self.spec.modality
             with suppress(ValueError, OSError):
                 row, raw = self._completed(number), self._raw(index)
                 prompt = digest(self.spec.asked(row))
-                if self.spec.modality == "text":
+                if modality == "text":
                     source = prompt
-                elif all(row.get(c) is raw.get(c) for c in columns):
-                    if index not in self._sources:
-                        self._sources[index] = self._source(raw)
-                    source = self._sources[index]
-                else:  # from a joined row, from `fields` or an element of a list
-                    source = self._source(row)
+                else:  # hashed once a clip, unless it is joined, added or one element of a list
+                    own = all(row.get(c) is raw.get(c) for c in (modality, *media.MEDIA_COLUMNS))
+                    if (key := index if own else -1 - number) not in self._sources:
+                        stored = media.source_bytes(media.medium(row, modality))
+                        self._sources[key] = digest(stored)
+                    source = self._sources[key]
             self._made_of[number] = prompt, source
         return self._made_of[number]
 
     def shuffled(self, seed: int) -> np.ndarray:
         """The kept numbers in random order, samples that share a medium one after another."""
-        spec, units = self.spec, defaultdict(list)
-        joined = spec.join and self.joined and spec.modality in spec.join.provides
-        names = list(self.rows[spec.join.ours]) if joined else range(len(self.rows))
+        join, units = self.spec.join if self.joined else None, defaultdict(list)
+        known = list(range(len(self.rows))) if self.spec.each else None
+        if join and self.spec.modality in join.provides:
+            known = list(self.rows[join.ours])
         for number in self.kept.tolist():
-            known = spec.each or joined
-            medium = names[self.row_of[number]] if known else self.made_of(number)[1]
-            units[medium].append(number)
-        order, units = np.random.default_rng(seed).permutation(len(units)), [*units.values()]
-        return np.array([number for i in order for number in units[i]], dtype=int)
+            unit = known[self.row_of[number]] if known else self.made_of(number)[1]
+            units[unit].append(number)
+        groups, order = [*units.values()], np.random.default_rng(seed).permutation(len(units))
+        return np.array([number for i in order for number in groups[i]], dtype=int)
 
 
 class Benchmark(Sequence):
@@ -380,12 +348,12 @@ class Benchmark(Sequence):
         """A hash of these samples: rows, prompts, references, media as they are stored and how
         they are decoded, choices, answer's length, metric. The same on another processor.
         """
-        rows, spec = self._rows, self.spec
-        how = {"video": rows.frames, "audio": rows.sampling_rate}.get(spec.modality)
+        spec, numbers = self.spec, self.numbers.tolist()
+        how = {"video": "frames", "audio": "sampling_rate"}.get(spec.modality, "")
+        decoded = [spec.modality, self._rows.how.get(how), spec.max_seconds]
         metric = [self.metric, *map(identity, metrics.metric_of(self.metric).functions)]
-        asked = [rows.made_of(number) for number in self.numbers.tolist()]
-        parts = [self.name, spec.modality, how, spec.max_seconds, spec.max_new_tokens, spec.choices]
-        return digest([*parts, metric, self.numbers.tolist(), asked, self.references])
+        asked = [self.name, spec.choices, spec.max_new_tokens, *map(self._rows.made_of, numbers)]
+        return digest([numbers, asked, self.references, decoded, metric])
 
 
 def benchmark(
@@ -407,8 +375,7 @@ def benchmark(
     split : "test" is the split that is evaluated, whatever the set itself calls it.
     limit : at most so many samples: the first ones, or with `seed` a random draw.
     seed : shuffles the samples, those about one medium as a unit, so that any slice is random.
-    frames : at most so many evenly spaced frames of a video. Picture sizes (`min_pixels`,
-        `max_pixels`) belong to the model's processor and are set when it is loaded.
+    frames : at most so many evenly spaced frames of a video.
     sampling_rate : audio is resampled to so many Hz, the rate of the model's feature extractor.
     on_error : "raise" RowError for the first row whose references or joined rows are not right,
         or "skip" such rows, which `notices` then lists.
@@ -420,8 +387,9 @@ def benchmark(
         )
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error={on_error!r}: use raise or skip")
-    _positive(limit=1 if limit is None else limit, frames=frames, sampling_rate=sampling_rate)
-    rows = _Rows(name, source, None if split == "test" else split, frames, sampling_rate, on_error)
+    how = {"frames": frames, "sampling_rate": sampling_rate}
+    _positive(limit=1 if limit is None else limit, **how)
+    rows = _Rows(name, source, None if split == "test" else split, on_error, **how)
     return Benchmark(rows, rows.kept if seed is None else rows.shuffled(seed))[:limit]
 
 
@@ -432,7 +400,7 @@ def split(bench: Benchmark, limit: int, eval_limit: int) -> tuple[Benchmark, Ben
     how many rows there are.
     """
     _positive(limit=limit, eval_limit=eval_limit)
-    mining, last = bench[:limit], []
+    mining, last = bench[:limit], list[int]()
     mined = set(mining.media)
     for i in reversed(range(limit, len(bench))):
         if len(last) < eval_limit and not mined.intersection(bench[i : i + 1].media):

@@ -77,7 +77,7 @@ class Spec:
     hub : candidates in the order in which they are tried (owners move their sets).
     columns : what every row must have; "a|b" stands for either.
     prompt : a template, filled with the row's columns and with what `fields` returns.
-    references : row -> reference answers.
+    references : row -> reference answers, texts or numbers, or one.
     modality : "text", "image", "video" or "audio"; the last three are decoded from the row.
     metric : a name in `metrics.ANSWER_METRICS`.
     max_new_tokens : budget of a generated answer; 1 where `choices` are ranked instead.
@@ -92,7 +92,7 @@ class Spec:
     hub: tuple[Repo, ...]
     columns: tuple[str, ...]
     prompt: str
-    references: Callable[[dict], Sequence[str]]
+    references: Callable[[dict], Any]
     modality: str
     metric: str
     max_new_tokens: int = 16
@@ -123,9 +123,9 @@ class Spec:
     ) -> Sample:
         """The `Sample` of one dataset row (for `each`: the row with one element of that list).
 
-        Raises RowError naming the field (fields, prompt, references or the medium) and the cause.
+        Raises RowError.
         """
-        at, decoded = (benchmark, number), {}
+        at, decoded = (benchmark, number), dict[str, Any]()
         row = self.completed(row, joined, at)
         if self.modality != "text":
             with blamed(*at, self.modality):
@@ -140,7 +140,7 @@ class Spec:
             **decoded,
         )
 
-    def completed(self, row: Mapping, joined: Sequence[dict] = (), at: tuple = ("", 0)) -> dict:
+    def completed(self, row: Mapping, joined: Sequence[dict], at: tuple[str, int]) -> dict:
         """A row with what `fields` adds; `at` names benchmark and row in a RowError."""
         with blamed(*at, "fields"):
             return {**row, **(self.fields(dict(row), list(joined)) if self.fields else {})}
@@ -191,46 +191,28 @@ def _text(value: Any) -> str:
     raise ValueError(f"{value!r} ({type(value).__name__}) is no text; let `references` return text")
 
 
-# --- the pieces that a row needs -----------------------------------------------------------------
-
-
 _LETTERS = dict(enumerate("ABCD"))  # unlike a text, it has no letter for -1
 
 
 def mmlu_item(row: Mapping[str, Any], answered: bool = False) -> str:
     """One MMLU question with its four lettered options, ending in "Answer:" (and the letter)."""
-    options = "".join(
-        f"{letter}. {choice}\n" for letter, choice in zip("ABCD", row["choices"], strict=True)
-    )
+    options = [f"{x}. {choice}\n" for x, choice in zip("ABCD", row["choices"], strict=True)]
     answer = f" {_LETTERS[row['answer']]}\n\n" if answered else ""
-    return f"{row['question']}\n{options}Answer:{answer}"
+    return f"{row['question']}\n{''.join(options)}Answer:{answer}"
 
 
 def _mmlu_fields(row: dict, dev: list[dict]) -> dict:
-    return {
-        "topic": row["subject"].replace("_", " "),
-        "shots": "".join(mmlu_item(shot, answered=True) for shot in dev[:5]),
-        "item": mmlu_item(row),
-    }
-
-
-def _msvd_fields(row: dict, _: list[dict]) -> dict:
-    question, answer = row["qa"][:2]
-    return {"question": question, "answer": answer}
-
-
-def _coco_fields(row: dict, joined: list[dict]) -> dict:
-    return {"image": joined[0]["image"]} if joined else {}
+    shots = "".join(mmlu_item(shot, answered=True) for shot in dev[:5])
+    return {"topic": row["subject"].replace("_", " "), "shots": shots, "item": mmlu_item(row)}
 
 
 # --- the registry: one entry per benchmark -------------------------------------------------------
 
+_OWNERS = ("lmms-lab-encoder", "lmms-lab")  # of the same sets, now and until July 2026
+
 REGISTRY: dict[str, Spec] = {
     "text_vqa": Spec(
-        hub=(
-            Repo("lmms-lab-encoder/textvqa", "validation"),
-            Repo("lmms-lab/textvqa", "validation"),
-        ),
+        hub=tuple(Repo(f"{owner}/textvqa", "validation") for owner in _OWNERS),
         columns=("image", "question", "answers"),
         prompt=SHORT_ANSWER,
         references=lambda row: row["answers"],
@@ -247,13 +229,10 @@ REGISTRY: dict[str, Spec] = {
         metric="cider_d",
         max_new_tokens=48,
         rows=5000,
-        fields=_coco_fields,
+        fields=lambda row, joined: {"image": joined[0]["image"]} if joined else {},
         # The Karpathy test rows name their pictures; the pictures are in the COCO 2014 val set.
         join=Join(
-            hub=(
-                Repo("lmms-lab-encoder/COCO-Caption", "val"),
-                Repo("lmms-lab/COCO-Caption", "val"),
-            ),
+            hub=tuple(Repo(f"{owner}/COCO-Caption", "val") for owner in _OWNERS),
             ours="filename",
             theirs="file_name",
             columns=("image", "file_name"),
@@ -278,7 +257,7 @@ REGISTRY: dict[str, Spec] = {
             theirs="subject",
             columns=("question", "subject", "choices", "answer"),
             provides=("shots",),
-            many=True,
+            many=True,  # five of them are shown
         ),
     ),
     "msvd_qa": Spec(
@@ -289,7 +268,7 @@ REGISTRY: dict[str, Spec] = {
         modality="video",
         metric="exact_match",
         rows=13157,
-        fields=_msvd_fields,
+        fields=lambda row, _: {"question": row["qa"][0], "answer": row["qa"][1]},
         each="qa",
     ),
     "libri": Spec(
