@@ -1,0 +1,347 @@
+"""Golden numbers of every registered computation: when they move, its version has to be raised.
+
+A version is part of the key of every artefact, so a computation whose numbers move under an old
+version would go on returning old results. After raising it, write the new numbers:
+
+    python tests/test_golden.py
+
+That refuses numbers that moved under an unchanged version. Everything is computed on weights and
+samples that are the same on every machine, in float64 where the computation keeps it, and compared
+by sums over each result: one plain, one in which every element has a weight of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import pkgutil
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import av
+import numpy as np
+import pandas as pd
+import pytest
+import soundfile
+import torch
+import xarray as xr
+from conftest import Rows, random_mllm, random_neurons
+from made import states_of, table_of
+from PIL import Image
+
+import minerlib
+from minerlib.aggregation import aggregate
+from minerlib.artifacts import COMPUTATIONS, digest
+from minerlib.deactivation import deactivate
+from minerlib.findings import attention, convergence, growth, last_token, probing, states, telomeres
+from minerlib.scoring import score
+from minerlib.selection import PAPER_WEIGHTS, STRATEGIES, matched_random, select
+from minerlib.separation import SETS
+from minerlib.tasks import Sample, media, metrics
+from minerlib.tasks.evaluation import evaluate
+
+for module in pkgutil.walk_packages(minerlib.__path__, "minerlib."):
+    importlib.import_module(module.name)
+
+FILE = Path(__file__).with_name("golden.json")
+TOLERANCE = 1e-6  # of a result's summed magnitude
+
+# --- the same on every machine -------------------------------------------------------------------
+
+
+@cache
+def mllm():
+    """Qwen2-VL with two decoder layers in float64 and weights from numpy's generator."""
+    mllm = random_mllm("tiny-qwen2-vl", dtype=torch.float64)
+    rng = np.random.default_rng(0)
+    for name, weights in mllm.model.named_parameters():
+        if "norm" not in name:
+            weights.copy_(torch.from_numpy(rng.uniform(-0.1, 0.1, weights.shape)))
+    return mllm
+
+
+@dataclass(frozen=True)
+class Asked(Rows):
+    """Rows that can be answered."""
+
+    choices: tuple[str, ...] = ()
+    max_new_tokens: int = 4
+
+    @property
+    def metric(self) -> str:
+        return "choice_accuracy" if self.choices else "contains"
+
+    @property
+    def spec(self) -> SimpleNamespace:
+        return SimpleNamespace(choices=self.choices)
+
+
+def samples(n: int = 6) -> list[Sample]:
+    """Prompts with and without a picture, whose sides the processor leaves as they are."""
+    rng, words = np.random.default_rng(1), ("What", "is", "the", "word", "in", "this", "picture")
+    out = []
+    for i in range(n):
+        image = Image.fromarray(rng.integers(0, 256, (32, 32 + 8 * (i % 3), 3), np.uint8))
+        prompt = " ".join(rng.permutation(words)[: 4 + i % 4]) + "? A or B."
+        out.append(Sample(prompt, ("a",), image=image if i % 3 else None, benchmark="b", row=i))
+    return out
+
+
+def tokens():
+    """Clouds of three kinds, stretched, with the places and lengths that findings look at."""
+    kinds, numbers = table_of({"special": 2, "image": 6, "text": 8}, 9)
+    x = np.random.default_rng(2).standard_normal((3, len(kinds), 6)) * [4, 2, 1, 1, 1, 0.5]
+    x[1:, np.array(kinds) == "image", 0] += 3
+    made = states_of(x, kinds, numbers)
+    # Ids of a hundred words, some of them more than once in a prompt.
+    ids = np.random.default_rng(3).integers(0, 12, len(kinds))
+    return states.States(made.hidden, made.tokens.assign(id=ids, text=ids.astype(str)))
+
+
+def neurons():
+    return random_neurons(mllm())
+
+
+def scores(seed: int) -> xr.DataArray:
+    """Made scores of one benchmark, as `score` returns them, the last set in none of its rows."""
+    rng = np.random.default_rng(seed)
+    samples = np.array([*rng.integers(1, 9, len(SETS) - 1), 0])
+    coords = {
+        "metric": list(PAPER_WEIGHTS),
+        "modality": list(SETS),
+        "layer": range(4),
+        "samples": ("modality", samples),
+        "activation_mean": (("layer", "neuron"), rng.random((4, 50))),
+        "activation_min": ("layer", rng.random(4)),
+    }
+    values = rng.random((len(PAPER_WEIGHTS), len(SETS), 4, 50)) * (samples > 0)[:, None, None]
+    return xr.DataArray(values, coords, ("metric", "modality", "layer", "neuron"))
+
+
+def selected() -> tuple:
+    return tuple(select(scores(4), 0.1, strategy) for strategy in STRATEGIES)
+
+
+def silenced() -> tuple:
+    """The last token's logits of a prompt, by what is put in the neurons' place."""
+    shape = mllm().n_layers, mllm().n_neurons
+    rng = np.random.default_rng(5)
+    constants = scores(0).isel(layer=[0] * shape[0], neuron=[0] * shape[1], drop=True)
+    constants = constants.drop_vars(["activation_mean", "activation_min"]).assign_coords(
+        activation_mean=(("layer", "neuron"), rng.random(shape)),
+        activation_min=("layer", rng.random(shape[0])),
+    )
+    out, batch = [], mllm().encode(samples(2))
+    for mode in ("zero", "mean", "min"):
+        with torch.no_grad(), deactivate(mllm(), neurons(), mode=mode, constants=constants):
+            out.append(mllm().forward(batch).logits.numpy())
+    return tuple(out)
+
+
+def picture() -> np.ndarray:
+    """A PNG with transparency; PNG decodes alike everywhere."""
+    pixels = np.random.default_rng(6).integers(0, 256, (9, 7, 4), np.uint8)
+    Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")
+    return np.asarray(media.picture(file.getvalue()))
+
+
+def clip() -> tuple:
+    """Frames of a video of PNGs, half a second apart."""
+    file = io.BytesIO()
+    with av.open(file, "w", "mov") as container:
+        stream = container.add_stream("png", rate=2)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "rgb24"
+        for pixels in np.random.default_rng(7).integers(0, 256, (9, 16, 16, 3), np.uint8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        container.mux(stream.encode())
+    found = media.clip(file.getvalue(), 4)
+    return found.frames, found.times
+
+
+def sound() -> np.ndarray:
+    """A stereo WAV at 8 kHz as 16 kHz."""
+    wave = np.random.default_rng(8).uniform(-0.5, 0.5, (800, 2)).astype(np.float32)
+    soundfile.write(file := io.BytesIO(), wave, 8000, format="WAV", subtype="FLOAT")
+    return media.sound(file.getvalue(), 16_000)
+
+
+ANSWERS = ["a cat on a mat", "Two.", "a dog", "well, the Sneeze", "B", ""]
+REFERENCES = [["a cat on the mat"], ["2"] * 10, ["a dog runs"], ["sneeze"], ["B"], ["A"]]
+DRAWN = {"tokens_per_kind": 4, "seed": 1}
+FEW = {"n_boot": 20, "n_null": 20, "seed": 1}
+
+
+def answered(*choices: str) -> pd.DataFrame:
+    return evaluate(mllm(), Asked(samples(), choices=choices), 2).drop(columns="prompt")
+
+
+def grown() -> pd.DataFrame:
+    choice = {"ratio": 0.1, "strategy": "LA_MU"}
+    whole = neurons().assign_coords(modality=["text", "image"])
+    return growth.growth(mllm(), {"b": Rows(samples(8))}, whole, [2, 4], choice)
+
+
+def change() -> str:
+    return next(iter(telomeres.CHANGES))
+
+
+METRICS = {
+    name: (lambda name=name: getattr(metrics, name)(ANSWERS, REFERENCES))
+    for name in (
+        *("vqa_accuracy", "exact_match", "contains", "cider_d", "cider_d_penn"),
+        *("word_recognition_rate", "corpus_wrr", "choice_accuracy"),
+    )
+}
+GOLDEN: dict[str, Callable[[], Any]] = {
+    "scoring.score": lambda: score(mllm(), Rows(samples()), batch_size=2),
+    "aggregation.aggregate": lambda: aggregate([scores(0), scores(1), scores(2)]),
+    "selection.select": selected,
+    "selection.matched_random": lambda: (
+        matched_random(neurons(), 0),
+        matched_random(neurons(), 1, by_layer=True),
+    ),
+    "deactivation.deactivate": silenced,
+    "tasks.media.picture": picture,
+    "tasks.media.clip": clip,
+    "tasks.media.sound": sound,
+    "tasks.evaluation.evaluate": lambda: (answered(), answered("A", "B")),
+    **{f"tasks.metrics.{name}": call for name, call in METRICS.items()},
+    "tasks.metrics.vocal_sound_accuracy": lambda: metrics.vocal_sound_accuracy(
+        ["a cough", "Throat-clearing, then a sigh", "none"], [["Cough"], ["Sigh"], ["Sneeze"]]
+    ),
+    "findings.attention.attention_between": lambda: attention.attention_between(
+        mllm(), samples(), batch_size=4
+    ),
+    "findings.attention.attention_within": lambda: attention.attention_within(mllm(), samples()),
+    "findings.attention.attention_sinks": lambda: attention.attention_sinks(mllm(), samples()),
+    "findings.states.hidden_states": lambda: states.hidden_states(mllm(), samples(), **DRAWN),
+    "findings.convergence.convergence": lambda: convergence.convergence(tokens(), k=5, **FEW),
+    "findings.convergence.distances": lambda: convergence.distances(
+        mllm(), samples(), ["image"], neurons(), n_boot=5
+    ),
+    "findings.growth.growth": grown,
+    "findings.last_token.measures": lambda: last_token.measures(mllm(), samples(3), window=2),
+    "findings.probing.probing": lambda: probing.probing(tokens(), nearest=3, k=5, **FEW),
+    "findings.probing.log_reach": lambda: probing.log_reach(tokens(), nearest=3),
+    "findings.probing.silenced_reach": lambda: probing.silenced_reach(
+        mllm(), samples(), neurons(), **DRAWN
+    ),
+    "findings.telomeres.telomeres": lambda: telomeres.telomeres(tokens(), k=5, **FEW),
+    "findings.telomeres.against_recurring": lambda: telomeres.against_recurring(tokens(), **FEW),
+    "findings.telomeres.changed_ends": lambda: telomeres.changed_ends(
+        mllm(), samples(), states.hidden_states(mllm(), samples(), **DRAWN), change(), **DRAWN
+    ),
+    "findings.telomeres.massive_activations": lambda: telomeres.massive_activations(
+        tokens(), n_boot=20
+    ),
+    "findings.telomeres.silenced_ends": lambda: telomeres.silenced_ends(
+        mllm(), samples(), neurons(), **DRAWN
+    ),
+}
+GOLDEN = {f"minerlib.{name}": call for name, call in GOLDEN.items()}
+JAVA = "minerlib.tasks.metrics.cider_d_penn"
+
+# --- a result in a few numbers -------------------------------------------------------------------
+
+
+def numbers(value: Any, name: str = "value") -> dict[str, Any]:
+    """By part of a result: shape, count of NaN, magnitude and two sums; a digest of text."""
+    if isinstance(value, tuple):
+        parts = {f"{name}.{i}": part for i, part in enumerate(value)}
+    elif isinstance(value, states.States):
+        parts = {"hidden": value.hidden, "tokens": value.tokens}
+    elif isinstance(value, pd.DataFrame):
+        parts = {f"{name}.{column}": value[column].to_numpy() for column in value}
+    elif isinstance(value, xr.DataArray):
+        parts = {f"{name}.{k}": c.values for k, c in value.coords.items()} | {name: value.values}
+    else:
+        array = np.asarray(value)
+        if array.dtype == object and all(isinstance(v, int | float | None) for v in array.flat):
+            array = array.astype(float)
+        if array.dtype.kind not in "fiub":
+            return {name: digest([str(list(v) if isinstance(v, tuple) else v) for v in array.flat])}
+        x = np.where(np.isnan(array), 0, array).astype(float).ravel()
+        own = np.cos(np.arange(x.size) ** 1.5)  # neighbours, rows and columns weigh differently
+        sums = [float(np.abs(x).sum()), float(x.sum()), float(x @ own)]
+        return {name: [list(array.shape), int(np.isnan(array).sum()), *sums]}
+    return {k: v for part, held in parts.items() for k, v in numbers(held, part).items()}
+
+
+def differences(found: dict[str, Any], golden: dict[str, Any], tolerance: float) -> list[str]:
+    """The parts of two results that differ."""
+    out = [f"{k} is not in both" for k in found.keys() ^ golden.keys()]
+    for k in found.keys() & golden.keys():
+        a, b = found[k], golden[k]
+        if isinstance(a, str) or isinstance(b, str) or a[:2] != b[:2]:
+            same = a == b
+        else:
+            same = np.allclose(a[2:], b[2:], rtol=0, atol=tolerance * max(b[2], 1e-9))
+        if not same:
+            out.append(f"{k} is {a}, not {b}")
+    return out
+
+
+def moved(name: str, golden: dict[str, Any]) -> list[str]:
+    return differences(numbers(GOLDEN[name]()), golden, TOLERANCE)
+
+
+# --- the tests -----------------------------------------------------------------------------------
+
+HELD = json.loads(FILE.read_text()) if FILE.exists() else {}
+
+
+@pytest.mark.fault("edited computation returns old numbers")
+@pytest.mark.parametrize("name", GOLDEN)
+def test_numbers_are_golden(name):
+    if name == JAVA and not shutil.which("java"):
+        pytest.skip("the Penn tokeniser needs Java")
+    if found := moved(name, HELD[name]["numbers"]):
+        raise AssertionError(
+            f"{name}'s numbers moved: raise its version and run python tests/test_golden.py\n"
+            + "\n".join(found)
+        )
+
+
+@pytest.mark.fault("new computation without golden numbers")
+def test_every_computation_has_golden_numbers():
+    own = {name: v for name, v in COMPUTATIONS.items() if name.startswith("minerlib.")}
+    assert own.keys() == GOLDEN.keys() == HELD.keys()
+    assert own == {name: held["version"] for name, held in HELD.items()}
+
+
+def test_golden_numbers_notice():
+    """What they are there for: a swapped axis, a shuffled row, a changed value."""
+    x = np.random.default_rng(0).random((4, 5))
+    table = xr.DataArray(x, {"layer": range(4)}, ("layer", "neuron"))
+    golden = numbers(table)
+    for other in (table.T, table[::-1], table + 1e-5, table * -1, table.where(x > 0.01), table[:3]):
+        assert differences(numbers(other), golden, TOLERANCE)
+    assert not differences(numbers(table * (1 + 1e-8)), golden, TOLERANCE)
+    words = pd.DataFrame({"answer": ["a", "b"]})
+    assert differences(numbers(words[::-1]), numbers(words), TOLERANCE)
+
+
+def write() -> None:
+    """Write the golden numbers of all computations; refuse those that moved under one version."""
+    new = {}
+    for name, version in COMPUTATIONS.items():
+        held = HELD.get(name, {})
+        if held.get("version") == version:
+            if found := moved(name, held["numbers"]):
+                raise SystemExit(f"{name}: raise its version, for its numbers moved\n{found}")
+            new[name] = held
+        else:
+            new[name] = {"version": version, "numbers": numbers(GOLDEN[name]())}
+            print(f"{name} {version}: written")
+    lines = (f" {json.dumps(name)}: {json.dumps(held)}" for name, held in sorted(new.items()))
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    write()
