@@ -1,16 +1,15 @@
 """Intervals, nulls, multiplicity and verdicts: one set of rules for every claim.
 
 Intervals are 95 % percentile bootstraps over samples (Efron and Tibshirani 1993, chapter 13);
-p-values are ranks among draws from a null (Phipson and Smyth 2010); a claim made of several
-layers takes Bonferroni's bound. `scipy.stats.bootstrap` does not serve: it gathers every
-resample of every measure, where here one matrix of counts serves a whole table of measures, as
-a product, and weighs the points of clouds.
+p-values are ranks among draws from a null (Phipson and Smyth 2010). `scipy.stats.bootstrap` does
+not serve: it gathers every resample, where here one matrix of counts serves a table of measures.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +29,7 @@ class Interval(NamedTuple):
 
 @lru_cache(maxsize=8)
 def resamples(n_samples: int, n: int, seed: int | tuple[int, ...] = 0) -> np.ndarray:
-    """How often each sample occurs in each of n bootstrap resamplings, read-only [n, sample]."""
+    """How often each sample occurs in each of n bootstrap resamplings, [n, sample]; read-only."""
     if n_samples < 1:
         raise ValueError("nothing to resample: no samples; raise the limit")
     rng = np.random.default_rng(seed)
@@ -43,19 +42,16 @@ def weighted(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Means of values [sample, ...] under weights [n, sample], leaving NaN out: [n, ...]."""
     there = ~np.isnan(values)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (weights @ np.where(there, values, 0)) / (weights @ there)
+        total = np.tensordot(weights, np.where(there, values, 0), 1)
+        return total / np.tensordot(weights, there.astype(float), 1)
 
 
 def middle95(draws: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """The ends of the middle 95 % of draws [draw, ...], leaving NaN out; NaN without any."""
-    draws = np.asarray(draws, float)
-    if not len(draws):
+    if not np.size(draws):
         raise ValueError("no draws, so no quantiles")
-    flat = draws.reshape(len(draws), -1)
-    there = ~np.isnan(flat).all(0)
-    ends = np.full((2, flat.shape[1]), np.nan)
-    ends[:, there] = np.nanquantile(flat[:, there], [0.025, 0.975], axis=0)
-    low, high = ends.reshape(2, *draws.shape[1:])
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # nothing but NaN
+        low, high = np.nanquantile(np.asarray(draws, float), [0.025, 0.975], axis=0)
     return low, high
 
 
@@ -65,11 +61,8 @@ def interval(values: np.ndarray, n: int = 2000, seed: int = 0) -> tuple[np.ndarr
     values [sample, ...]; NaN where a sample has no value, and in the result where none has.
     """
     values = np.asarray(values, float)
-    counts = resamples(len(values), n, seed)
-    flat = values.reshape(len(values), -1)
-    mean = weighted(flat, np.ones((1, len(flat))))[0]
-    ends = middle95(weighted(flat, counts))
-    return tuple(x.reshape(values.shape[1:]) for x in (mean, *ends))
+    draws = weighted(values, resamples(len(values), n, seed))
+    return weighted(values, np.ones((1, len(values))))[0], *middle95(draws)
 
 
 Scores = ArrayLike | Mapping[str, ArrayLike]
@@ -97,13 +90,11 @@ def bootstrap(values: Scores, n: int = 10_000, seed: int = 0) -> Interval:
 
 def paired_bootstrap(a: Scores, b: Scores, n: int = 10_000, seed: int = 0) -> Interval:
     """The mean of b - a over the same rows, with its 95 % interval; mappings as in `bootstrap`."""
-    if not isinstance(a, Mapping) and not isinstance(b, Mapping):
-        a, b = {"": a}, {"": b}
-    if not isinstance(a, Mapping) or not isinstance(b, Mapping) or a.keys() != b.keys():
-        raise ValueError("paired values must come from the same benchmarks")
-    if uneven := [k for k in a if np.size(a[k]) != np.size(b[k])]:
-        raise ValueError(f"paired values must have the same rows; they differ in {uneven}")
-    return bootstrap({k: np.asarray(b[k], float) - np.asarray(a[k], float) for k in a}, n, seed)
+    first, second = (x if isinstance(x, Mapping) else {"": x} for x in (a, b))
+    if [(k, np.size(v)) for k, v in first.items()] != [(k, np.size(v)) for k, v in second.items()]:
+        raise ValueError("paired values must come from the same benchmarks and rows")
+    changes = {k: np.subtract(second[k], first[k], dtype=float) for k in first}
+    return bootstrap(changes, n, seed)
 
 
 def mean_over_samples(
@@ -111,15 +102,13 @@ def mean_over_samples(
 ) -> pd.DataFrame:
     """Mean over samples with its 95 % interval of a table with one row per sample and `by`.
 
-    Returns columns *by, value (under its own name), low, high, n. For a paired change between
-    two conditions pass `paired(before, after, value, by)`.
+    Returns columns *by, value (under its own name), low, high, n.
     """
     by = list(by)
     wide = table.pivot_table(value, "sample", by, sort=False)
     columns = wide.columns.to_frame(index=False)
-    mean, low, high = interval(wide.to_numpy())
-    n = wide.notna().sum().to_numpy()
-    return columns.assign(**{value: mean, "low": low, "high": high, "n": n})
+    found = dict(zip((value, "low", "high"), interval(wide.to_numpy()), strict=True))
+    return columns.assign(**found, n=wide.notna().sum().to_numpy())
 
 
 def paired(
@@ -149,27 +138,24 @@ def shuffles(labels: np.ndarray, groups: np.ndarray, n: int, seed: int = 0) -> n
     return out
 
 
-def rank_p(value: float, draws: ArrayLike, tail: str) -> float:
-    """Permutation p: (1 + draws at least as extreme) / (1 + draws), never 0.
-
-    tail is "less", "greater", or "two-sided", which compares magnitudes. NaN if any number is.
-    """
-    null = _draws(draws)
-    if tail not in (tails := ("less", "greater", "two-sided")):
-        raise ValueError(f"tail={tail!r}: use one of {', '.join(tails)}")
-    if tail == "two-sided":
-        value, null = abs(value), np.abs(null)
-    sign = -1 if tail == "less" else 1
-    if np.isnan(value) or np.isnan(null).any():
-        return float("nan")
-    return float(1 + (sign * null >= sign * value - 1e-12).sum()) / (1 + null.size)
-
-
 def _draws(draws: ArrayLike) -> np.ndarray:
     draws = np.asarray(draws, float)
     if not draws.size:
         raise ValueError("no draws of the null to compare with; draw some")
     return draws
+
+
+def rank_p(value: float, draws: ArrayLike, tail: str) -> float:
+    """Permutation p: (1 + draws at least as extreme) / (1 + draws), never 0.
+
+    tail is "less", "greater", or "two-sided", which compares magnitudes. NaN if any number is.
+    """
+    turn = {"less": np.negative, "greater": np.positive, "two-sided": np.abs}
+    if tail not in turn:
+        raise ValueError(f"tail={tail!r}: use one of {', '.join(turn)}")
+    value, null = turn[tail](value), turn[tail](_draws(draws))
+    p = (1 + (null >= value - 1e-12).sum()) / (1 + null.size)
+    return float("nan") if np.isnan([value, *null]).any() else float(p)
 
 
 class Resampling:
@@ -191,9 +177,9 @@ class Resampling:
         """Means over each sample's tokens, [..., token] -> [..., sample]; NaN without any."""
         to = np.zeros((len(self.group), self.size))
         to[np.arange(len(self.group)), self.group] = 1
-        where = np.ones(1) if where is None else where
+        where = np.ones_like(values) if where is None else np.broadcast_to(where, values.shape)
         with np.errstate(invalid="ignore"):
-            return (values * where) @ to / ((where + np.zeros_like(values)) @ to)
+            return (values * where) @ to / (where @ to)
 
     def row(self, measure: str, values: np.ndarray, where=None, greater=True) -> dict:
         """A row from per-token values [1 + n_null, token], counted where bool of that shape."""
@@ -208,16 +194,9 @@ def table_row(measure: str, value, draws, null, greater: bool | None = True) -> 
     low, high = middle95(draws)
     null_low, null_high = middle95(null)
     tail = "two-sided" if greater is None else "greater" if greater else "less"
-    return {
-        "measure": measure,
-        "value": float(value),
-        "low": low,
-        "high": high,
-        "null": float(np.mean(null)),
-        "null_low": null_low,
-        "null_high": null_high,
-        "p": rank_p(value, null, tail),
-    }
+    row = {"measure": measure, "value": float(value), "low": low, "high": high}
+    row |= {"null": float(np.mean(null)), "null_low": null_low, "null_high": null_high}
+    return row | {"p": rank_p(value, null, tail)}
 
 
 # --- verdicts ------------------------------------------------------------------------------------
@@ -229,9 +208,8 @@ TOLERANCE = 0.02
 
 
 class Verdict(NamedTuple):
-    """A word and how far it is from another: the smallest move of the deciding numbers, in
-    tolerances, that could change it. Below 1 it is said, for another processor's last digits
-    could decide otherwise."""
+    """A word, and the smallest move of the deciding numbers, in tolerances, that could change it;
+    below 1 it is said, for another processor's last digits could decide otherwise."""
 
     word: str
     margin: float
@@ -260,14 +238,6 @@ class Layers(NamedTuple):
         }
 
 
-class Converged(NamedTuple):
-    """A verdict on a curve, its closest layer, and whether that is clearly nearer than layer 0."""
-
-    verdict: Verdict
-    layer: int
-    nearer: bool
-
-
 # A rule is written in signed numbers: a comparison is its distance in tolerances, positive if it
 # is true and never 0; `and` is the minimum, `or` the maximum, `not` the minus sign (Zadeh 1965).
 # So one expression gives a rule's word and its margin.
@@ -282,11 +252,6 @@ def _more(a, b, tolerance: float = TOLERANCE, equal: bool = False) -> np.ndarray
     return np.where(a >= b if equal else a > b, 1, -1) * np.nan_to_num(away, nan=np.inf)
 
 
-def _at_least(need: int, signed: ArrayLike) -> float:
-    """Whether so many are true, as a signed number."""
-    return float(np.sort(signed)[-need])
-
-
 def _verdict(holds, fails, neither=None) -> Verdict:
     """The verdict of a rule that says when a claim holds, and when it does not."""
     neither = min(-holds, -fails) if neither is None else neither
@@ -294,46 +259,36 @@ def _verdict(holds, fails, neither=None) -> Verdict:
     return Verdict(word, float({HOLDS: holds, FAILS: fails, UNKNOWN: neither}[word]))
 
 
-def beyond(
-    low: float, high: float, bound: float, *, greater: bool = True, tolerance: float = TOLERANCE
-) -> Verdict:
-    """Holds if an interval lies wholly above (or not greater: below) a bound; does not hold if
-    no part of it does."""
+def beyond(low: float, high: float, bound: float, *, greater: bool = True) -> Verdict:
+    """Whether an interval lies wholly above (else below) a bound; fails if no part of it does."""
     if not greater:
         low, high, bound = -high, -low, -bound
-    return _verdict(_more(low, bound, tolerance), _more(bound, high, tolerance, equal=True))
+    return _verdict(_more(low, bound), _more(bound, high, equal=True))
 
 
-def below_every_draw(high: float, draws: ArrayLike, *, tolerance: float = TOLERANCE) -> Verdict:
-    """Holds if the upper end of an interval lies below every draw of the null, else does not."""
+def below_every_draw(high: float, draws: ArrayLike) -> Verdict:
+    """Whether the upper end of an interval lies below every draw of the null, or not."""
     least = _draws(draws).min()
-    return _verdict(_more(least, high, tolerance), _more(high, least, tolerance, equal=True))
+    return _verdict(_more(least, high), _more(high, least, equal=True))
 
 
 def change_against_draws(
-    value: float,
-    low: float,
-    high: float,
-    draws: ArrayLike,
-    *,
-    n: int | None = None,
-    tolerance: float = TOLERANCE,
+    value: float, low: float, high: float, draws: ArrayLike, n: int = 8, tolerance=TOLERANCE
 ) -> Verdict:
     """Whether a change and its interval are clear of the changes that random draws make.
 
     Holds if the interval is clear of their range; does not hold if the change is within it.
     Cannot be told if only the change is clear, if the interval spans the whole range (no draw
-    could be ruled out), with fewer than 8 samples (n), or if there is no number.
+    could be ruled out), from fewer than n = 8 samples, or if there is no number.
     """
     null = _draws(draws)
     null = null[np.isfinite(null)]
-    few = n is not None and n < 8
-    if few or not null.size or not np.isfinite([value, low, high]).all():
+    if n < 8 or not null.size or not np.isfinite([value, low, high]).all():
         return Verdict(UNKNOWN, np.inf)
-    least, most = null.min(), null.max()
-    spans = min(_more(least, low, tolerance), _more(high, most, tolerance))
-    within = min(_more(value, least, tolerance, True), _more(most, value, tolerance, True))
-    clear = max(_more(low, most, tolerance), _more(least, high, tolerance))
+    more, least, most = partial(_more, tolerance=tolerance), null.min(), null.max()
+    spans = min(more(least, low), more(high, most))
+    within = min(more(value, least, equal=True), more(most, value, equal=True))
+    clear = max(more(low, most), more(least, high))
     return _verdict(min(-spans, -within, clear), min(-spans, within))
 
 
@@ -356,16 +311,14 @@ def over_layers(
     need: int | None = None,
     corrected: bool = False,
     value: str = "value",
-    tolerance: float = TOLERANCE,
 ) -> Layers:
     """Whether a claim holds in at least `need` layers (default: half of them).
 
-    table has one row per layer: `value`, low, high, and the null's middle 95 % as null_low and
-    null_high unless a bound is given, one or one per row. A layer says yes if its interval lies
-    wholly beyond the bound on the claim's side, and if corrected p is at most 0.05 over the
-    number of layers (Bonferroni); it says no if no part of the interval does. Does not hold if
-    so many layers say no that `need` cannot be reached. The most favourable row is the one
-    furthest beyond its bound, among those of the smallest p if corrected.
+    table has one row per layer: `value`, low, high, and null_low and null_high unless a bound is
+    given, one or one per row. A layer says yes if its interval lies wholly beyond the bound on
+    the claim's side and, if corrected, p is at most 0.05 over the number of layers (Bonferroni);
+    no if no part of it does. Fails if too many say no for `need` to be reached. The most
+    favourable row is the furthest beyond its bound, if corrected among those of smallest p.
     """
     need = (len(table) + 1) // 2 if need is None else need
     if not 1 <= need <= len(table):
@@ -375,69 +328,56 @@ def over_layers(
         bound = table["null_high" if greater else "null_low"]
     bound = sign * np.broadcast_to(np.asarray(bound, float), len(table))
     ends = sign * table[["low", "high"]].to_numpy(float)
-    yes = _more(ends.min(1), bound, tolerance)
-    no = _more(bound, ends.max(1), tolerance, equal=True)
+    yes = _more(ends.min(1), bound)
+    no = _more(bound, ends.max(1), equal=True)
     p = np.zeros(len(table))
     if corrected:
         p, level = table["p"].to_numpy(float), LEVEL / len(table)
         yes = np.minimum(yes, _more(level, p, level / 10, equal=True))
     best = np.lexsort((bound - sign * table[value].to_numpy(float), p))[0]
-    verdict = _verdict(_at_least(need, yes), -_at_least(need, -no))
+    verdict = _verdict(np.sort(yes)[-need], -np.sort(-no)[-need])  # as many of them or more
     return Layers(verdict, yes > 0, table.iloc[best])
 
 
 def given(premise: Verdict, verdict: Verdict) -> Verdict:
     """A verdict that has a meaning only if its premise holds, else the premise's own."""
-    if premise.word != HOLDS:
-        return premise
-    return Verdict(verdict.word, min(premise.margin, verdict.margin))
+    both = Verdict(verdict.word, min(premise.margin, verdict.margin))
+    return both if premise.word == HOLDS else premise
 
 
 def converged(
-    curve: pd.DataFrame,
-    half: tuple[float, float],
-    middle: float,
-    *,
-    falling: bool,
-    tolerance: float = TOLERANCE,
-) -> Converged:
-    """Whether two kinds converge in the lower layers.
+    curve: pd.DataFrame, half: Sequence[float], middle: float, *, falling: bool
+) -> tuple[Verdict, int, bool]:
+    """Whether two kinds converge in the lower layers; the closest layer; whether it is nearer.
 
     curve: value, low and high by layer (its index), embeddings first; falling: smaller is
-    nearer. half: the interval of the layer in which half of the convergence is done. Holds if
-    the closest layer's interval is clear of the first's on the nearer side and `half` lies below
-    the middle layer; does not hold if the closest is the first, or `half` lies from the middle on.
+    closer. Nearer is a closest layer whose interval is clear of the first's. half: the interval
+    of the layer in which half of the convergence is done. Holds if the closest is nearer and
+    half lies below the middle; fails if it is the first, or nearer and half from the middle on.
     """
     sign = 1 if falling else -1
     values = sign * curve["value"].to_numpy(float)
     ends = sign * curve[["low", "high"]].to_numpy(float)
     best = int(values.argmin())
     # Which layer is closest may change too: the others count unless they are further by more.
-    near = _more(ends[0].min(), ends.max(1), tolerance)
-    further = _more(values, values[best], tolerance, equal=True)
+    near = _more(ends[0].min(), ends.max(1))
+    further = _more(values, values[best], equal=True)
     further[best] = -np.inf
     nearer, not_nearer = (np.maximum(further, x).min() for x in (near, -near))
-    never = _more(values[1:].min(initial=np.inf), values[0], tolerance, equal=True)
-    early = _more(middle, half[1], tolerance)
-    late = _more(half[0], middle, tolerance, equal=True)
+    never = _more(values[1:].min(initial=np.inf), values[0], equal=True)
+    early, late = _more(middle, half[1]), _more(half[0], middle, equal=True)
     neither = min(-never, max(not_nearer, -early), max(not_nearer, -late))
     verdict = _verdict(min(nearer, early), max(never, min(nearer, late)), neither)
-    return Converged(verdict, curve.index[best], bool(nearer > 0))
+    return verdict, curve.index[best], bool(nearer > 0)
 
 
-def majority(verdicts: Iterable[Verdict]) -> Verdict:
+def majority(verdicts: Sequence[Verdict]) -> Verdict:
     """The word on which more than half of the verdicts agree, else cannot be told."""
-    if not (verdicts := list(verdicts)):
+    if not len(verdicts):
         raise ValueError("no verdicts, so no majority")
-
-    def most(word: str) -> float:
-        signed = [v.margin if v.word == word else -v.margin for v in verdicts]
-        return _at_least(len(verdicts) // 2 + 1, signed)
-
-    return _verdict(most(HOLDS), most(FAILS))
-
-
-# --- tables --------------------------------------------------------------------------------------
+    words, margins = (np.array(x) for x in zip(*verdicts, strict=True))
+    signed = (np.where(words == word, margins, -margins) for word in (HOLDS, FAILS))
+    return _verdict(*(np.sort(x)[-(len(words) // 2 + 1)] for x in signed))
 
 
 def spread(mean: float, low: float, high: float, sign: str = "", digits: int = 2) -> str:

@@ -123,7 +123,7 @@ def test_paired_intervals_need_pairs():
     assert change == pytest.approx((-0.1,) * 3)
     noisy = inference.paired_bootstrap(a, rng.random(200))
     assert noisy.high - noisy.low > 0.05
-    with pytest.raises(ValueError, match="same rows"):
+    with pytest.raises(ValueError, match="same benchmarks and rows"):
         inference.paired_bootstrap([1.0], [1.0, 2.0])
     for b in ({"b": [1.0]}, [1.0]):
         with pytest.raises(ValueError, match="same benchmarks"):
@@ -269,8 +269,6 @@ def test_a_verdict_says_when_it_is_close():
 def test_beyond_a_bound(low, high, bound, greater, word, margin):
     verdict = inference.beyond(low, high, bound, greater=greater)
     assert verdict.word == word and verdict.margin == pytest.approx(margin)
-    half = inference.beyond(low, high, bound, greater=greater, tolerance=0.04)
-    assert half.margin == pytest.approx(margin / 2)
 
 
 def test_below_every_draw():
@@ -305,7 +303,8 @@ def test_a_change_against_draws(value, low, high, word, margin):
     draws = [0.2, -0.1, np.nan, -0.2]
     verdict = inference.change_against_draws(value, low, high, draws)
     assert verdict.word == word and verdict.margin == pytest.approx(margin)
-    assert inference.change_against_draws(value, low, high, draws, n=8) == verdict
+    looser = inference.change_against_draws(value, low, high, draws, n=8, tolerance=0.04)
+    assert looser == (word, pytest.approx(margin / 2))
     few = inference.change_against_draws(value, low, high, draws, n=7)
     assert few.word == UNKNOWN and str(few) == UNKNOWN
     none = inference.change_against_draws(value, low, high, [np.nan])
@@ -399,8 +398,9 @@ def test_over_layers_corrected_for_their_number():
     assert inference.over_layers(layers(low, high, p=0.5), need=1).yes.all()
     found = inference.over_layers(layers(low, high, p=[0.01, 0.002, 0.002, 0.01]), corrected=True)
     assert found.line["layer"] == 3  # smallest p first, then furthest beyond
-    found = inference.over_layers(layers([0.6], [0.8], p=[0.05]), need=1, corrected=True)
-    assert found.verdict == (HOLDS, pytest.approx(0))
+    for p, margin in [(0.05, 0), (0.048, 0.4), (0.001, 5)]:  # tolerances of a tenth of 0.05
+        found = inference.over_layers(layers([0.6], [0.8], p=[p]), need=1, corrected=True)
+        assert found.verdict == (HOLDS, pytest.approx(margin))
 
 
 def test_given_a_premise():
@@ -430,25 +430,25 @@ def curve(values, half_width=0.1) -> pd.DataFrame:
 )
 def test_convergence_in_the_lower_layers(values, half, word, layer, nearer):
     for sign in (1, -1):
-        falls = inference.converged(curve(sign * np.array(values)), half, 1.5, falling=sign > 0)
-        assert (falls.verdict.word, falls.layer, falls.nearer) == (word, layer, nearer)
+        found = inference.converged(curve(sign * np.array(values)), half, 1.5, falling=sign > 0)
+        assert (found[0].word, *found[1:]) == (word, layer, nearer)
 
 
 def test_convergence_margins():
     def margin(values, half, middle=1.0):
-        return inference.converged(curve(values), half, middle, falling=True).verdict.margin
+        return inference.converged(curve(values), half, middle, falling=True)[0].margin
 
     assert margin([1, 0.5], (0.1, 0.96)) == pytest.approx(2)  # of a half point at the middle
     assert margin([1, 0.79], (0.1, 0.5)) == pytest.approx(0.5)  # of intervals that nearly touch
     assert margin([0.5, 0.51], (0.1, 0.5)) == pytest.approx(0.5)  # of which layer is closest
     assert margin([1, 0.5], (1.0, 1.5)) == pytest.approx(0)
     touching = pd.DataFrame({"value": [0.75, 0.25], "low": [0.5, 0.0], "high": [1.0, 0.5]})
-    assert not inference.converged(touching, (0, 0.5), 1, falling=True).nearer
+    assert not inference.converged(touching, (0, 0.5), 1, falling=True)[2]
 
 
 def test_a_majority_is_more_than_half():
     def whole(*words):
-        return inference.majority(Verdict(word, i + 1.0) for i, word in enumerate(words))
+        return inference.majority([Verdict(word, i + 1.0) for i, word in enumerate(words)])
 
     assert whole(HOLDS, HOLDS, FAILS) == (HOLDS, 1)
     assert whole(HOLDS, FAILS) == (UNKNOWN, 1)
@@ -481,8 +481,8 @@ RULES = {
     "one layer": lambda x: inference.over_layers(over(x), need=1, corrected=True).verdict,
     "half": lambda x: inference.over_layers(over(x)).verdict,
     "a bound": lambda x: inference.over_layers(over(x), x[-1], greater=False).verdict,
-    "falling": lambda x: inference.converged(over(x), x[2:4], x[-1], falling=True).verdict,
-    "rising": lambda x: inference.converged(over(x), x[2:4], x[-1], falling=False).verdict,
+    "falling": lambda x: inference.converged(over(x), x[2:4], x[-1], falling=True)[0],
+    "rising": lambda x: inference.converged(over(x), x[2:4], x[-1], falling=False)[0],
     "majority": lambda x: inference.majority(each(x)),
     "given": lambda x: inference.given(each(x)[0], each(x)[-1]),
 }
