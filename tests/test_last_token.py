@@ -355,8 +355,10 @@ def test_summaries_of_a_made_change():
     assert set(own.loc[own["measure"] != "lens", "set"]) == {"image"}
     at = own.set_index(["measure", "layer"])
     np.testing.assert_allclose(at[["null_low", "null", "null_high"]], [[-1, 0, 1]] * 12, atol=1e-9)
-    assert at["beyond"]["attention"].tolist() == [False, False, True]
-    assert not at["beyond"][["saliency", "knockout"]].any()
+    np.testing.assert_allclose(at["clear"]["attention"], [-1, -1, 5], atol=1e-9)
+    np.testing.assert_allclose(at["clear"]["saliency"], -0.8, atol=1e-9)
+    below = at["null_low"]["lens"] - at["high"]["lens"]
+    assert (at["clear"]["knockout"] < 0).all() and at["clear"]["lens"].equals(below)
     assert at["value"]["attention", 2] == 6 and (at["n"] == 10).all()
 
 
@@ -367,7 +369,7 @@ def test_claims_of_a_made_change():
     assert (table["finding"] == "III").all() and len(table) == 5
     whole, attention, saliency, knockout, lens = table.to_dict("records")
     assert attention["verdict"] == "holds" and attention["p"] == "0.050"
-    assert attention["measured"] == "10.0 %, change +2.0 [+2.0, +2.0], in layers 2"
+    assert attention["measured"] == "10.0 %, change +2.0 [+2.0, +2.0]"
     assert attention["null"] == "random: -1.0 to +1.0"
     assert saliency["measured"] == "30.0 %, change +0.6 [+0.6, +0.6]"
     assert saliency["null"] == "random: -3.0 to +3.0" and saliency["verdict"] == "does not hold"

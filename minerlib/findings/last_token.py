@@ -379,16 +379,16 @@ def at_own_source(changed: pd.DataFrame, chance: pd.DataFrame) -> pd.DataFrame:
     changed and chance from `changes`, the former under the modalities' names. The lens has no
     source: its change is the answer's own. Columns silenced, measure, layer, set, value, low,
     high (95 % interval over samples), n, null (the draws' mean), null_low, null_high (their
-    range), beyond (whether the interval is clear of that range).
+    range), clear (by how much the interval lies beyond that range; negative: they overlap).
     """
     own = changed[changed["measure"].isin(MEASURES)]
     own = own[(own["set"] == own["silenced"]) | (own["set"] == "answer")]
     table = inference.mean_over_samples(own, "value", ["silenced", *_BY])
     draws = chance.pivot_table("value", _BY, "silenced")  # means over samples
     draws = draws.reindex(pd.MultiIndex.from_frame(table[_BY])).to_numpy().T
-    clear = inference.clear_of(table["low"], table["high"], draws)
-    band = {"null": draws.mean(0), "null_low": draws.min(0), "null_high": draws.max(0)}
-    return table.assign(**band, beyond=clear)
+    least, most = draws.min(0), draws.max(0)
+    clear = np.maximum(table["low"] - most, least - table["high"])
+    return table.assign(null=draws.mean(0), null_low=least, null_high=most, clear=clear)
 
 
 def claims(before: pd.DataFrame, changed: pd.DataFrame, chance: pd.DataFrame) -> pd.DataFrame:
@@ -398,20 +398,22 @@ def claims(before: pd.DataFrame, changed: pd.DataFrame, chance: pd.DataFrame) ->
     """
     start, change = over_layers(before), over_layers(changed)
     draws = over_layers(chance).groupby(["measure", "set", "silenced"]).mean()
-    far = at_own_source(changed, chance).query("beyond").astype({"layer": str})
-    since = far.groupby(["silenced", "measure"])["layer"].agg(", ".join)
     lines: list[dict] = []
     for modality, (measure, what) in product(changed["silenced"].unique(), _CLAIMS.items()):
         source = "answer" if measure == "lens" else modality
         values, null = change[modality, measure, source], draws[measure, source].to_numpy()
-        size, layers = inference.bootstrap(values), since.get((modality, measure))
+        size = inference.bootstrap(values)
         verdict = inference.change_against_draws(*size, null, n=len(values), tolerance=0.1)
-        measured = f"{start[measure, source].mean():z.1f} %, change "
-        measured += inference.spread(*size, "+", 1) + (f", in layers {layers}" if layers else "")
-        line = {"claim": f"{modality} neurons change {what.format(modality)}", "measured": measured}
-        line["null"] = f"random: {null.min():+z.1f} to {null.max():+z.1f}"
-        p = inference.rank_p(size.mean, null, "two-sided")
-        lines.append({**line, "p": p, "verdict": verdict})
+        lines.append(
+            {
+                "claim": f"{modality} neurons change {what.format(modality)}",
+                "measured": f"{start[measure, source].mean():z.1f} %, change "
+                + inference.spread(*size, "+", 1),
+                "null": f"random: {null.min():+z.1f} to {null.max():+z.1f}",
+                "p": inference.rank_p(size.mean, null, "two-sided"),
+                "verdict": verdict,
+            }
+        )
     verdicts = [line["verdict"] for line in lines]
     held = sum(verdict.word == inference.HOLDS for verdict in verdicts)
     whole = {
