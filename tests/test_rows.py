@@ -19,6 +19,7 @@ import soundfile
 from huggingface_hub import errors
 from PIL import Image
 
+from minerlib import artifacts
 from minerlib.model import RowError
 from minerlib.tasks import (
     ANSWER_METRICS,
@@ -689,6 +690,15 @@ def test_a_file_behind_a_path_counts(sounds, tmp_path):
         rows = [row | {"audio": str(tmp_path / name)} for row in OWN]
         prints.append(sounds(rows=rows).fingerprint)
     assert prints[0] == prints[1] != prints[2]
+
+
+@pytest.mark.fault("stale: decoding")
+def test_a_new_version_of_the_decoding_counts(sounds, monkeypatch):
+    before = sounds()
+    monkeypatch.setitem(artifacts.COMPUTATIONS, "minerlib.tasks.media.picture", 2)
+    assert sounds().fingerprint == before.fingerprint
+    monkeypatch.setitem(artifacts.COMPUTATIONS, "minerlib.tasks.media.sound", 2)
+    assert sounds().fingerprint != before.fingerprint
 
 
 @pytest.mark.fault("stale: metric function")

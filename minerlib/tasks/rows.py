@@ -349,8 +349,11 @@ class Benchmark(Sequence):
         they are decoded, choices, answer's length, metric. The same on another processor.
         """
         spec, numbers = self.spec, self.numbers.tolist()
-        how = {"video": "frames", "audio": "sampling_rate"}.get(spec.modality, "")
-        decoded = [spec.modality, self._rows.how.get(how), spec.max_seconds]
+        decoded = {
+            "image": [media.picture],
+            "video": [media.clip, self._rows.how["frames"]],
+            "audio": [media.sound, self._rows.how["sampling_rate"], spec.max_seconds],
+        }.get(spec.modality)
         metric = [self.metric, *map(identity, metrics.metric_of(self.metric).functions)]
         asked = [self.name, spec.choices, spec.max_new_tokens, *map(self._rows.made_of, numbers)]
         return digest([numbers, asked, self.references, decoded, metric])
