@@ -50,9 +50,11 @@ def test_preset(family, home, tmp_path):
     for file in (ROOT / "notebooks").glob("*.ipynb"):
         if file.name[:2] in STAGES:
             shutil.copy(file, project / "notebooks")
+    given = ["LIMIT=8", "EVAL_LIMIT=8", "DTYPE=bfloat16"]
+    given += ["MAX_PIXELS=1024"] if family == "qwen2-vl" else []
     done = subprocess.run(
         [sys.executable, project / "notebooks/run.py", f"MODEL={model}", f"RUN={tmp_path / 'run'}",
-         "LIMIT=8", "EVAL_LIMIT=8", "DTYPE=bfloat16", "MAX_PIXELS=1024"],
+         *given],
         env=os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
         capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -1,0 +1,118 @@
+"""The scorecard: findings found by themselves, in notebooks and in what runs left."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import matplotlib.pyplot as plt
+import nbformat
+import pytest
+
+from minerlib import scorecard
+from minerlib.scorecard import Scorecard, mark
+from minerlib.workbook import NotApplicable
+
+CELL = 'model = "data/models/tiny-qwen2-vl"\nlimit = 96\nratio = 0.02\ndraws = 10'
+USUAL = {"limit": 96, "ratio": 0.02, "draws": 10}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """Two finding notebooks, another one, and the folders of two shipped models."""
+    for name, finding in {"05_one": "I", "06_two": "II", "00_start": None}.items():
+        cell = nbformat.v4.new_code_cell(CELL, metadata={"tags": ["parameters"]})
+        about = {"finding": finding, "claim": f"claim {finding}"} if finding else {"stage": True}
+        notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"minerlib": about})
+        (tmp_path / "notebooks").mkdir(exist_ok=True)
+        nbformat.write(notebook, tmp_path / f"notebooks/{name}.ipynb")
+    for model in ("tiny-a", "tiny-b"):
+        (tmp_path / "data/models" / model).mkdir(parents=True)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr(scorecard, "ROOT", tmp_path)
+    found = scorecard.findings(tmp_path / "notebooks")
+    monkeypatch.setattr(scorecard, "findings", lambda: found)
+    return tmp_path
+
+
+def leave(project, finding, model, verdict="holds", age=0, **parameters):
+    """What `save_finding` leaves in a run folder."""
+    name = f"{finding}-{abs(hash((verdict, age, *parameters.items()))):x}"
+    file = project / f"runs/{model}/finding-{name}.json"
+    file.parent.mkdir(exist_ok=True)
+    claims = [{"claim": f"81 neurons of {finding}", "measured": "0.9", "null": "1.0",
+               "p": "0.010", "verdict": verdict}]  # fmt: skip
+    value = {"finding": finding, "model": model, "parameters": USUAL | parameters}
+    file.write_text(json.dumps(value | {"claims": claims}))
+    file.with_name(f"{file.stem}.manifest.json").write_text("{}")
+    os.utime(file, (1e9 - age, 1e9 - age))
+
+
+def test_findings_are_those_of_notebooks_that_say_so(project):
+    assert {n: f.notebook for n, f in scorecard.findings().items()} == {
+        "I": "05_one",
+        "II": "06_two",
+    }
+    assert scorecard.findings()["I"].claim == "claim I"
+    assert scorecard.findings()["I"].parameters == USUAL
+
+
+def test_what_is_missing_is_named_with_the_notebook_that_makes_it(project):
+    with pytest.raises(NotApplicable, match="no finding of shipped models in runs; run 05_one"):
+        Scorecard()
+    leave(project, "I", "tiny-a")
+    leave(project, "II", "other")  # no shipped model
+    card = Scorecard()
+    assert card.columns == ["tiny-a", "tiny-b"] and card.table["of"].tolist() == ["tiny-a"]
+    assert card.missing[-1] == "II of tiny-b: not measured, or not applicable; run 06_two"
+    assert len(card.missing) == 3
+    assert set(Scorecard(models="all").columns) == {"tiny-a", "other"}
+    assert Scorecard(models="tiny-b, other").columns == ["other", "tiny-b"]
+
+
+def test_a_column_for_each_configuration_and_only_the_defaults_unless_asked(project):
+    leave(project, "I", "tiny-a")
+    leave(project, "I", "tiny-a", "does not hold", ratio=0.5, draws=20)
+    leave(project, "I", "tiny-a", "does not hold", age=50)  # older than the first
+    (line,) = Scorecard(models=["tiny-a"]).table.to_dict("records")
+    assert (line["verdict"], line["p"], line["finding"]) == ("holds", "0.010", "I")
+    card = Scorecard(models=["tiny-a"], configurations="all")
+    assert card.columns == ["tiny-a", "tiny-a, ratio=0.5, draws=20"]
+    assert card.table["verdict"].tolist() == ["holds", "does not hold"]
+
+
+def test_a_new_finding_needs_no_list(project):
+    leave(project, "V", "tiny-a")
+    assert Scorecard().table["finding"].tolist() == ["V"]
+
+
+def test_all_verdicts_at_a_glance(project, monkeypatch):
+    leave(project, "I", "tiny-a", "holds (close)")
+    leave(project, "I", "tiny-b", "does not hold")
+    leave(project, "II", "tiny-b", "cannot be told")
+    card = Scorecard()
+    fig = card.draw()
+    (ax,) = fig.axes
+    assert {t.get_text() for t in ax.texts} >= {"yes~", "no", "?"}
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["I: neurons of I", "II: neurons of II"]
+    monkeypatch.delenv("MINER_FIGURES", raising=False)
+    card.save_figure(fig, "10-scorecard")
+    assert (project / "runs/figures/10-scorecard.png").exists()
+    plt.close(fig)
+    assert mark("holds") == (2, "yes") and mark("cannot be told (close)") == (1, "?~")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"runs": "elsewhere"}, "runs='elsewhere': no such folder; run `make workbook`"),
+        ({"configurations": "some"}, "configurations='some': use default or all"),
+    ],
+)
+def test_a_bad_parameter_is_named(project, given, message):
+    with pytest.raises(ValueError, match=message):
+        Scorecard(**given)
+    cell = 'runs = "runs"\nmodels = "shipped"\nconfigurations = "default"'
+    space = {"In": [cell, "# Parameters\nmodel = 1"], "runs": "runs"}
+    with pytest.raises(ValueError, match="unknown parameter 'model'; did you mean 'models'"):
+        Scorecard.bind(space)
