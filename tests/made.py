@@ -20,7 +20,6 @@ def states_of(hidden: np.ndarray, kinds: list[str], samples: np.ndarray, **colum
     tokens["length"] = group["kind"].transform("size")
     tokens["place"] = tokens.groupby(["sample", "kind"]).cumcount()
     tokens["run"] = tokens.groupby(["sample", "kind"])["kind"].transform("size")
-    tokens["count"] = tokens["run"]
     return States(np.asarray(hidden, np.float32), tokens.assign(id=0, text="", **columns))
 
 

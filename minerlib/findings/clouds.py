@@ -1,6 +1,6 @@
-"""Measures of clouds of points, and the resampling that gives them intervals and nulls.
+"""Measures of clouds of points: pure functions on arrays, each with a known answer.
 
-Pure functions on arrays, each with a known answer. Measures of two clouds take `second`, bool
+Measures of two clouds take `second`, bool
 [r, n]: which of the n points belong to the second cloud, once per labelling (the observed one
 and its shuffles), so that a null costs one call.
 """
@@ -22,14 +22,11 @@ def centroid_distance(x: np.ndarray, first: np.ndarray, second: np.ndarray) -> n
     x [n, hidden]; first and second are the clouds' weights [r, n], 0 outside the cloud. The
     spread is the root mean square distance of the points from their own centroid.
     """
-    centres, variances = [], []
-    x = x - x.mean(0)
-    for w in (first, second):
-        w = w / w.sum(1, keepdims=True)
-        centres.append(w @ x)
-        variances.append(w @ (x**2).sum(1) - (centres[-1] ** 2).sum(1))
-    spread = np.sqrt(np.maximum(sum(variances) / 2, 1e-12))
-    return np.linalg.norm(centres[0] - centres[1], axis=1) / spread
+    x, w = x - x.mean(0), np.stack([first, second])
+    w = w / w.sum(-1, keepdims=True)
+    centres = w @ x
+    variance = (w @ (x**2).sum(1) - (centres**2).sum(-1)).mean(0)
+    return np.linalg.norm(centres[0] - centres[1], axis=1) / np.sqrt(np.maximum(variance, 1e-12))
 
 
 def silhouette(distance: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -130,30 +127,20 @@ def reach(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean distance of each point to its k nearest of the other cloud and of its own, [r, n] each.
 
-    Exact, with O(n^2) work per labelling; with `near`, each point's nearest others from
-    `neighbours`, the search is limited to these, which suffices where the clouds are mixed, as
-    under shuffled labels. A cloud that is not met is put at the furthest of them.
+    near: each point's nearest others from `neighbours` (default all), to which the search is
+    limited; a part of them suffices where the clouds are mixed, as under shuffled labels. A cloud
+    that is not met is put at the furthest of them.
     """
-    if near is None:
-        candidates, furthest = distance.copy(), distance.max(1)
-        np.fill_diagonal(candidates, np.inf)
-    else:
-        candidates = np.take_along_axis(distance, near, 1)
-        furthest = candidates[:, -1]
+    near = neighbours(distance, len(distance)) if near is None else near
+    candidates = np.take_along_axis(distance, near, 1)
     other, own = np.empty((2, *second.shape))
     for r, row in enumerate(second):
-        same = (row if near is None else row[near]) == row[:, None]
+        same = row[near] == row[:, None]
         for out, chosen in ((other, ~same), (own, same)):
-            if near is None:
-                of = np.where(chosen, candidates, np.inf)
-                first = np.partition(of, min(k, of.shape[1]) - 1, axis=1)[:, :k]
-                counted = np.isfinite(first)
-                first[~counted] = 0
-            else:  # sorted: the first k of the chosen
-                first, counted = candidates, chosen & (chosen.cumsum(1, dtype=np.int32) <= k)
-            met = counted.sum(1)
-            total = np.einsum("nk,nk->n", first, counted, dtype=float)
-            out[r] = np.where(met, total / met.clip(1), furthest)
+            first = chosen & (chosen.cumsum(1, dtype=np.int32) <= k)
+            met = first.sum(1)
+            total = np.einsum("nk,nk->n", candidates, first, dtype=float)
+            out[r] = np.where(met, total / met.clip(1), candidates[:, -1])
     return other, own
 
 
@@ -210,20 +197,15 @@ def principal_axis(x: np.ndarray) -> np.ndarray:
     return axis / max(np.linalg.norm(axis), 1e-24)
 
 
-def percentile(z: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Where each z [n] lies among the first cloud's, [r, n]: 0 below all, 0.5 median, 1 above."""
-    order = np.argsort(z, kind="stable")
-    below, upto = (np.searchsorted(z[order], z, side) for side in ("left", "right"))
-    first = np.cumsum(np.pad(~second[:, order], ((0, 0), (1, 0))), axis=1)
-    return (first[:, below] + first[:, upto]) / 2 / first[:, -1:]
-
-
 def extremity(z: np.ndarray, second: np.ndarray) -> np.ndarray:
     """How far out each z [n] lies among the first cloud's, [r, n]: 0 at the median, 1 at an end.
 
-    The first cloud's own points average one half.
+    Twice the distance of its percentile from one half; the first cloud's own points average 0.5.
     """
-    return np.abs(2 * percentile(z, second) - 1)
+    order = np.argsort(z, kind="stable")
+    below, upto = (np.searchsorted(z[order], z, side) for side in ("left", "right"))
+    first = np.cumsum(np.pad(~second[:, order], ((0, 0), (1, 0))), axis=1)
+    return np.abs((first[:, below] + first[:, upto]) / first[:, -1:] - 1)
 
 
 def standard_ranks(values: np.ndarray) -> np.ndarray:

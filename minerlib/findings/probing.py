@@ -23,20 +23,19 @@ CLAIMS = {
     "probes": "some tokens have more text around them than chance",
     "elongation": "the cloud is drawn out towards the text",
 }
+ENDS = ["reach", "low", "high"]
 PLACES = ("first", "2nd", "3rd", "4th", "last")
 """The fifths of a medium."""
 
 
-def media(states: States, toward: str = "text") -> list[str]:
-    """The kinds of the states that are neither special nor `toward`."""
-    return [k for k in dict.fromkeys(states.tokens["kind"]) if k not in ("special", toward)]
+def media(states: States) -> list[str]:
+    """The kinds of the states that are neither special nor text."""
+    return [k for k in dict.fromkeys(states.tokens["kind"]) if k not in ("special", "text")]
 
 
 @computation(version=1)
 def probing(
     states: States,
-    kinds: Sequence[str] | None = None,
-    toward: str = "text",
     *,
     nearest: int = 5,
     k: int = 10,
@@ -45,34 +44,31 @@ def probing(
     n_null: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Whether a kind's tokens reach towards the text tokens, layer by layer (finding IV).
+    """Whether a medium's tokens reach towards the text tokens, layer by layer (finding IV).
 
-    Measures per kind (image, video and audio unless given): `reach`, mean distance of its tokens
-    to their nearest text tokens over that to the nearest of their own kind (below 1: text is
-    nearer; the claim is that it is small); `probes`, share of its tokens whose k neighbours hold
-    more text than chance allows (`clouds.crowded`); `elongation` of its cloud along the direction
-    to the text centroid, against random directions of the clouds' own covariance; `tip_end`, how
-    near the tip (the tip_share of tokens with the smallest reach) is to the ends of its run of
-    tokens, 0 the middle and 1 an end. Null of `reach` and `probes`: labels shuffled within each
-    sample, which mixes the kinds; of `tip_end`: the tip drawn at random within each sample.
+    Measures per kind: `reach`, mean distance of its tokens to their nearest text tokens over that
+    to the nearest of their own kind (the claim is that it is small); `probes`, share of its tokens
+    whose k neighbours hold more text than chance allows (`clouds.crowded`); `elongation` of its
+    cloud along the direction to the text centroid, against random directions of the clouds' own
+    covariance; `tip_end`, how near the tip (the tip_share of tokens with the smallest reach) is to
+    the ends of its run of tokens, 0 the middle and 1 an end. Null of `reach` and `probes`: labels
+    shuffled within each sample; of `tip_end`: the tip drawn at random within each sample.
 
     Returns
     -------
     Columns kind, layer, measure, value, low, high, null, null_low, null_high, p.
     """
     table = []
-    for kind in media(states, toward) if kinds is None else kinds:
-        part = states.of(toward, kind)
+    for kind in media(states):
+        part = states.of("text", kind)
         r = Resampling(part.tokens, kind, n_boot, n_null, seed)
         place = part.tokens["place"] / (part.tokens["run"] - 1).clip(lower=1)
         end = (2 * place - 1).abs().to_numpy()[r.own]
         share = min(r.own.mean(), 1 - r.own.mean())
         among = int(8 * nearest / share)
-        tokens = r.token_draws
+        w_cloud, w_text = r.token_draws[:, r.own], r.token_draws[:, ~r.own]
         for layer, x in enumerate(part.hidden):
             distance = pairwise_distances(x)
-            rows = []
-
             near = clouds.neighbours(distance, max(k, among))
             seen = [clouds.reach(distance, r.second[:1], nearest)]
             seen.append(clouds.reach(distance, r.second[1:], nearest, near[:, :among]))
@@ -81,27 +77,21 @@ def probing(
             drawn = inference.weighted(per[:, 0].T, r.draws)
             mean = np.nanmean(per, axis=2)
             ratio, ratio_draws = mean[0] / mean[1], drawn[:, 0] / drawn[:, 1]
-            rows.append(table_row("reach", ratio[0], ratio_draws, ratio[1:], greater=False))
-
-            crowd = clouds.crowded(near[:, :k], r.second)
-            rows.append(r.row("probes", crowd, r.second))
+            rows = [table_row("reach", ratio[0], ratio_draws, ratio[1:], greater=False)]
+            rows.append(r.row("probes", clouds.crowded(near[:, :k], r.second), r.second))
 
             cloud, text = x[r.own], x[~r.own]
-            there = text.mean(0) - cloud.mean(0)
+            there = (text.mean(0) - cloud.mean(0))[None]
             residue = np.concatenate([cloud - cloud.mean(0), text - text.mean(0)])
             random = clouds.elongation(cloud, clouds.directions_like(residue, n_null, seed))
-            w_text, w_cloud = tokens[:, ~r.own], tokens[:, r.own]
             to = w_text @ text / w_text.sum(1, keepdims=True)
             to -= w_cloud @ cloud / w_cloud.sum(1, keepdims=True)
-            long = clouds.elongation(cloud, there[None])[0]
-            rows.append(
-                table_row("elongation", long, clouds.elongation(cloud, to, w_cloud), random)
-            )
+            long, drawn = clouds.elongation(cloud, there)[0], (cloud, to, w_cloud)
+            rows.append(table_row("elongation", long, clouds.elongation(*drawn), random))
 
             reached = (other[0] / np.maximum(own[0], 1e-12))[r.own]
             tip = reached <= np.quantile(reached, tip_share)
-            group = r.group[r.own]
-            tips = inference.shuffles(tip, group, n_null, seed)
+            tips = inference.shuffles(tip, r.group[r.own], n_null, seed)
             tip_end = (tips * end).sum(1) / tip.sum()
             w = w_cloud * tip
             with np.errstate(invalid="ignore"):
@@ -110,17 +100,14 @@ def probing(
     return pd.DataFrame(table)
 
 
-def tips(
-    states: States, kind: str, toward: str = "text", *, nearest: int = 5, tip_share: float = 0.1
-) -> pd.DataFrame:
+def tips(states: States, kind: str, *, nearest: int = 5, tip_share: float = 0.1) -> pd.DataFrame:
     """The tokens of a kind by how near they are to the text: who the tip is, and where it sits.
 
-    Returns the token table of that kind at every layer, with columns layer, token (its index in
-    `states.hidden`), reach (distance to the nearest text tokens over that to the nearest of its
-    kind), place as a share of its run, and tip (whether it is among the tip_share of smallest
-    reach at its layer); the smallest reach first within each layer.
+    The token table at every layer, with columns layer, token (its index in `states.hidden`), reach,
+    place as a share of its run, and tip (whether it is among the tip_share of smallest reach);
+    the smallest reach first within each layer.
     """
-    part = states.of(toward, kind)
+    part = states.of("text", kind)
     own = (part.tokens["kind"] == kind).to_numpy()
     samples = part.tokens["sample"].unique()
     index = np.flatnonzero((states.tokens["kind"] == kind) & states.tokens["sample"].isin(samples))
@@ -136,14 +123,9 @@ def tips(
 
 
 def tip_places(table: pd.DataFrame) -> pd.DataFrame:
-    """Where the tip of `tips` sits: its share in each fifth of the medium (columns), by layer.
-
-    The last row, `all tokens`, is what a tip would follow that sits anywhere alike.
-    """
-    fifth = pd.cut(
-        table["place"], np.linspace(0, 1, len(PLACES) + 1), labels=PLACES, include_lowest=True
-    )
-    tip = table["tip"]
+    """Share of the tip of `tips` in each fifth of the medium, by layer, and of `all tokens`."""
+    ends, tip = np.linspace(0, 1, len(PLACES) + 1), table["tip"]
+    fifth = pd.cut(table["place"], ends, labels=PLACES, include_lowest=True)
     shares = pd.crosstab(table["layer"][tip], fifth[tip], normalize="index", dropna=False)
     shares.loc["all tokens"] = fifth.value_counts(normalize=True)
     return shares
@@ -154,8 +136,6 @@ def lens_words(
 ) -> pd.DataFrame:
     """What the logit lens reads most often in the tip and in the rest of the tokens of `tips`.
 
-    Returns
-    -------
     Columns layer, tokens (tip, rest), words (the `top` most frequent, with their shares).
     """
     lines = []
@@ -169,17 +149,15 @@ def lens_words(
     return pd.DataFrame(lines)
 
 
-def crowded_pictures(
-    states: States, panels: pd.DataFrame, toward: str = "text", *, k: int = 10
-) -> pd.DataFrame:
+def crowded_pictures(states: States, panels: pd.DataFrame, k: int = 10) -> pd.DataFrame:
     """Share of each medium's tokens that would be probes if a picture of `project` were the space.
 
     A row per kind and layer, a column per view, and `full space`: the same tokens where they are.
     """
     lines = []
     for (layer, view), part in panels.groupby(["layer", "view"], sort=False):
-        for kind in media(states, toward):
-            pair = part[part["kind"].isin([kind, toward])]
+        for kind in media(states):
+            pair = part[part["kind"].isin([kind, "text"])]
             second = (pair["kind"] == kind).to_numpy()
             spaces = {"full space": states.hidden[layer, pair["token"]], view: pair[["x", "y"]]}
             for space, x in spaces.items():
@@ -190,16 +168,11 @@ def crowded_pictures(
 
 
 @computation(version=1)
-def log_reach(states: States, toward: str = "text", *, nearest: int = 5) -> pd.DataFrame:
+def log_reach(states: States, *, nearest: int = 5) -> pd.DataFrame:
     """Mean log reach of each medium's tokens: columns kind, sample, layer, reach."""
-    tables = []
-    for kind in media(states, toward):
-        table = tips(states, kind, toward, nearest=nearest)
-        table["reach"] = np.log(table["reach"])
-        mean = table.groupby(["sample", "layer"], as_index=False)["reach"].mean()
-        mean.insert(0, "kind", kind)
-        tables.append(mean)
-    return pd.concat(tables, ignore_index=True)
+    table = pd.concat([tips(states, kind, nearest=nearest) for kind in media(states)])
+    by = table.assign(reach=np.log(table["reach"])).groupby(["kind", "sample", "layer"])
+    return by["reach"].mean().reset_index()
 
 
 @computation(version=1)
@@ -224,73 +197,54 @@ def pushed(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """How far silencing pushes one kind's tokens away from the text, beside random draws.
 
-    Each table is that kind's `log_reach`: as the model is, with its neurons silenced, and with
-    each random draw silenced.
-
-    Returns
-    -------
-    Two tables with columns silenced (own, random), layer, reach (the factor by which it changes,
-    above 1: away), low, high: by layer, and as the mean over decoder layers. The ends of own are
-    a 95 % interval over prompts, those of random the lowest and highest draw.
+    Takes that kind's `log_reach` as the model is, and with its neurons and each draw silenced.
+    Returns two tables, by layer and as the mean over decoder layers: silenced (own, random),
+    layer, reach (the factor by which it changes, above 1: away), low, high: of own a 95 % interval
+    over prompts, of random the lowest and highest draw.
     """
     changes = [inference.paired(before, table, "reach", ["layer"]) for table in (after, *draws)]
-    inner = [table[table["layer"] > 0] for table in changes]
-    means = [t.groupby("sample", as_index=False)["reach"].mean().assign(layer=0) for t in inner]
-    return _beside(changes), _beside(means).drop(columns="layer")
-
-
-def _beside(changes: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """The first change with its interval, and the range of the others, as factors."""
-    own = _factor(inference.mean_over_samples(changes[0], "reach", ["layer"])).drop(columns="n")
-    each = np.exp(pd.concat([t.groupby("layer")["reach"].mean() for t in changes[1:]], axis=1))
-    ends = {"reach": each.mean(axis=1), "low": each.min(axis=1), "high": each.max(axis=1)}
-    both = {"own": own, "random": pd.DataFrame(ends).reset_index()}
-    return pd.concat(both, names=["silenced"]).reset_index("silenced").reset_index(drop=True)
+    inner = (table[table["layer"] > 0].groupby("sample", as_index=False) for table in changes)
+    means, tables = [table["reach"].mean().assign(layer="mean") for table in inner], []
+    for own, *random in (changes, means):
+        own = _factor(inference.mean_over_samples(own, "reach", ["layer"])).drop(columns="n")
+        each = np.exp(pd.concat([t.groupby("layer")["reach"].mean() for t in random], axis=1))
+        ends = {"reach": each.mean(axis=1), "low": each.min(axis=1), "high": each.max(axis=1)}
+        both = own.assign(silenced="own"), each[[]].assign(**ends, silenced="random").reset_index()
+        tables.append(pd.concat(both, ignore_index=True))
+    return tables[0], tables[1]
 
 
 def _factor(table: pd.DataFrame) -> pd.DataFrame:
     """Means and intervals of logarithms, as factors."""
-    ends = ["reach", "low", "high"]
-    return table.assign(**np.exp(table[ends]))
+    return table.assign(**np.exp(table[ENDS]))
 
 
 def claims(
     measured: pd.DataFrame, reach: pd.DataFrame, moved: dict[str, pd.DataFrame]
 ) -> list[dict]:
-    """The lines of the closing table, per kind of `moved`.
-
-    measured is the table of `probing`, reach that of `log_reach`, moved[kind] the second table of
-    `pushed`.
-    """
+    """The lines of the closing table: of `probing`, `log_reach` and, by kind, `pushed`'s second."""
     lines = []
     for kind, whole in moved.items():
         own = measured[(measured["kind"] == kind) & (measured["layer"] > 0)]
         for measure, text in CLAIMS.items():
-            layers = inference.over_layers(
-                own[own["measure"] == measure],
-                greater=measure != "reach",
-                need=1,
-                corrected=True,
-            )
+            of, greater = own[own["measure"] == measure], measure != "reach"
+            layers = inference.over_layers(of, greater=greater, need=1, corrected=True)
             lines.append(layers.claim(f"{kind}: {text}"))
         for origin, name in enumerate(("embeddings", "layer 1")):
-            last = approach(reach[reach["kind"] == kind], origin).iloc[-1]
-            lines.append(
-                {
-                    "claim": f"{kind}: tokens come nearer to text from {name} to the last layer",
-                    "measured": "x " + inference.spread(*last[["reach", "low", "high"]]),
-                    "null": "x 1.00",
-                    "verdict": inference.beyond(last["low"], last["high"], 1, greater=False),
-                }
-            )
-        ends = whole.set_index("silenced")[["reach", "low", "high"]]
-        silent, random = ends.loc["own"], ends.loc["random"]
-        lines.append(
-            {
-                "claim": f"{kind}: silencing its neurons pushes its tokens away from text",
-                "measured": "x " + inference.spread(*silent),
-                "null": f"x {inference.spread(*random)} (random neurons)",
-                "verdict": inference.beyond(silent["low"], silent["high"], max(1, random["high"])),
+            mean, low, high = approach(reach[reach["kind"] == kind], origin).iloc[-1][ENDS]
+            line = {
+                "claim": f"{kind}: tokens come nearer to text from {name} to the last layer",
+                "measured": f"x {inference.spread(mean, low, high)}",
+                "null": "x 1.00",
+                "verdict": inference.beyond(low, high, 1, greater=False),
             }
-        )
+            lines.append(line)
+        (mean, low, high), random = whole.set_index("silenced").loc[["own", "random"], ENDS].values
+        line = {
+            "claim": f"{kind}: silencing its neurons pushes its tokens away from text",
+            "measured": f"x {inference.spread(mean, low, high)}",
+            "null": f"x {inference.spread(*random)} (random neurons)",
+            "verdict": inference.beyond(low, high, max(1, random[2])),
+        }
+        lines.append(line)
     return lines

@@ -1,9 +1,8 @@
 """Where tokens lie in representation space, at every layer.
 
-`hidden_states` collects a subsample of tokens; the findings' rooms turn it into tables with one
-row per layer and measure: the value, its 95 % interval by resampling samples, and its null by
-shuffling the kinds' labels within each sample. The measures themselves are pure functions on
-arrays, in `clouds`. None depends on a projection; `project` is for looking.
+The findings' rooms turn these states into tables with one row per layer and measure: the value,
+its 95 % interval by resampling samples, and its null by shuffling the kinds' labels within each
+sample. No measure depends on a projection; `project` is for looking.
 
 Layer 0 is the embeddings, layer i the output of the i-th decoder layer (before the final norm).
 """
@@ -29,8 +28,8 @@ class States:
     """Hidden states float32 [layer + 1, token, hidden] and what each token is.
 
     tokens has one row per token: sample, kind, position (in the prompt, from 0), place (within
-    its own run of neighbours of that kind), run (that run's length), count (tokens of that kind
-    in the prompt), length (of the prompt), id, text.
+    its own run of neighbours of that kind), run (that run's length), length (of the prompt), id,
+    text.
     """
 
     hidden: np.ndarray
@@ -105,23 +104,13 @@ def _draw(base, ids, kinds, limit, equal, seed) -> pd.DataFrame:
     if equal:
         quota[counts > 0] = quota[counts > 0].min()
     rng = np.random.default_rng(seed)
-    drawn = [
-        rng.choice(np.flatnonzero(kind == k), quota[k], replace=False) for k in np.unique(kind)
-    ]
+    held = (np.flatnonzero(kind == k) for k in range(len(kinds)))
+    drawn = [rng.choice(at, n, replace=False) for at, n in zip(held, quota, strict=True) if n]
     at = np.sort(np.concatenate(drawn))
-    return pd.DataFrame(
-        {
-            "sample": seed[1],
-            "kind": np.array(kinds)[kind[at]],
-            "position": at,
-            "place": (np.arange(len(kind)) - np.repeat(change, run))[at],
-            "run": np.repeat(run, run)[at],
-            "count": counts[kind[at]],
-            "length": len(kind),
-            "id": ids[real[at]],
-            "column": real[at],
-        }
-    )
+    table = {"sample": seed[1], "kind": np.array(kinds)[kind[at]], "position": at}
+    table["place"] = (np.arange(len(kind)) - np.repeat(change, run))[at]
+    table |= {"run": np.repeat(run, run)[at], "length": len(kind)}
+    return pd.DataFrame(table | {"id": ids[real[at]], "column": real[at]})
 
 
 def project(
@@ -137,25 +126,19 @@ def project(
 
     The n_tokens shown are drawn once, with seed `draw`, and are the same in every picture; t-SNE
     starts at random, so that what differs between its seeds is visibly layout and not fact.
-
-    Returns
-    -------
-    Columns view ("t-SNE, seed 0", ..., "PCA"), layer, token (index into `states.tokens`),
-    sample, kind, x, y.
+    Columns view ("t-SNE, seed 0", ..., "PCA"), layer, token (its index), sample, kind, x, y.
     """
-    n = len(states.tokens)
-    shown = np.sort(np.random.default_rng(draw).permutation(n)[:n_tokens])
+    order = np.random.default_rng(draw).permutation(len(states.tokens))
+    shown = np.sort(order[:n_tokens])
     wide = min(perplexity, (len(shown) - 1) / 3)
-    views = {
-        f"t-SNE, seed {s}": TSNE(perplexity=wide, init="random", random_state=s) for s in seeds
-    }
+    start = {"perplexity": wide, "init": "random"}
+    views = {f"t-SNE, seed {seed}": TSNE(random_state=seed, **start) for seed in seeds}
     views["PCA"] = PCA(2, svd_solver="full")
-    head = states.tokens.loc[shown, ["sample", "kind"]]
-    head.insert(0, "token", shown)
     panels = []
     for layer in layers:
         for view, method in views.items():
             x, y = method.fit_transform(states.hidden[layer, shown]).T
-            panels.append(head.assign(x=x, y=y, view=view, layer=layer))
-    table = pd.concat(panels, ignore_index=True)
-    return table[["view", "layer", "token", "sample", "kind", "x", "y"]]
+            panel = pd.DataFrame({"view": view, "layer": layer, "token": shown})
+            of = states.tokens[["sample", "kind"]].iloc[shown].reset_index(drop=True)
+            panels.append(panel.join(of).assign(x=x, y=y))
+    return pd.concat(panels, ignore_index=True)
