@@ -67,8 +67,10 @@ Weights = Annotated[dict[str, float], BeforeValidator(_weights), _among(lambda: 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-class Parameters(BaseModel, extra="forbid", frozen=True, validate_default=True):
+class Parameters(BaseModel):
     """The fields that notebooks share; `workbook.Workbook` says what they mean."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     model: Text = "data/models/tiny-qwen2-vl"
     benchmarks: Annotated[Names, Field(description="names, as a list or with commas")] = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,6 +19,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from minerlib.artifacts import atomically
 
@@ -65,9 +67,9 @@ def tokens(table: pd.DataFrame, ax: Axes, width: int = 68) -> None:
         wide = len(text) + 0.8 if len(part) == 1 else max(len(text) + 2, 20)
         if x + wide > width:
             x, y = 0.0, y - 1.35
-        colour = {"fc": COLOURS[kind], "ec": COLOURS[kind]}
+        colour: dict[str, Any] = {"fc": COLOURS[kind], "ec": COLOURS[kind]}
         ax.add_patch(Rectangle((x, y), wide - 0.2, 1, alpha=0.35, lw=0.6, **colour))
-        font = {"family": "monospace", "fontsize": 6.5}
+        font: dict[str, Any] = {"family": "monospace", "fontsize": 6.5}
         ax.text(x + wide / 2 - 0.1, y + 0.47, text, ha="center", va="center", **font)
         x += wide
     handles = [Rectangle((0, 0), 1, 1, fc=COLOURS[k], alpha=0.35) for k in table["kind"].unique()]
@@ -107,7 +109,7 @@ def by_layer(
                 band = part["layer"], part["null_low"], part["null_high"]
                 ax.fill_between(*band, color=colour, alpha=0.15, lw=0)
     ax.set(xlabel="decoder layer", ylabel=ylabel)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(fontsize="small")
 
 
@@ -120,8 +122,8 @@ def projections(table: pd.DataFrame) -> Figure:
         ax = axes[layers.index(layer), views.index(view)]
         for kind, dots in part.groupby("kind"):
             style = {"color": COLOURS[kind], "marker": MARKERS[kind], "label": kind}
-            size = 12 if kind == "special" else 7
-            ax.scatter(dots["x"], dots["y"], s=size, alpha=0.75, lw=0, **style)
+            dot = 12 if kind == "special" else 7
+            ax.scatter(dots["x"], dots["y"], s=dot, alpha=0.75, lw=0, **style)
         ax.set(xticks=[], yticks=[], title=view if layer == layers[0] else "")
         where = f"layer {layer}" if layer else "embeddings"
         ax.set_ylabel(where if view == views[0] else "")
@@ -154,7 +156,7 @@ def densities(scores: xr.DataArray, ax: Axes) -> None:
     """Distribution of one metric over all neurons, one outlined violin per modality."""
     names = scores.modality.values.tolist()
     values = [scores.sel(modality=m).values.ravel() for m in names]
-    violins = ax.violinplot(values, showextrema=False)
+    violins: dict[str, Any] = ax.violinplot(values, showextrema=False)
     for body, name in zip(violins["bodies"], names, strict=True):
         body.set(facecolor=COLOURS[name], edgecolor="black", hatch=HATCHES[name], alpha=0.7, lw=0.5)
     ax.set(xticks=range(1, len(names) + 1), xticklabels=names, ylim=(0, 1))
@@ -197,7 +199,7 @@ def medium(sample, ax: Axes) -> None:
 
 def save(fig: Figure, files: Iterable[Path], about: dict) -> None:
     """Write a figure into PNG files; what it is about, as JSON, into their metadata."""
-    how = {"format": "png", "dpi": 150, "bbox_inches": "tight"}
+    how: dict[str, Any] = {"format": "png", "dpi": 150, "bbox_inches": "tight"}
     how["metadata"] = {"Configuration": json.dumps(about)}
     for file in files:
         atomically(file, lambda part: fig.savefig(part, **how))

@@ -190,7 +190,7 @@ class Workbook(Parameters):
     @property
     def _plugged(self) -> list[Callable]:
         """The user's own metrics and strategy: what they are is part of a key."""
-        own = [STRATEGIES[self.strategy], *(METRICS[name] for name in own_metrics())]
+        own: list[Any] = [STRATEGIES[self.strategy], *(METRICS[name] for name in own_metrics())]
         return [function for function in own if function.__module__ != select.__module__]
 
     def select(self, total: xr.DataArray | None = None, **other: Any) -> xr.DataArray:
@@ -227,7 +227,7 @@ class Workbook(Parameters):
         """
         if neurons is not None and modalities is not None:
             neurons = neurons.sel(modality=list(modalities))
-        key = {"max_new_tokens": self._longest, "on_error": self.on_error}
+        key: dict[str, Any] = {"max_new_tokens": self._longest, "on_error": self.on_error}
         if neurons is not None:
             key["silenced"], key["mode"] = digest(np.asarray(neurons).any(0)), mode
         if mode != "zero" and constants is not None:
