@@ -136,7 +136,7 @@ def test_an_animation_is_its_first_frame():
         ({"bytes": None, "path": None}, "neither bytes nor a path"),
         ({"bytes": None, "path": "gone.png"}, "no file 'gone.png'"),
         (np.zeros((0, 4, 3)), r"shape \(0, 4, 3\) is no finite pixels"),
-        (np.zeros((9, 9, 7)), r"shape \(9, 9, 7\) is no finite pixels"),
+        (np.zeros((9, 9, 5)), r"shape \(9, 9, 5\) is no finite pixels"),
         (np.full((4, 4), np.nan), "no finite pixels"),
     ],
 )
