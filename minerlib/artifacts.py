@@ -18,7 +18,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -27,6 +27,7 @@ import torch
 import xarray as xr
 
 log = logging.getLogger(__name__)
+Function = TypeVar("Function", bound=Callable)
 
 PACKAGES = (
     *("torch", "torchvision", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn"),
@@ -37,10 +38,10 @@ COMPUTATIONS: dict[str, int] = {}
 """Version of every computation whose result is cached; tests/golden.json has its numbers."""
 
 
-def computation(version: int) -> Callable:
+def computation(version: int) -> Callable[[Function], Function]:
     """Register a function whose result is cached; raise its version when its numbers change."""
 
-    def register(function: Callable) -> Callable:
+    def register(function: Function) -> Function:
         COMPUTATIONS[f"{function.__module__}.{function.__qualname__}"] = version
         return function
 

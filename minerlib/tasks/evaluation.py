@@ -91,7 +91,7 @@ def _encode_media(mllm: MLLM, batch: Any) -> dict:
     for kind in ("image", "video"):
         tower = getattr(mllm.model.base_model, f"get_{kind}_features", None)
         names = [k for k in inspect.signature(tower).parameters if k in batch] if tower else []
-        if pixels := [k for k in names if k.startswith("pixel")]:
+        if tower and (pixels := [k for k in names if k.startswith("pixel")]):
             seen[kind] = tower(**{k: batch[k] for k in names}, return_dict=True)
             for k in pixels:
                 del batch[k]
