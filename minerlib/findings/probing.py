@@ -86,8 +86,8 @@ def probing(
             random = clouds.elongation(cloud, clouds.directions_like(residue, n_null, seed))
             to = w_text @ text / w_text.sum(1, keepdims=True)
             to -= w_cloud @ cloud / w_cloud.sum(1, keepdims=True)
-            long, drawn = clouds.elongation(cloud, there)[0], (cloud, to, w_cloud)
-            rows.append(table_row("elongation", long, clouds.elongation(*drawn), random))
+            long, drawn = clouds.elongation(cloud, there)[0], clouds.elongation(cloud, to, w_cloud)
+            rows.append(table_row("elongation", long, drawn, random))
 
             reached = (other[0] / np.maximum(own[0], 1e-12))[r.own]
             tip = reached <= np.quantile(reached, tip_share)

@@ -68,7 +68,8 @@ def hidden_states(
     common kind nor a long prompt outweighs the rest. Only these are kept, 4 bytes x (layers + 1)
     x hidden size each. The draw does not depend on batch_size.
     """
-    hidden, tables = [], []
+    hidden: list[np.ndarray] = []
+    tables = []
     for first, batch in mllm.batches(bench, batch_size, "hidden states"):
         sets, ids = separate(mllm, batch), batch["input_ids"].cpu().numpy()
         base = np.stack([sets[k].cpu().numpy() for k in mllm.kinds], 1)
@@ -79,14 +80,14 @@ def hidden_states(
         row = torch.from_numpy(np.repeat(np.arange(len(parts)), [len(p) for p in parts]))
         table = pd.concat(parts, ignore_index=True)
         column = torch.from_numpy(table.pop("column").to_numpy(copy=True))
-        kept = [None] * (mllm.n_layers + 1)
+        kept: dict[int, np.ndarray] = {}
 
         def keep(layer, h, kept=kept, row=row, column=column):
             kept[layer] = h[row.to(h.device), column.to(h.device)].float().cpu().numpy()
 
         with mllm.tap(hidden=keep):
             mllm.forward(batch)
-        hidden.append(np.stack(kept))
+        hidden.append(np.stack([kept[i] for i in range(len(kept))]))
         tables.append(table)
     tokens = pd.concat(tables, ignore_index=True)
     texts = {i: mllm.tokenizer.decode([i]) for i in tokens["id"].unique().tolist()}

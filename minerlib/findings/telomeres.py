@@ -149,12 +149,12 @@ def changed_ends(
     Columns condition ("as it is", the change, "change": the paired one), layer, axis_end, low,
     high, n (prompts); no rows where no prompt can be changed.
     """
-    texts = [CHANGES[change](sample.prompt) for sample in samples]
-    kept = [i for i, text in enumerate(texts) if text is not None]
+    texts = (CHANGES[change](sample.prompt) for sample in samples)
+    new = {i: replace(samples[i], prompt=t) for i, t in enumerate(texts) if t is not None}
+    kept = list(new)
     if not kept:
         return pd.DataFrame(columns=["condition", "layer", *ENDS, "n"])
-    new = [replace(samples[i], prompt=texts[i]) for i in kept]
-    now = axis_ends(hidden_states(mllm, new, **drawn))
+    now = axis_ends(hidden_states(mllm, list(new.values()), **drawn))
     now["sample"] = np.array(kept)[now["sample"]]
     each = {"as it is": axis_ends(states.where(states.tokens["sample"].isin(kept))), change: now}
     each["change"] = inference.paired(each["as it is"], now, "axis_end", ["layer"])
@@ -266,8 +266,8 @@ def claims(
             most = of(table, "condition", "change").loc[lambda t: t[ENDS[0]].abs().idxmax()]
             line = {
                 "claim": f"they stay at the ends when the prompt is {name}",
-                "measured": f"change {inference.spread(*most[ENDS], '+')} at most, layer "
-                f"{most['layer']}; yes at {stays.yes.sum()} of {len(bound)}",
+                "measured": f"change {_signed(most)} at most, layer {most['layer']}; "
+                f"yes at {stays.yes.sum()} of {len(bound)}",
                 "null": f"text below {bound.max():.2f}",
                 "verdict": inference.given(at_ends.verdict, stays.verdict),
             }
@@ -280,11 +280,16 @@ def claims(
     layers = inference.over_layers(of(peaks, "kind", "special"), MASSIVE, value="ratio")
     text = "rival: special tokens are massive activations"
     lines.append(layers.claim(text, f"massive from {MASSIVE}", "ratio"))
-    (own, low, high), random = moved.loc["special", ENDS], moved.loc["random", ENDS]
+    own, random = moved.loc["special"], moved.loc["random"]
+    bound = min(0, random["low"])
     line = {
         "claim": "silencing the special neurons moves them off the ends",
-        "measured": inference.spread(own, low, high, "+"),
-        "null": f"{inference.spread(*random, '+')} (random neurons)",
-        "verdict": inference.beyond(low, high, min(0, random["low"]), greater=False),
+        "measured": _signed(own),
+        "null": f"{_signed(random)} (random neurons)",
+        "verdict": inference.beyond(own["low"], own["high"], bound, greater=False),
     }
     return [*lines, line]
+
+
+def _signed(of: pd.Series) -> str:
+    return inference.spread(of["axis_end"], of["low"], of["high"], "+")
