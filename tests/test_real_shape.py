@@ -145,7 +145,7 @@ def test_four_stages_at_real_shape(make):
     torch.testing.assert_close(attention(query, key, real)[0], plain.softmax(-1).mean(0))
 
     bench = Rows(rows)
-    one, many = (ml.score(mllm, bench, batch_size=n, progress=False) for n in (1, len(rows)))
+    one, many = (ml.score(mllm, bench, batch_size=n) for n in (1, len(rows)))
     assert np.abs(one - many).mean() < 1e-2  # bfloat16 depends on the batch's shape
     total = ml.aggregate([one, many])
     assert total.shape == (5, 7, LAYERS, config.intermediate_size)
