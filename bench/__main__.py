@@ -183,8 +183,7 @@ def growth(rounds: int) -> list[dict]:
     mllm = stand_in("tiny-qwen2-vl")
     benches = {n: rows_of("tiny-qwen2-vl", n) for n in (32, 64, 128, 256)}
     sides = {
-        n: lambda bench=bench: ml.score(mllm, bench, batch_size=32)
-        for n, bench in benches.items()
+        n: lambda bench=bench: ml.score(mllm, bench, batch_size=32) for n, bench in benches.items()
     }
     times = alternate(sides, max(3, rounds // 2))
     seconds = {n: float(np.median(s)) / n for n, s in times.items()}

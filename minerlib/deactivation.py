@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import safetensors
@@ -22,7 +21,7 @@ def deactivate(
     mllm: MLLM,
     neurons: xr.DataArray | np.ndarray,
     modalities: Sequence[str] | None = None,
-    mode: Literal["zero", "mean", "min"] = "zero",
+    mode: str = "zero",
     constants: xr.DataArray | None = None,
 ) -> Iterator[MLLM]:
     """Set the neurons' activation outputs to a constant while the block runs.

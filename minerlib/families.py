@@ -228,7 +228,8 @@ class Family:
 
     def check_settings(self, settings: dict[str, Any]) -> None:
         """Raises ValueError for bounds of a picture's size that the processor would ignore."""
-        pictures = getattr(self.processor, "image_processor", None)
+        if (pictures := getattr(self.processor, "image_processor", None)) is None:
+            return
         known = getattr(getattr(pictures, "valid_kwargs", None), "__annotations__", {})
         for bound in {"min_pixels", "max_pixels"} & set(settings) - set(known):
             raise ValueError(

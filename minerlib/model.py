@@ -147,6 +147,8 @@ class MLLM:
 
         With on_error="skip" rows that fail are left out and named; the inputs are None if all do.
         """
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error={on_error!r}: use raise or skip")
         positions = list(positions)
         try:
             samples = [bench[i] for i in positions]

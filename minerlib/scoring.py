@@ -194,7 +194,11 @@ def metrics(x, weights_k, weights_q, masks, kinds, minimum=None) -> torch.Tensor
     highest.masked_fill_(count == 0, 0)
     total, *attn = sums.chunk(3, 1)
     layer = Layer(x, masks, count.clamp(min=1), positive, total, highest, *attn)
-    return torch.stack([metric(layer) for metric in METRICS.values()], 1)
+    found = {name: metric(layer) for name, metric in METRICS.items()}
+    for name in (name for name, values in found.items() if values.shape != highest.shape):
+        shapes = f"{tuple(found[name].shape)}, not [batch, set, neuron] {tuple(highest.shape)}"
+        raise ValueError(f"importance metric {name!r} gave {shapes}")
+    return torch.stack([*found.values()], 1)
 
 
 def normalise(values: torch.Tensor) -> torch.Tensor:
@@ -260,7 +264,7 @@ def score(
         done = sums.load(saved, [next(layer.parameters()).device for layer in mllm.layers])
     for i in tqdm(starts(bench, batch_size, done), desc=f"score {bench.name}", leave=False):
         _add(mllm, bench, range(i, min(i + batch_size, len(bench))), sums, on_error)
-        if saved is not None and saved.due():
+        if saved is not None and sums.rows and saved.due():
             sums.save(saved, i + batch_size)
     if sums.skipped:
         warnings.warn("; ".join(["rows skipped", *sums.skipped]), stacklevel=2)
@@ -278,7 +282,7 @@ def own_metrics() -> list[str]:
 
 def _add(mllm: MLLM, bench, positions, sums: Sums, on_error: str) -> None:
     """Add these rows; where one of them fails and may be skipped, the others one by one."""
-    _, samples, batch, skipped = mllm.gather(bench, positions, on_error)
+    positions, samples, batch, skipped = mllm.gather(bench, positions, on_error)
     sums.skipped += skipped
     try:
         if samples:

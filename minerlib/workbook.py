@@ -24,7 +24,7 @@ from pydantic import PrivateAttr
 from minerlib.aggregation import aggregate
 from minerlib.artifacts import Run, digest
 from minerlib.deactivation import deactivate
-from minerlib.model import MLLM, load
+from minerlib.model import MLLM, load, starts
 from minerlib.parameters import Parameters, at_least
 from minerlib.plots import save, show
 from minerlib.scoring import METRICS, own_metrics, score
@@ -143,12 +143,25 @@ class Workbook(Parameters):
         for name, bench in self.rows.items():
             if self.limit > len(bench):
                 raise ValueError(f"limit={self.limit}: {name} has {len(bench)} rows; lower it")
-        return {name: bench[: self.limit] for name, bench in self.rows.items()}
+        return {n: self._usable(bench[: self.limit]) for n, bench in self.rows.items()}
 
     @cached_property
     def evaluation(self) -> dict[str, Benchmark]:
         """`eval_limit` rows of each benchmark, from its end: what silencing is measured on."""
-        return {n: apart(b, self.limit, self.eval_limit)[1] for n, b in self.rows.items()}
+        held = {n: apart(b, self.limit, self.eval_limit)[1] for n, b in self.rows.items()}
+        return {n: self._usable(bench) for n, bench in held.items()}
+
+    def _usable(self, bench: Benchmark) -> Benchmark:
+        """The rows that can be decoded and encoded, where others may be skipped."""
+        if self.on_error == "raise":
+            return bench
+        kept: list[int] = []
+        for i in starts(bench, self.batch_size):
+            part = range(i, min(i + self.batch_size, len(bench)))
+            fine, _, _, skipped = self.mllm.gather(bench, part, "skip")
+            kept += fine
+            self.run.notices[bench.name]["notices"] += skipped
+        return bench[kept]
 
     # ------------------------------------------------------------------ the stages' artefacts
 
@@ -160,7 +173,7 @@ class Workbook(Parameters):
 
     def mine(self, made_by: str = "") -> dict[str, xr.DataArray]:
         """Stage 2 per benchmark, computed or read; interrupted mining continues."""
-        how = {"batch_size": self.batch_size, "on_error": self.on_error}
+        how: dict[str, Any] = {"batch_size": self.batch_size, "on_error": self.on_error}
         found = {}
         for name, bench in self.mining.items():
             part = self.folder / f"scores-{name}"

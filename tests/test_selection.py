@@ -15,11 +15,11 @@ from minerlib.selection import (
     PAPER_WEIGHTS,
     RATIOS,
     STRATEGIES,
-    weightings,
     matched_random,
     overlap,
     select,
     unique,
+    weightings,
 )
 
 KNOWN = np.load(ROOT / "tests/parity/stage4.npz")

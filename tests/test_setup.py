@@ -12,7 +12,9 @@ import pytest
 import yaml
 from conftest import ROOT
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -71,7 +73,7 @@ def test_conda_installs_the_lock():
     assert conda.keys() == {"python", "pip", "make"}
     python = conda["python"].split("=")[1]
     assert python == "3.11"
-    assert PROJECT["requires-python"] == ">=3.11,<3.12"
+    assert Version(python) in SpecifierSet(PROJECT["requires-python"])
     makefile = (ROOT / "Makefile").read_text()
     assert f"python{python}" in makefile and "-r requirements.lock" in makefile
 
@@ -80,8 +82,9 @@ def test_torch_and_torchvision_are_a_pair():
     """torchvision 0.N belongs to torch 2.(N-15); both come from the same registry, in one call."""
     torch, torchvision = pins()["torch"], pins()["torchvision"]
     assert int(torchvision.split(".")[1]) == int(torch.split(".")[1]) + 15
-    exact = {r.name: str(r.specifier) for r in NEEDED}
-    assert exact["torch"] == f"=={torch}" and exact["torchvision"] == f"=={torchvision}"
+    ranges = {r.name: r.specifier for r in NEEDED}
+    for minor in range(10, 20):  # every pair that the ranges allow is one
+        assert (f"2.{minor}.0" in ranges["torch"]) == (f"0.{minor + 15}.0" in ranges["torchvision"])
 
 
 def test_comparison_libraries_are_not_in_the_environment():
@@ -92,16 +95,23 @@ def test_comparison_libraries_are_not_in_the_environment():
 
 
 def test_every_import_is_declared():
-    """minerlib imports nothing that pyproject leaves to another package to bring."""
+    """minerlib imports nothing that pyproject leaves to another package to bring; what only a
+    notebook uses, and is imported there, comes with the workbook's extra."""
     import ast
     import sys
     from importlib.metadata import packages_distributions
 
-    declared = {canonicalize_name(Requirement(line).name) for line in PROJECT["dependencies"]}
+    def named(lines):
+        return {canonicalize_name(Requirement(line).name) for line in lines}
+
+    always = named(PROJECT["dependencies"])
+    late = always | named(EXTRAS["workbook"])
     providers = packages_distributions()
     missing = set()
-    for file in (ROOT / "minerlib").glob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+    for file in (ROOT / "minerlib").rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        for node in ast.walk(tree):
+            declared = always if node in tree.body else late
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and not node.level:
@@ -146,7 +156,8 @@ def test_the_whole_project_fits_its_budget():
 
 
 def test_make_knows_its_targets():
-    for target in ("env", "workbook", "notebooks", "test", "test-fast", "lint", "bench", "data"):
+    targets = "env workbook notebooks test test-fast lint api bench data clean"
+    for target in targets.split():
         done = subprocess.run(
             ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False
         )

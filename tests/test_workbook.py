@@ -16,6 +16,7 @@ from PIL import Image
 
 import minerlib as ml
 from minerlib import workbook
+from minerlib.model import RowError
 from minerlib.parameters import NEUTRAL, at_least
 from minerlib.scoring import METRICS
 from minerlib.selection import PAPER_WEIGHTS, STRATEGIES
@@ -477,3 +478,26 @@ def test_manifests_say_where_rows_came_from(tmp_path):
     (manifest,) = (json.loads(f.read_text()) for f in tmp_path.glob("finding-*.manifest.json"))
     held = manifest["notices"]["mmlu"]
     assert held["split"] == "test" and held["notices"] == [] and "revision" in held
+
+
+@pytest.mark.fault("a bad row that only some stages could skip")
+def test_rows_that_fail_are_left_out_for_every_stage(tmp_path, monkeypatch):
+    """The findings' measures, which take rows as they come, see only those that can be used."""
+    wb = ml.Workbook(limit=4, eval_limit=4, benchmarks="text_vqa,mmlu", on_error="skip",
+                     run_dir=str(tmp_path))  # fmt: skip
+    plain = wb.model_copy(update={"on_error": "raise"})
+    bad = plain.evaluation["text_vqa"][1].row
+    own = type(wb.mllm).encode
+
+    def fails(self, samples):
+        samples = list(samples)
+        if any(s.benchmark == "text_vqa" and s.row == bad for s in samples):
+            raise RowError("text_vqa", bad, "image", "cannot be read")
+        return own(self, samples)
+
+    monkeypatch.setattr(type(wb.mllm), "encode", fails)
+    assert [s.row for s in wb.evaluation["text_vqa"]] == [
+        s.row for s in plain.evaluation["text_vqa"] if s.row != bad
+    ]
+    assert len(wb.evaluation["mmlu"]) == 4
+    assert f"text_vqa row {bad}: image: cannot be read" in wb.run.notices["text_vqa"]["notices"]

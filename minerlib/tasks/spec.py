@@ -295,6 +295,5 @@ REGISTRY: dict[str, Spec] = {
         references=lambda row: row["answer"],
         modality="audio",
         metric="vocal_sound",
-        rows=3594,
     ),
 }
