@@ -292,12 +292,6 @@ def change_against_draws(
     return _verdict(min(-spans, -within, clear), min(-spans, within))
 
 
-def clear_of(low: ArrayLike, high: ArrayLike, draws: ArrayLike) -> np.ndarray:
-    """Whether intervals [...] lie beyond the range of all draws [draw, ...], bool [...]."""
-    null = _draws(draws)
-    return (np.asarray(low) > null.max(0)) | (np.asarray(high) < null.min(0))
-
-
 def by_p(p: float, level: float = LEVEL) -> Verdict:
     """Holds if p is at most the level, else does not hold; p's tolerance is a tenth of it."""
     return _verdict(_more(level, p, level / 10, equal=True), _more(p, level, level / 10))

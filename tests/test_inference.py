@@ -313,12 +313,6 @@ def test_a_change_against_draws(value, low, high, word, margin):
         inference.change_against_draws(value, low, high, [])
 
 
-def test_clear_of_draws_by_layer():
-    draws = np.array([[0.0, 0, 0, 0], [1, 1, 1, 1], [0.5, 0.5, 0.5, 0.5]])
-    found = inference.clear_of([1.1, 1, -1, -1], [2, 2, -0.1, 0], draws)
-    assert found.tolist() == [True, False, True, False]
-
-
 def test_a_claim_by_p():
     assert inference.by_p(0.05) == (HOLDS, pytest.approx(0))
     assert inference.by_p(0.04) == (HOLDS, pytest.approx(2))
@@ -442,6 +436,9 @@ def test_convergence_margins():
     assert margin([1, 0.79], (0.1, 0.5)) == pytest.approx(0.5)  # of intervals that nearly touch
     assert margin([0.5, 0.51], (0.1, 0.5)) == pytest.approx(0.5)  # of which layer is closest
     assert margin([1, 0.5], (1.0, 1.5)) == pytest.approx(0)
+    assert margin([1, 0.5], (0.5, 2.0)) == pytest.approx(25)  # of two ends about the middle
+    tied = curve([1, 0.5, 0.5]).assign(high=[1.1, 0.6, 1.0])
+    assert inference.converged(tied, (0, 0.5), 1, falling=True)[0].word == HOLDS  # by the first
     touching = pd.DataFrame({"value": [0.75, 0.25], "low": [0.5, 0.0], "high": [1.0, 0.5]})
     assert not inference.converged(touching, (0, 0.5), 1, falling=True)[2]
 
