@@ -601,9 +601,9 @@ def test_digest_survives_a_file(run):
     ids=lambda v: type(v).__name__,
 )  # fmt: skip
 def test_digest_refuses_what_it_cannot_hash(run, value):
-    with pytest.raises(TypeError, match="has no faithful hash"):
+    with pytest.raises(TypeError, match="has no faithful hash|keys must be str"):
         digest(value)
-    with pytest.raises(TypeError, match="has no faithful hash"):
+    with pytest.raises(TypeError, match="has no faithful hash|keys must be str"):
         run.cached("x", lambda: pytest.fail("computed"), of=made, config=value)
 
 
