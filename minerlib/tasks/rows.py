@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.parquet")
-
 
 def _parquet_files(folder: Path, repo: Repo) -> list[Path]:
     """Parquet files of a split, all its shards: the split is a folder, or a part of the name.
@@ -37,11 +35,10 @@ def _parquet_files(folder: Path, repo: Repo) -> list[Path]:
     """
     found, shards = [], defaultdict(set)
     for file in sorted(folder.rglob("*.parquet")):
-        *folders, name = file.relative_to(folder).parts
-        of_split = repo.split in folders or repo.split in name.removesuffix(".parquet").split("-")
-        if of_split and (repo.config is None or repo.config in folders):
+        folders = file.relative_to(folder).parts[:-1]
+        if repo.split in (*folders, *file.stem.split("-")) and repo.config in (None, *folders):
             found.append(file)
-            if part := _SHARD.fullmatch(name):
+            if part := re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})", file.stem):
                 shards[file.parent / part[1]].add((int(part[2]), int(part[3])))
     for stem, have in shards.items():
         total = max(of for _, of in have)
@@ -54,14 +51,12 @@ def _parquet_files(folder: Path, repo: Repo) -> list[Path]:
 def _download(repo: Repo) -> Path | None:
     """A hub repository's folder with the files of its split; None if there is no such repository.
 
-    Raises FileNotFoundError that says what failed and the way out.
+    FileNotFoundError for any other failure.
     """
     from huggingface_hub import constants, errors, snapshot_download
 
-    inside = f"{repo.config}/" if repo.config else ""
-    patterns = [f"{inside}{repo.split}/*.parquet", f"{inside}*{repo.split}-*.parquet"]
-    if not inside:
-        patterns.append(f"*/{repo.split}/*.parquet")
+    inside = f"{repo.config}/*" if repo.config else "*"
+    patterns = [f"{inside}{repo.split}{rest}*.parquet" for rest in "/-"]
     try:
         return Path(snapshot_download(repo.name, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # the network's and the hub's own errors differ by version
@@ -79,22 +74,25 @@ def _download(repo: Repo) -> Path | None:
 
 
 def _locate(
-    name: str, candidates: Sequence[Repo], source: str | os.PathLike | None, **other: str | None
+    name: str,
+    candidates: Sequence[Repo],
+    source: str | os.PathLike | None,
+    split: str | None = None,
+    alias: tuple[str, ...] = (),
 ) -> tuple[list[Path], dict[str, Any]]:
     """Files of a split from the first candidate that exists, and where they come from.
 
-    A local source holds either `NAME/*.parquet` or folders laid out like the hub, `owner/name/`.
-    `split` is another than the candidates', `alias` what it may also be called in the former.
+    `split` is another than the candidates', `alias` what it may also be called in `NAME/`.
     """
-    base, split = None if source is None else Path(source), other.get("split")
+    base = None if source is None else Path(source)
     if base and not base.is_dir():
         raise FileNotFoundError(
             f"source {str(source)!r} is not a folder; give the folder that holds {name}/*.parquet, "
             "or leave source out to load from the hub"
         )
     if own := base is not None and (base / name).is_dir():
-        splits = [split] if split else [candidates[0].split, other.get("alias")]
-        candidates = [Repo(name, each) for each in dict.fromkeys(splits) if each]
+        splits = [split] if split else [candidates[0].split, *alias]
+        candidates = [Repo(name, each) for each in dict.fromkeys(splits)]
     tried = []
     for repo in candidates:
         repo = replace(repo, split=split or repo.split)
@@ -143,35 +141,35 @@ def _read(name: str, files: Sequence[Path], columns: Sequence[str]) -> datasets.
 class _Rows:
     """The rows of a split, those joined to them, and the samples that they hold, by number.
 
-    `kept` are the numbers of the samples that can be used; `references` has those of all.
+    `kept` are the numbers of the samples that can be used; `references` has those of all, and
+    `places` their row and the element of its `each` column.
     """
 
     def __init__(
         self, name: str, source: Any, split: str | None, on_error: str, **how: int
     ) -> None:
         self.name, self.how, self.spec = name, how, (spec := REGISTRY[name])
-        self.notices: list[str] = []
-        files, self.origin = _locate(name, spec.hub, source, split=split, alias="test")
+        files, self.origin = _locate(name, spec.hub, source, split, ("test",))
         self.rows = _read(name, files, spec.columns)
-        self.joined: datasets.Dataset | None = None
-        self.join_index: dict[Any, list[int]] = defaultdict(list)
-        if spec.join and not set(spec.join.provides) <= set(self.rows.column_names):
-            files, self.origin["joined"] = _locate(name, spec.join.hub, source)
-            self.joined = _read(name, files, spec.join.columns)
-            for i, key in enumerate(self.joined[spec.join.theirs]):
-                self.join_index[key].append(i)
-        # Of each sample: its row, the element of the `each` column, and the references.
-        self.row_of: list[int] = []
-        self.element_of: list[int] = []
+        self.join, self.joined_at = spec.join, defaultdict[Any, list[int]](list)
+        if self.join and set(self.join.provides) <= set(self.rows.column_names):
+            self.join = None
+        if self.join:
+            files, self.origin["joined"] = _locate(name, self.join.hub, source)
+            self.joined = _read(name, files, self.join.columns)
+            for i, key in enumerate(self.joined[self.join.theirs]):
+                self.joined_at[key].append(i)
+        self.notices: list[str] = []
+        self.places: list[tuple[int, int]] = []
         self.references: list[tuple[str, ...]] = []
         self._raw = lru_cache(1)(self.rows.__getitem__)  # one clip, many questions
-        self._made_of: dict[int, tuple[str, str]] = {}
+        self.made_of = cache(self._made_of)
         self._sources: dict[int, str] = {}
         self._check(on_error)
 
     def _check(self, on_error: str) -> None:
         """Find all that can be known before a medium is decoded: faults, lengths, numbers."""
-        name, spec = self.name, self.spec
+        name, spec, most = self.name, self.spec, self.spec.max_seconds or 0
         faults: dict[int, RowError] = {}
 
         def attempt(step: Callable, number: int, *given) -> Any:
@@ -184,23 +182,18 @@ class _Rows:
 
         for index, row in enumerate(self._light()):
             for element in range(len(row[spec.each] or ()) if spec.each else 1):
-                self.row_of.append(index)
-                self.element_of.append(element)
-                number = len(self.references)
-                self.references.append(attempt(self._answers, number, row) or ())
-        self.origin["rows"] = total = len(self.references)
-        if empty := len(self.rows) - len(set(self.row_of)):
+                self.places.append((index, element))
+                self.references.append(attempt(self._answers, len(self.references), row) or ())
+        self.origin["rows"] = total = len(self.places)
+        if empty := len(self.rows) - len({index for index, _ in self.places}):
             self.note(f"{name}: {empty} rows have an empty {spec.each!r}")
         if self.origin["repo"] and spec.rows not in (None, total):
             text = f"loaded {total} samples, the published split has {spec.rows}"
             self.note(f"{name}: {text}: scores may not compare", warnings.warn)
         if odd := metrics.misfit(spec.metric, self.references, spec.language):
             self.note(f"{name}: {odd}", warnings.warn)
-        long, most = [], spec.max_seconds
-        if most:
-            good = [number for number in range(total) if number not in faults]
-            long = [number for number in good if (attempt(self._seconds, number) or 0) > most]
-        if long:
+        sound = [number for number in range(total) if most and number not in faults]
+        if long := [number for number in sound if (attempt(self._seconds, number) or 0) > most]:
             text = f"skipped {len(long)} of {total} clips longer than {most:g} s"
             self.note(f"{name}: {text}, which the audio encoder would cut")
         if faults:
@@ -220,19 +213,18 @@ class _Rows:
     def _light(self) -> Iterable[dict]:
         """The rows without their media."""
         schema, modality = self.rows.features.arrow_schema, self.spec.modality
-        heavy = [f.name for f in schema if f.name == modality != "text" or "binary" in str(f.type)]
-        heavy = [name for name in heavy if name != self.spec.each]
-        light = self.rows.remove_columns(heavy)
+        heavy = {f.name for f in schema if f.name == modality != "text" or "binary" in str(f.type)}
+        light = self.rows.remove_columns([*heavy - {self.spec.each}])
         return light if light.column_names else itertools.repeat({}, len(self.rows))
 
     def _row(self, number: int, row: dict) -> tuple[dict, list[int]]:
         """A sample's own row, and where the rows are that are joined to it."""
-        each, join = self.spec.each, self.spec.join
-        row = {**row, each: row[each][self.element_of[number]]} if each else dict(row)
-        if self.joined is None or join is None:
+        each, join = self.spec.each, self.join
+        row = {**row, each: row[each][self.places[number][1]]} if each else dict(row)
+        if not join:
             return row, []
         with blamed(self.name, number, join.ours):
-            found = self.join_index.get(row[join.ours], [])
+            found = self.joined_at.get(row[join.ours], [])
             if not found or len(found) > 1 and not join.many:
                 place = self.origin["joined"]["repo"] or self.origin["joined"]["files"][0]
                 count = f"{len(found)} rows" if found else "no row"
@@ -245,8 +237,8 @@ class _Rows:
 
     def _whole(self, number: int) -> tuple[dict, list[dict]]:
         """A sample's row and those joined to it, with media as they are stored."""
-        row, found = self._row(number, self._raw(self.row_of[number]))
-        return row, [self.joined[i] for i in found] if self.joined else []
+        row, found = self._row(number, self._raw(self.places[number][0]))
+        return row, [self.joined[i] for i in found]
 
     def _completed(self, number: int) -> dict:
         return self.spec.completed(*self._whole(number), (self.name, number))
@@ -257,43 +249,39 @@ class _Rows:
 
     def sample(self, number: int) -> Sample:
         row, joined = self._whole(number)
-        how: dict[str, Any] = {"benchmark": self.name, "number": int(number), **self.how}
-        sample = self.spec.sample(row, joined, **how)
+        sample = self.spec.sample(row, joined, benchmark=self.name, number=number, **self.how)
         if sample.notice:
             self.note(f"{self.name} row {number}: {self.spec.modality}: {sample.notice}")
         return sample
 
-    def made_of(self, number: int) -> tuple[str, str]:
+    def _made_of(self, number: int) -> tuple[str, str]:
         """Hashes of a sample's prompt and of its medium as it is stored (text: of the prompt)."""
-        if number not in self._made_of:
-            # For a row that cannot be used its name: whoever reads that row is told why.
-            prompt = source = f"row {number}"
-            index, modality = self.row_of[number], self.spec.modality
-            with suppress(ValueError, OSError):
-                row, raw = self._completed(number), self._raw(index)
-                prompt = digest(self.spec.asked(row))
-                if modality == "text":
-                    source = prompt
-                else:  # hashed once a clip, unless it is joined, added or one element of a list
-                    own = all(row.get(c) is raw.get(c) for c in (modality, *media.MEDIA_COLUMNS))
-                    if (key := index if own else -1 - number) not in self._sources:
-                        stored = media.source_bytes(media.medium(row, modality))
-                        self._sources[key] = digest(stored)
-                    source = self._sources[key]
-            self._made_of[number] = prompt, source
-        return self._made_of[number]
+        # For a row that cannot be used its name: whoever reads that row is told why.
+        prompt = source = f"row {number}"
+        index, modality = self.places[number][0], self.spec.modality
+        with suppress(ValueError, OSError):
+            row, raw = self._completed(number), self._raw(index)
+            prompt = digest(self.spec.asked(row, (self.name, number)))
+            if modality == "text":
+                return prompt, prompt
+            # Hashed once a clip, unless it is joined, added or one element of a list.
+            own = all(row.get(c) is raw.get(c) for c in media.MEDIA_COLUMNS)
+            if (key := index if own else -1 - number) not in self._sources:
+                self._sources[key] = digest(media.source_bytes(media.medium(row, modality)))
+            source = self._sources[key]
+        return prompt, source
 
     def shuffled(self, seed: int) -> np.ndarray:
         """The kept numbers in random order, samples that share a medium one after another."""
-        join, units = self.spec.join if self.joined else None, defaultdict(list)
-        known = list(range(len(self.rows))) if self.spec.each else None
-        if join and self.spec.modality in join.provides:
-            known = list(self.rows[join.ours])
+        known, units = range(len(self.rows)) if self.spec.each else None, defaultdict(list)
+        if self.join and self.spec.modality in self.join.provides:
+            known = self.rows[self.join.ours]
         for number in self.kept.tolist():
-            unit = known[self.row_of[number]] if known else self.made_of(number)[1]
+            unit = known[self.places[number][0]] if known else self.made_of(number)[1]
             units[unit].append(number)
-        groups, order = [*units.values()], np.random.default_rng(seed).permutation(len(units))
-        return np.array([number for i in order for number in groups[i]], dtype=int)
+        groups = [*units.values()]
+        order = np.random.default_rng(seed).permutation(len(groups))
+        return np.concatenate([groups[i] for i in order])
 
 
 class Benchmark(Sequence):
