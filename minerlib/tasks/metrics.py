@@ -73,9 +73,8 @@ _RESTORED = {
     for i, letter in enumerate(form)
     if letter == "'"
 } | {"somebody'd": "somebodyd"}  # the server's own slip, kept so that scores agree
-_NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4"} | {
-    "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"
-}  # fmt: skip
+_DIGITS = "zero one two three four five six seven eight nine ten".split()  # noqa: SIM905
+_NUMBERS = {"none": "0"} | {word: str(i) for i, word in enumerate(_DIGITS)}
 _ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`!'
 
@@ -89,11 +88,9 @@ def normalise_answer(text: str) -> str:
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = re.sub(r"[\n\t]", " ", text).strip()
-    text = text.translate(
-        {ord(m): None if f"{m} " in text or f" {m}" in text else " " for m in _PUNCTUATION}
-    )
-    text = re.sub(r"\.(?!\d)", "", text)
-    words = (_NUMBERS.get(word, word) for word in text.split())
+    loose = {mark for mark in _PUNCTUATION if f"{mark} " in text or f" {mark}" in text}
+    text = text.translate({ord(m): None if m in loose else " " for m in _PUNCTUATION})
+    words = (_NUMBERS.get(word, word) for word in re.sub(r"\.(?!\d)", "", text).split())
     return " ".join(_RESTORED.get(word, word) for word in words if word not in _ARTICLES)
 
 
@@ -199,14 +196,13 @@ def corpus_wrr(answers: Answers, references: References) -> float:
     return 1.0 - jiwer.wer(list(truth), list(heard))
 
 
-_SOUND = re.compile(r"\b(" + "|".join(VOCAL_SOUNDS).replace(" ", r"[\s-]*") + r")\b", re.IGNORECASE)
+_NAMES = "|".join(f"({name})" for name in VOCAL_SOUNDS).replace(" ", r"[\s-]*")
 
 
 def find_sound(text: str) -> str | None:
     """The first VocalSound class named in a text, as it is spelt in `VOCAL_SOUNDS`."""
-    found = _SOUND.search(text)
-    key = re.sub(r"[\s-]", "", found[0]).lower() if found else ""
-    return next((s for s in VOCAL_SOUNDS if s.replace(" ", "").lower() == key), None)
+    found = re.search(rf"\b(?:{_NAMES})\b", text, re.IGNORECASE)
+    return VOCAL_SOUNDS[found.lastindex - 1] if found and found.lastindex else None
 
 
 def _class_of(references: Sequence[str]) -> str:
@@ -285,13 +281,11 @@ def misfit(metric: str, references: References, language: str = "en") -> str:
     """Why a metric made for one language does not fit these references; empty if it does."""
     fits, why = metric_of(metric).language, f"language={language!r}"
     if language == fits:
-        counts = Counter("".join(chain(*references)))
-        letters = {c: n for c, n in counts.items() if c.isalpha()}
+        letters = Counter(filter(str.isalpha, chain(*chain(*references))))
         latin = sum(n for c, n in letters.items() if "LATIN" in unicodedata.name(c, ""))
-        why = "most letters here are not Latin" if 2 * latin < sum(letters.values()) else ""
-    if not (fits and why):
-        return ""
-    return f"metric {metric!r} is made for {fits!r}, but {why}: its scores may mislead"
+        why = "most letters here are not Latin" if 2 * latin < letters.total() else ""
+    told = f"metric {metric!r} is made for {fits!r}, but {why}: its scores may mislead"
+    return told if fits and why else ""
 
 
 def _values(metric: str, answers: Answers, references: References, corpus: bool) -> np.ndarray:
