@@ -89,12 +89,11 @@ def _encode_media(mllm: MLLM, batch: Any) -> dict:
     if "mm_encoder_outputs" not in inspect.signature(mllm.model.forward).parameters:
         return batch
     for kind in ("image", "video"):
-        tower = getattr(mllm.model.base_model, f"get_{kind}_features", None)
-        names = [k for k in inspect.signature(tower).parameters if k in batch] if tower else []
-        if tower and (pixels := [k for k in names if k.startswith("pixel")]):
-            seen[kind] = tower(**{k: batch[k] for k in names}, return_dict=True)
-            for k in pixels:
-                del batch[k]
+        if tower := getattr(mllm.model.base_model, f"get_{kind}_features", None):
+            given = {k: batch[k] for k in inspect.signature(tower).parameters if k in batch}
+            if pixels := [k for k in given if k.startswith("pixel")]:
+                seen[kind] = tower(**given, return_dict=True)
+                batch = {k: v for k, v in batch.items() if k not in pixels}
     return batch | {"mm_encoder_outputs": seen} if seen else batch
 
 
@@ -125,14 +124,13 @@ def evaluate(
     for positions, samples, batch, left_out in batches:
         skipped += left_out
         if not samples:
-            answers = []
-        elif bench.spec.choices:
+            continue
+        if bench.spec.choices:
             answers = mllm.choose(batch, bench.spec.choices)
         else:
             answers = mllm.generate(batch, max_new_tokens or bench.max_new_tokens)
-        for position, sample, answer in zip(positions, samples, answers, strict=True):
-            known = sample.benchmark, sample.row, sample.prompt
-            rows[position] = *known, answer, sample.references
+        for position, s, answer in zip(positions, samples, answers, strict=True):
+            rows[position] = s.benchmark, s.row, s.prompt, answer, s.references
     if not rows:
         raise ValueError(f"benchmark {bench.name!r}: every row was skipped: {skipped[0]}")
     if skipped:
@@ -172,10 +170,9 @@ def summarise(table: pd.DataFrame, n: int = 10_000, seed: int = 0) -> pd.DataFra
         rows, corpus = table[table["benchmark"] == name], math.nan
         if name in REGISTRY and len(rows):
             corpus = corpus_score(REGISTRY[name].metric, rows["answer"], rows["references"])
-        interval = inference.bootstrap(scores, n, seed)._asdict()
-        size = sum(map(len, scores.values()))
-        lines.append({"benchmark": name, "n": size, **interval, "corpus": corpus})
-    return pd.DataFrame(lines)
+        interval = inference.bootstrap(scores, n, seed)
+        lines.append([name, sum(map(len, scores.values())), *interval, corpus])
+    return pd.DataFrame(lines, columns=["benchmark", "n", "mean", "low", "high", "corpus"])
 
 
 def compare(a: pd.DataFrame, b: pd.DataFrame, n: int = 10_000, seed: int = 0) -> pd.DataFrame:
@@ -193,18 +190,16 @@ def compare(a: pd.DataFrame, b: pd.DataFrame, n: int = 10_000, seed: int = 0) ->
             "conditions on the same samples"
         )
     for column in [c for c in ("prompt", "references") if f"{c}_a" in pairs]:
-        both = zip(pairs[f"{column}_a"], pairs[f"{column}_b"], strict=True)
-        if other := [i for i, (x, y) in enumerate(both) if list(x) != list(y)]:
-            name, row = pairs.loc[other[0], KEY]
+        other = pairs[f"{column}_a"].map(tuple) != pairs[f"{column}_b"].map(tuple)
+        if other.any():
+            name, row = pairs.loc[other, KEY].iloc[0]
             raise ValueError(
-                f"{name} row {row}: its {column} differs between the tables ({len(other)} such "
+                f"{name} row {row}: its {column} differs between the tables ({other.sum()} such "
                 "rows), so the benchmark was changed in between: evaluate both conditions anew"
             )
-    first, second = _scores(pairs, "score_a"), _scores(pairs, "score_b")
-    lines = []
-    for name in first:
-        change = inference.paired_bootstrap(first[name], second[name], n, seed)
-        means = [np.mean([v.mean() for v in side[name].values()]) for side in (first, second)]
-        lines.append([name, sum(map(len, first[name].values())), *means, *change])
-    columns = ["benchmark", "n", "a", "b", "difference", "low", "high"]
-    return pd.DataFrame(lines, columns=columns)
+    after, lines = _scores(pairs, "score_b"), []
+    for name, first in _scores(pairs, "score_a").items():
+        change = inference.paired_bootstrap(first, second := after[name], n, seed)
+        means = [np.mean([v.mean() for v in side.values()]) for side in (first, second)]
+        lines.append([name, sum(map(len, first.values())), *means, *change])
+    return pd.DataFrame(lines, columns=["benchmark", "n", "a", "b", "difference", "low", "high"])

@@ -121,31 +121,22 @@ class Spec:
         benchmark: str = "",
         number: int = 0,
     ) -> Sample:
-        """The `Sample` of one dataset row (for `each`: the row with one element of that list).
-
-        Raises RowError.
-        """
+        """The `Sample` of a row (for `each`: with one element of that list); raises RowError."""
         at, decoded = (benchmark, number), dict[str, Any]()
         row = self.completed(row, joined, at)
         if self.modality != "text":
             with blamed(*at, self.modality):
                 value = media.medium(row, self.modality)
                 decoded = media.DECODE[self.modality](value, frames, sampling_rate)
-        return Sample(
-            prompt=self.asked(row, at),
-            references=self.answers(row, at),
-            choices=self.choices,
-            benchmark=benchmark,
-            row=number,
-            **decoded,
-        )
+        known: dict[str, Any] = {"choices": self.choices, "benchmark": benchmark, "row": number}
+        return Sample(self.asked(row, at), self.answers(row, at), **known, **decoded)
 
     def completed(self, row: Mapping, joined: Sequence[dict], at: tuple[str, int]) -> dict:
         """A row with what `fields` adds; `at` names benchmark and row in a RowError."""
         with blamed(*at, "fields"):
             return {**row, **(self.fields(dict(row), list(joined)) if self.fields else {})}
 
-    def asked(self, row: Mapping[str, Any], at: tuple[str, int] = ("", 0)) -> str:
+    def asked(self, row: Mapping[str, Any], at: tuple[str, int]) -> str:
         """The prompt of a completed row."""
         with blamed(*at, "prompt"):
             for _, named, *_ in Formatter().parse(self.prompt):
@@ -155,13 +146,12 @@ class Spec:
                     raise ValueError(f"names {column!r}, which is {what}")
             return self.prompt.format_map(row)
 
-    def answers(self, row: dict, at: tuple[str, int] = ("", 0)) -> tuple[str, ...]:
+    def answers(self, row: dict, at: tuple[str, int]) -> tuple[str, ...]:
         """The references of a completed row as texts, never none and never all blank."""
         with blamed(*at, "references"):
             given = self.references(row)
-            if not isinstance(given, list | tuple | np.ndarray):
-                given = (given,)
-            answers = tuple(map(_text, given))
+            several = isinstance(given, list | tuple | np.ndarray)
+            answers = tuple(map(_text, given if several else (given,)))
             if not any(answer.strip() for answer in answers):
                 raise ValueError(f"{answers} is blank" if answers else "an empty list")
             if self.choices and not set(answers) & set(self.choices):
