@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from minerlib.artifacts import computation
 from minerlib.inference import interval
@@ -17,9 +18,7 @@ from minerlib.scoring import attention
 from minerlib.separation import separate
 
 
-def visible(
-    mask: torch.Tensor | None, real: torch.Tensor, queries: int | None = None
-) -> torch.Tensor:
+def visible(mask: Tensor | None, real: Tensor, queries: int | None = None) -> Tensor:
     """Which keys the last `queries` tokens (default all) see, bool [batch, query, key].
 
     mask, as the model's kernel got it, is bool (True is seen) or additive [batch, 1 or head, query,
@@ -37,12 +36,8 @@ def visible(
 
 
 def mass_between(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    seen: torch.Tensor,
-    sets: torch.Tensor,
-    scaling: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    query: Tensor, key: Tensor, seen: Tensor, sets: Tensor, scaling: float | None = None
+) -> tuple[Tensor, Tensor]:
     """One prompt's mean attention mass from each set's tokens to each set, and its uniform null.
 
     query [head, token, dim], key [kv head, token, dim], seen bool [query, key], sets float
@@ -78,12 +73,10 @@ def _masses(mllm: MLLM, bench, batch_size: int) -> tuple[np.ndarray, np.ndarray,
         counts[first : first + len(real)] = sets.sum(-1).cpu().numpy()
 
         def attend(layer, query, key, mask, scaling, at=first, real=real, sets=sets, starts=starts):
-            seen = visible(mask, real.to(query.device))
-            members = sets.to(query.device)
+            seen, members = visible(mask, real.to(query.device)), sets.to(query.device)
             for b, s in enumerate(starts):
                 inputs = query[b, :, s:], key[b, :, s:], seen[b, s:, s:], members[b, :, s:]
-                result = mass_between(*inputs, scaling)
-                found[:, at + b, layer] = torch.stack(result).cpu().numpy()
+                found[:, at + b, layer] = torch.stack(mass_between(*inputs, scaling)).cpu().numpy()
 
         with mllm.tap(attention=attend):
             mllm.forward(batch)
