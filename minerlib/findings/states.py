@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -53,13 +54,7 @@ class States:
 @computation(version=1)
 @torch.inference_mode()
 def hidden_states(
-    mllm: MLLM,
-    bench,
-    *,
-    tokens_per_kind: int | None = 8,
-    equal: bool = True,
-    seed: int = 0,
-    batch_size: int = 8,
+    mllm: MLLM, bench, *, tokens_per_kind: int | None = 8, equal=True, seed=0, batch_size=8
 ) -> States:
     """Hidden states of a seeded draw of tokens per kind and sample, at every layer.
 
@@ -68,27 +63,23 @@ def hidden_states(
     common kind nor a long prompt outweighs the rest. Only these are kept, 4 bytes x (layers + 1)
     x hidden size each. The draw does not depend on batch_size.
     """
-    hidden: list[np.ndarray] = []
-    tables = []
+    hidden, tables = [], []
     for first, batch in mllm.batches(bench, batch_size, "hidden states"):
         sets, ids = separate(mllm, batch), batch["input_ids"].cpu().numpy()
         base = np.stack([sets[k].cpu().numpy() for k in mllm.kinds], 1)
-        parts = [
-            _draw(base[b], ids[b], mllm.kinds, tokens_per_kind, equal, (seed, first + b))
-            for b in range(len(ids))
-        ]
-        row = torch.from_numpy(np.repeat(np.arange(len(parts)), [len(p) for p in parts]))
-        table = pd.concat(parts, ignore_index=True)
-        column = torch.from_numpy(table.pop("column").to_numpy(copy=True))
-        kept: dict[int, np.ndarray] = {}
+        how = mllm.kinds, tokens_per_kind, equal
+        parts = [_draw(base[b], ids[b], *how, (seed, first + b)) for b in range(len(ids))]
+        table = pd.concat(parts)
+        at = tuple(np.array([table["sample"] - first, table.pop("column")]))
+        tables.append(table)
+        kept: list[np.ndarray] = []
 
-        def keep(layer, h, kept=kept, row=row, column=column):
-            kept[layer] = h[row.to(h.device), column.to(h.device)].float().cpu().numpy()
+        def keep(layer, h, at=at, kept=kept):
+            kept.append(h[at].float().cpu().numpy())
 
         with mllm.tap(hidden=keep):
             mllm.forward(batch)
-        hidden.append(np.stack([kept[i] for i in range(len(kept))]))
-        tables.append(table)
+        hidden.append(np.stack(kept))
     tokens = pd.concat(tables, ignore_index=True)
     texts = {i: mllm.tokenizer.decode([i]) for i in tokens["id"].unique().tolist()}
     return States(np.concatenate(hidden, 1), tokens.assign(text=tokens["id"].map(texts)))
@@ -115,31 +106,21 @@ def _draw(base, ids, kinds, limit, equal, seed) -> pd.DataFrame:
 
 
 def project(
-    states: States,
-    layers: Sequence[int],
-    *,
-    seeds: Sequence[int] = (0, 1, 2),
-    n_tokens: int = 300,
-    draw: int = 0,
-    perplexity: float = 30,
+    states: States, layers: Sequence[int], *, seeds=(0, 1, 2), n_tokens: int = 300, draw: int = 0
 ) -> pd.DataFrame:
     """Two-dimensional pictures of the same tokens: t-SNE once per seed, and PCA.
 
     The n_tokens shown are drawn once, with seed `draw`, and are the same in every picture; t-SNE
     starts at random, so that what differs between its seeds is visibly layout and not fact.
-    Columns view ("t-SNE, seed 0", ..., "PCA"), layer, token (its index), sample, kind, x, y.
+    Columns token (its index), sample, kind, view ("t-SNE, seed 0", ..., "PCA"), layer, x, y.
     """
     order = np.random.default_rng(draw).permutation(len(states.tokens))
     shown = np.sort(order[:n_tokens])
-    wide = min(perplexity, (len(shown) - 1) / 3)
-    start = {"perplexity": wide, "init": "random"}
+    start = {"perplexity": min(30, (len(shown) - 1) / 3), "init": "random"}
     views = {f"t-SNE, seed {seed}": TSNE(random_state=seed, **start) for seed in seeds}
     views["PCA"] = PCA(2, svd_solver="full")
-    panels = []
-    for layer in layers:
-        for view, method in views.items():
-            x, y = method.fit_transform(states.hidden[layer, shown]).T
-            panel = pd.DataFrame({"view": view, "layer": layer, "token": shown})
-            of = states.tokens[["sample", "kind"]].iloc[shown].reset_index(drop=True)
-            panels.append(panel.join(of).assign(x=x, y=y))
+    tokens, panels = states.tokens.loc[shown, ["sample", "kind"]].reset_index(names="token"), []
+    for layer, (view, method) in product(layers, views.items()):
+        x, y = method.fit_transform(states.hidden[layer, shown]).T
+        panels.append(tokens.assign(view=view, layer=layer, x=x, y=y))
     return pd.concat(panels, ignore_index=True)
