@@ -39,8 +39,6 @@ def telomeres(
     (no row without media). Null: labels shuffled within each sample (special with text; for
     attachment, text with media); text tokens' places shuffled.
 
-    Returns
-    -------
     Columns layer, measure, value, low, high, null, null_low, null_high, p.
     """
     part = states.of("text", "special")
@@ -87,12 +85,8 @@ def against_recurring(
     """`axis_end` under a stricter null, for any token that recurs has some fixed place on an axis.
 
     Each draw of the null takes as many different tokens as the special ones, from the text tokens
-    that were drawn in at least `share` of the prompts.
-
-    Returns
-    -------
-    The columns of `telomeres`, n (different special tokens) and among (recurring text tokens); no
-    rows where these are fewer.
+    that were drawn in at least `share` of the prompts. Returns the columns of `telomeres`, n
+    (different special tokens) and among (recurring text tokens); no rows where these are fewer.
     """
     part = states.of("text", "special")
     r = Resampling(part.tokens, "special", n_boot, 0, seed)
@@ -144,8 +138,6 @@ def changed_ends(
     states are those of the samples as they are, drawn as `drawn` (for `hidden_states`) says; axis
     and percentiles are taken anew.
 
-    Returns
-    -------
     Columns condition ("as it is", the change, "change": the paired one), layer, axis_end, low,
     high, n (prompts); no rows where no prompt can be changed.
     """
@@ -174,11 +166,9 @@ def massive_activations(states: States, n_boot: int = 2000, seed: int = 0) -> pd
     for layer, x in enumerate(states.hidden):
         tokens = states.tokens.assign(ratio=clouds.massive(x))
         for kind, of in tokens.groupby("kind", sort=False):
-            per = of.groupby("sample")["ratio"].mean().to_numpy()
-            mean, low, high = (float(v) for v in inference.interval(per, n_boot, seed))
-            row = {"layer": layer, "kind": kind, "ratio": mean, "low": low, "high": high}
-            table.append(row | {"massive": (of["ratio"] > MASSIVE).mean()})
-    return pd.DataFrame(table)
+            ends = inference.interval(of.groupby("sample")["ratio"].mean(), n_boot, seed)
+            table.append((layer, kind, *map(float, ends), (of["ratio"] > MASSIVE).mean()))
+    return pd.DataFrame(table, columns=["layer", "kind", "ratio", "low", "high", "massive"])
 
 
 def ends_and_rivals(states: States, sinks: pd.DataFrame) -> pd.DataFrame:
@@ -190,13 +180,11 @@ def ends_and_rivals(states: States, sinks: pd.DataFrame) -> pd.DataFrame:
     """
     ends = axis_ends(states).query("layer > 0").groupby("sample", as_index=False)["axis_end"].mean()
     table = telomeres(states, n_boot=2, n_null=2).query("layer > 0")
-    mean = table.groupby("measure")["value"].mean()
+    own = table.groupby("measure")["value"].mean().reindex(["axis_order", "attachment"])
     collected = sinks.groupby("set")["collected"].mean()
-    peaks = massive_activations(states, n_boot=2).query("layer > 0 and kind == 'special'")
     others = {f"attention on {of}": collected[of] for of in ("first", "later special")}
-    others["largest coordinate"] = peaks["ratio"].mean()
-    own = {name: mean.get(name, np.nan) for name in ("axis_order", "attachment")}
-    return ends.assign(**own, **others)
+    peaks = massive_activations(states, n_boot=2).query("layer > 0 and kind == 'special'")
+    return ends.assign(**own, **others, **{"largest coordinate": peaks["ratio"].mean()})
 
 
 @computation(version=1)
@@ -212,11 +200,9 @@ def silenced_beside(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Tables of `ends_and_rivals` as the model is, silenced, and with each random draw silenced.
 
-    Returns
-    -------
-    summary: a row per measure, columns as it is, special silenced, random silenced, lowest draw,
-    highest draw. change: of axis_end, rows special (paired over prompts, with its 95 % interval)
-    and random (mean and range of the draws), columns axis_end, low, high.
+    Returns summary: a row per measure, columns as it is, special silenced, random silenced, lowest
+    draw, highest draw; and change: of axis_end, rows special (paired over prompts, with its 95 %
+    interval) and random (mean and range of the draws), columns axis_end, low, high.
     """
     mean, own, *random = (t.drop(columns="sample").mean() for t in (before, after, *draws))
     each = pd.concat(random, axis=1)
@@ -224,9 +210,8 @@ def silenced_beside(
     summary |= {"lowest draw": each.min(axis=1), "highest draw": each.max(axis=1)}
     moved = each.loc["axis_end"] - mean["axis_end"]
     paired = inference.paired(before, after, "axis_end", [])["axis_end"].to_numpy()
-    ends = {"special": [float(v) for v in inference.interval(paired)]}
-    ends["random"] = [moved.mean(), moved.min(), moved.max()]
-    change = pd.DataFrame.from_dict(ends, "index", columns=ENDS)
+    ends = inference.interval(paired), (moved.mean(), moved.min(), moved.max())
+    change = pd.DataFrame(ends, ["special", "random"], ENDS)
     return pd.DataFrame(summary).rename(index=lambda name: name.replace("_", " ")), change
 
 
@@ -238,7 +223,7 @@ def claims(
     sinks: pd.DataFrame,
     peaks: pd.DataFrame,
     moved: pd.DataFrame,
-    sink: float = 2.0,
+    sink: float,
 ) -> list[dict]:
     """The lines of the closing table.
 
@@ -250,7 +235,7 @@ def claims(
     def of(table: pd.DataFrame, column: str, name: str) -> pd.DataFrame:
         return table[(table[column] == name) & (table["layer"] > 0)]
 
-    ends = of(measured, "measure", "axis_end")
+    ends, spread = of(measured, "measure", "axis_end"), inference.spread
     at_ends, bound = inference.over_layers(ends), ends["null_high"].to_numpy()
     lines = [at_ends.claim("special tokens lie at the ends of the text cloud")]
     nulls = {
@@ -264,10 +249,10 @@ def claims(
         if len(table):
             stays = inference.over_layers(of(table, "condition", name), bound, value=ENDS[0])
             most = of(table, "condition", "change").loc[lambda t: t[ENDS[0]].abs().idxmax()]
+            by = f"change {spread(*most[ENDS], '+')} at most, layer {most['layer']}"
             line = {
                 "claim": f"they stay at the ends when the prompt is {name}",
-                "measured": f"change {_signed(most)} at most, layer {most['layer']}; "
-                f"yes at {stays.yes.sum()} of {len(bound)}",
+                "measured": f"{by}; yes at {stays.yes.sum()} of {len(bound)}",
                 "null": f"text below {bound.max():.2f}",
                 "verdict": inference.given(at_ends.verdict, stays.verdict),
             }
@@ -280,16 +265,11 @@ def claims(
     layers = inference.over_layers(of(peaks, "kind", "special"), MASSIVE, value="ratio")
     text = "rival: special tokens are massive activations"
     lines.append(layers.claim(text, f"massive from {MASSIVE}", "ratio"))
-    own, random = moved.loc["special"], moved.loc["random"]
-    bound = min(0, random["low"])
+    own, random = moved.to_numpy()
     line = {
         "claim": "silencing the special neurons moves them off the ends",
-        "measured": _signed(own),
-        "null": f"{_signed(random)} (random neurons)",
-        "verdict": inference.beyond(own["low"], own["high"], bound, greater=False),
+        "measured": spread(*own, "+"),
+        "null": f"{spread(*random, '+')} (random neurons)",
+        "verdict": inference.beyond(*own[1:], min(0, random[1]), greater=False),
     }
     return [*lines, line]
-
-
-def _signed(of: pd.Series) -> str:
-    return inference.spread(of["axis_end"], of["low"], of["high"], "+")
