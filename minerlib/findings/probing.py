@@ -35,14 +35,7 @@ def media(states: States) -> list[str]:
 
 @computation(version=1)
 def probing(
-    states: States,
-    *,
-    nearest: int = 5,
-    k: int = 10,
-    tip_share: float = 0.1,
-    n_boot: int = 1000,
-    n_null: int = 200,
-    seed: int = 0,
+    states: States, *, nearest=5, k=10, tip_share=0.1, n_boot=1000, n_null=200, seed=0
 ) -> pd.DataFrame:
     """Whether a medium's tokens reach towards the text tokens, layer by layer (finding IV).
 
@@ -54,18 +47,14 @@ def probing(
     the ends of its run of tokens, 0 the middle and 1 an end. Null of `reach` and `probes`: labels
     shuffled within each sample; of `tip_end`: the tip drawn at random within each sample.
 
-    Returns
-    -------
     Columns kind, layer, measure, value, low, high, null, null_low, null_high, p.
     """
     table = []
     for kind in media(states):
         part = states.of("text", kind)
         r = Resampling(part.tokens, kind, n_boot, n_null, seed)
-        place = part.tokens["place"] / (part.tokens["run"] - 1).clip(lower=1)
-        end = (2 * place - 1).abs().to_numpy()[r.own]
-        share = min(r.own.mean(), 1 - r.own.mean())
-        among = int(8 * nearest / share)
+        end = (2 * _place(part.tokens) - 1).abs().to_numpy()[r.own]
+        among = int(8 * nearest / min(r.own.mean(), 1 - r.own.mean()))
         w_cloud, w_text = r.token_draws[:, r.own], r.token_draws[:, ~r.own]
         for layer, x in enumerate(part.hidden):
             distance = pairwise_distances(x)
@@ -100,6 +89,11 @@ def probing(
     return pd.DataFrame(table)
 
 
+def _place(tokens: pd.DataFrame) -> pd.Series:
+    """Where tokens sit in their run: 0 its start, 1 its end."""
+    return tokens["place"] / (tokens["run"] - 1).clip(lower=1)
+
+
 def tips(states: States, kind: str, *, nearest: int = 5, tip_share: float = 0.1) -> pd.DataFrame:
     """The tokens of a kind by how near they are to the text: who the tip is, and where it sits.
 
@@ -109,14 +103,13 @@ def tips(states: States, kind: str, *, nearest: int = 5, tip_share: float = 0.1)
     """
     part = states.of("text", kind)
     own = (part.tokens["kind"] == kind).to_numpy()
-    samples = part.tokens["sample"].unique()
-    index = np.flatnonzero((states.tokens["kind"] == kind) & states.tokens["sample"].isin(samples))
+    of, met = states.tokens, part.tokens["sample"].unique()
+    index = np.flatnonzero((of["kind"] == kind) & of["sample"].isin(met))
     tip = np.arange(len(index)) < np.ceil(tip_share * len(index))
     tables = []
     for layer, x in enumerate(part.hidden):
         other, same = (d[0, own] for d in clouds.reach(pairwise_distances(x), own[None], nearest))
-        table = part.tokens[own].assign(layer=layer, token=index)
-        table["place"] = table["place"] / (table["run"] - 1).clip(lower=1)
+        table = part.tokens[own].assign(layer=layer, token=index, place=_place)
         table["reach"] = other / np.maximum(same, 1e-12)
         tables.append(table.sort_values("reach", kind="stable").assign(tip=tip))
     return pd.concat(tables, ignore_index=True)
@@ -223,28 +216,24 @@ def claims(
     measured: pd.DataFrame, reach: pd.DataFrame, moved: dict[str, pd.DataFrame]
 ) -> list[dict]:
     """The lines of the closing table: of `probing`, `log_reach` and, by kind, `pushed`'s second."""
-    lines = []
+    lines: list[dict] = []
+
+    def add(claim: str, factor, null: str, bound: float = 1, greater: bool = False) -> None:
+        verdict = inference.beyond(*factor[1:], bound, greater=greater)
+        measured = f"x {inference.spread(*factor)}"
+        lines.append(dict(claim=claim, measured=measured, null=f"x {null}", verdict=verdict))
+
     for kind, whole in moved.items():
         own = measured[(measured["kind"] == kind) & (measured["layer"] > 0)]
         for measure, text in CLAIMS.items():
-            of, greater = own[own["measure"] == measure], measure != "reach"
-            layers = inference.over_layers(of, greater=greater, need=1, corrected=True)
+            how = {"greater": measure != "reach", "need": 1, "corrected": True}
+            layers = inference.over_layers(own[own["measure"] == measure], **how)
             lines.append(layers.claim(f"{kind}: {text}"))
         for origin, name in enumerate(("embeddings", "layer 1")):
-            mean, low, high = approach(reach[reach["kind"] == kind], origin).iloc[-1][ENDS]
-            line = {
-                "claim": f"{kind}: tokens come nearer to text from {name} to the last layer",
-                "measured": f"x {inference.spread(mean, low, high)}",
-                "null": "x 1.00",
-                "verdict": inference.beyond(low, high, 1, greater=False),
-            }
-            lines.append(line)
-        (mean, low, high), random = whole.set_index("silenced").loc[["own", "random"], ENDS].values
-        line = {
-            "claim": f"{kind}: silencing its neurons pushes its tokens away from text",
-            "measured": f"x {inference.spread(mean, low, high)}",
-            "null": f"x {inference.spread(*random)} (random neurons)",
-            "verdict": inference.beyond(low, high, max(1, random[2])),
-        }
-        lines.append(line)
+            nearer = approach(reach[reach["kind"] == kind], origin)[ENDS].to_numpy()[-1]
+            add(f"{kind}: tokens come nearer to text from {name} to the last layer", nearer, "1.00")
+        own, random = whole.set_index("silenced").loc[["own", "random"], ENDS].to_numpy()
+        null, bound = f"{inference.spread(*random)} (random neurons)", max(1, random[2])
+        claim = f"{kind}: silencing its neurons pushes its tokens away from text"
+        add(claim, own, null, bound, greater=True)
     return lines
