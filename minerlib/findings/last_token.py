@@ -14,6 +14,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from minerlib import inference
 from minerlib.artifacts import computation
@@ -48,24 +49,20 @@ def answer_tokens(
     if target != "model":
         raise ValueError(f"unknown target {target!r}; use reference or model")
     with torch.inference_mode():
-        parts = [
-            mllm.forward(batch).logits[:, -1].argmax(-1).cpu().numpy()
-            for _, batch in mllm.batches(bench, batch_size, "answers")
-        ]
-    return np.concatenate(parts)
+        batches = mllm.batches(bench, batch_size, "answers")
+        logits = (mllm.forward(batch).logits[:, -1] for _, batch in batches)
+        return np.concatenate([x.argmax(-1).cpu().numpy() for x in logits])
 
 
-def _wanted(mllm: MLLM, bench, answers: np.ndarray | None) -> torch.Tensor:
+def _wanted(mllm: MLLM, bench, answers: np.ndarray | None) -> Tensor:
     answers = answer_tokens(mllm, bench) if answers is None else np.asarray(answers)
-    if answers.shape != (len(bench),):
-        raise ValueError(
-            f"answers has shape {answers.shape}, but there are {len(bench)} samples; take it from "
-            "answer_tokens(mllm, bench)"
-        )
+    if answers.shape != (n := len(bench),):
+        way_out = f"there are {n} samples; take it from answer_tokens(mllm, bench)"
+        raise ValueError(f"answers has shape {answers.shape}, but {way_out}")
     return torch.from_numpy(answers)
 
 
-def _sources(mllm: MLLM, batch) -> tuple[list[str], torch.Tensor]:
+def _sources(mllm: MLLM, batch) -> tuple[list[str], Tensor]:
     """Names and members of the last token's sources, bool [batch, source, token].
 
     The base sets without the last token, and that token by itself (`last`).
@@ -77,13 +74,13 @@ def _sources(mllm: MLLM, batch) -> tuple[list[str], torch.Tensor]:
     return [*mllm.kinds, "last"], sets
 
 
-def _log_p(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+def _log_p(logits: Tensor, answers: Tensor) -> Tensor:
     """Log-probability of each prompt's answer token at its last position, [batch] float32."""
     log_p = logits[:, -1].float().log_softmax(-1)
     return log_p.gather(1, answers.to(log_p.device)[:, None])[:, 0]
 
 
-def _last_step(mllm: MLLM, batch, answers: torch.Tensor) -> tuple[torch.Tensor, Callable]:
+def _last_step(mllm: MLLM, batch, answers: Tensor) -> tuple[Tensor, Callable]:
     """The answers' log-probability, and a function that recomputes it for the last token alone.
 
     It runs over the cached keys and values of the tokens before, which nothing done to the last
@@ -96,7 +93,7 @@ def _last_step(mllm: MLLM, batch, answers: torch.Tensor) -> tuple[torch.Tensor, 
     cache, before = out.past_key_values, _log_p(out.logits[0][:, None], answers)
     settings |= {key: batch[key] for key in ("input_ids", "attention_mask")}
 
-    def step() -> torch.Tensor:
+    def step() -> Tensor:
         cache.crop(-1)
         done = mllm.model.generate(past_key_values=cache, **settings)
         return _log_p(done.logits[0][:, None], answers)
@@ -109,7 +106,7 @@ def _last_step(mllm: MLLM, batch, answers: torch.Tensor) -> tuple[torch.Tensor, 
     return before, step
 
 
-def _bias(mask: torch.Tensor | None, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _bias(mask: Tensor | None, seen: Tensor, dtype: torch.dtype) -> Tensor:
     """The mask as additive, [batch, 1 or head, query, key]; no row is all -inf, so none is NaN."""
     if mask is not None and mask.ndim == 4 and mask.dtype != torch.bool:
         return mask.expand(len(seen), *mask.shape[1:])
@@ -126,9 +123,7 @@ def _needs_dense_masks(mllm: MLLM) -> None:
         )
 
 
-def last_row(
-    query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, scaling: float | None = None
-) -> torch.Tensor:
+def last_row(query: Tensor, key: Tensor, seen: Tensor, scaling: float | None = None) -> Tensor:
     """The last token's attention per head, [batch, head, key] float32; seen bool [batch, key]."""
     q = query[:, :, -1].float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     q = q.view(len(q), key.shape[1], -1, q.shape[-1])  # [batch, kv head, group, dim]
@@ -159,24 +154,22 @@ def last_token_flow(
     for first, batch in mllm.batches(bench, batch_size, "last token"):
         names, sets = _sources(mllm, batch)
         real = sets.any(1)
-        found: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
+        found: dict[str, dict[int, Tensor]] = defaultdict(dict)
 
         def attend(layer, query, key, mask, scaling, real=real, found=found):
             seen = visible(mask, real.to(query.device))
             found["row"][layer] = last_row(query, key, seen[:, -1], scaling).detach()
             found["seen"][layer] = seen[:, -1].float()
             bias = _bias(mask, seen, query.dtype)
-            gate = bias.new_zeros(len(bias), bias.shape[-1], requires_grad=True)
-            found["gate"][layer] = gate
+            found["gate"][layer] = gate = bias.new_zeros(seen[:, -1].shape, requires_grad=True)
             return torch.cat([bias[:, :, :-1], bias[:, :, -1:] + gate[:, None, None]], 2)
 
         with ExitStack() as stack:
-            for i, layer in enumerate(mllm.layers):
+            for i, output in enumerate(map(mllm.family.output_projection, mllm.layers)):
 
                 def keep(module, args, i=i, found=found):
                     found["heads"][i] = args[0]
 
-                output = mllm.family.output_projection(layer)
                 stack.callback(output.register_forward_pre_hook(keep).remove)
             stack.enter_context(mllm.tap(attention=attend))
             stack.enter_context(torch.enable_grad())
@@ -194,7 +187,7 @@ def last_token_flow(
     return pd.DataFrame(parts, columns=named)
 
 
-def _saliency(loss: torch.Tensor, found: dict) -> dict[int, torch.Tensor]:
+def _saliency(loss: Tensor, found: dict) -> dict[int, Tensor]:
     """|sum over heads of A dL/dA| of the last token, [batch, token] float32 by layer."""
     n, slopes = len(found["gate"]), {}
     grads = torch.autograd.grad(loss, [found[k][i] for k in ("gate", "heads") for i in range(n)])
@@ -271,7 +264,7 @@ def knockout(
     return table.assign(loss=table["probability"] - table["blocked"])
 
 
-def unembed(mllm: MLLM, hidden: torch.Tensor) -> torch.Tensor:
+def unembed(mllm: MLLM, hidden: Tensor) -> Tensor:
     """Logits float32 [..., vocabulary] of hidden states [..., hidden]: final norm, then lm_head.
 
     A model's own scaling or capping of its logits is left out.
@@ -319,12 +312,7 @@ def logit_lens(
 
 @computation(version=1)
 def measures(
-    mllm: MLLM,
-    bench,
-    answers: np.ndarray | None = None,
-    *,
-    window: int | None = None,
-    batch_size: int = 8,
+    mllm: MLLM, bench, answers=None, *, window: int | None = None, batch_size: int = 8
 ) -> pd.DataFrame:
     """The four measures as one table, in percent; windows of knockout lie side by side.
 
@@ -342,8 +330,8 @@ def measures(
     keys = ["sample", "layer", "set"]
     parts = [
         flow.melt(keys, ["attention", "uniform", "saliency"], "measure"),
-        cut.assign(measure="knockout").rename(columns={"loss": "value"}),
-        lens.assign(measure="lens", set="answer").rename(columns={"probability": "value"}),
+        cut.assign(measure="knockout", value=cut["loss"]),
+        lens.assign(measure="lens", set="answer", value=lens["probability"]),
     ]
     table = pd.concat(parts, ignore_index=True)[["measure", *keys, "value"]]
     return table.assign(value=100 * table["value"])
@@ -403,17 +391,15 @@ def claims(before: pd.DataFrame, changed: pd.DataFrame, chance: pd.DataFrame) ->
         source = "answer" if measure == "lens" else modality
         values, null = change[modality, measure, source], draws[measure, source].to_numpy()
         size = inference.bootstrap(values)
-        verdict = inference.change_against_draws(*size, null, n=len(values), tolerance=0.1)
-        lines.append(
-            {
-                "claim": f"{modality} neurons change {what.format(modality)}",
-                "measured": f"{start[measure, source].mean():z.1f} %, change "
-                + inference.spread(*size, "+", 1),
-                "null": f"random: {null.min():+z.1f} to {null.max():+z.1f}",
-                "p": inference.rank_p(size.mean, null, "two-sided"),
-                "verdict": verdict,
-            }
-        )
+        change_of = f"change {inference.spread(*size, '+', 1)}"
+        line = {
+            "claim": f"{modality} neurons change {what.format(modality)}",
+            "measured": f"{start[measure, source].mean():z.1f} %, {change_of}",
+            "null": f"random: {null.min():+z.1f} to {null.max():+z.1f}",
+            "p": inference.rank_p(size.mean, null, "two-sided"),
+            "verdict": inference.change_against_draws(*size, null, len(values), tolerance=0.1),
+        }
+        lines.append(line)
     verdicts = [line["verdict"] for line in lines]
     held = sum(verdict.word == inference.HOLDS for verdict in verdicts)
     whole = {
