@@ -9,12 +9,12 @@ import ast
 import difflib
 import importlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PrivateAttr
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
 from minerlib.scoring import METRICS
 from minerlib.selection import PAPER_WEIGHTS, STRATEGIES, weightings
@@ -28,13 +28,13 @@ NEUTRAL = ("run_dir", "device", "batch_size")
 """Fields that change where and how fast results come, not what they are."""
 
 
-def _among(names: Callable[[], Iterable[str]]) -> AfterValidator:
+def _among(names: Collection[str]) -> AfterValidator:
     """The value, or each of several, is one of the names that are registered by then."""
 
     def check(value):
         for one in [value] if isinstance(value, str) else value or ():
-            if one not in (known := list(names())):
-                raise ValueError(f"no {one!r}; use one of {', '.join(known)}")
+            if one not in names:
+                raise ValueError(f"no {one!r}; use one of {', '.join(names)}")
         return value
 
     return AfterValidator(check)
@@ -52,7 +52,8 @@ def _weights(value: Any) -> Any:
     return value
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
+    """Text with commas as a list."""
     return [v.strip() for v in value.split(",")] if isinstance(value, str) else value
 
 
@@ -62,8 +63,8 @@ Ratio = Annotated[float, Field(gt=0, le=1, description="a share of all neurons, 
 Seed = Annotated[int, Field(ge=0, description="a whole number of at least 0")]
 Text = Annotated[str, Field(description="give text")]
 Place = Annotated[str | None, Field(description="give text, or None")]
-Names = Annotated[tuple[str, ...] | None, BeforeValidator(_listed), _among(lambda: REGISTRY)]
-Weights = Annotated[dict[str, float], BeforeValidator(_weights), _among(lambda: METRICS)]
+Names = Annotated[tuple[str, ...] | None, BeforeValidator(listed), _among(REGISTRY)]
+Weights = Annotated[dict[str, float], BeforeValidator(_weights), _among(METRICS)]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -78,9 +79,9 @@ class Parameters(BaseModel):
     limit: Whole = 96
     eval_limit: Whole = 96
     ratio: Ratio = 0.02
-    strategy: Annotated[Text, _among(lambda: STRATEGIES)] = "LA_MU"
+    strategy: Annotated[Text, _among(STRATEGIES)] = "LA_MU"
     weights: Annotated[Weights, Field(description="give numbers")] = PAPER_WEIGHTS
-    split: Annotated[Text, _among(lambda: SPLITS)] = "special_text_separate"
+    split: Annotated[Text, _among(SPLITS)] = "special_text_separate"
     seed: Seed = 0
     batch_size: Whole = 32
     max_new_tokens: Maybe = None
@@ -89,11 +90,11 @@ class Parameters(BaseModel):
     frames: Whole = FRAMES
     run_dir: Place = None
     device: Place = None
-    dtype: Annotated[Text, _among(lambda: DTYPES)] = "auto"
+    dtype: Annotated[Text, _among(DTYPES)] = "auto"
     on_error: Annotated[Literal["raise", "skip"], Field(description="use raise or skip")] = "raise"
 
-    _own: dict[str, Any] = PrivateAttr(default_factory=dict)
-    _declared: frozenset[str] = PrivateAttr(default=frozenset())
+    _own: dict[str, Any] = {}
+    _declared: Collection[str] = ()
 
     def __init__(self, **given: Any):
         for module in os.environ.get("MINER_PLUGINS", "").split():
@@ -102,7 +103,7 @@ class Parameters(BaseModel):
             super().__init__(**given)
         except pydantic.ValidationError as error:
             raise ValueError("\n".join(map(self._line, error.errors()))) from None
-        self._declared = frozenset(type(self).model_fields)
+        self._declared = type(self).model_fields
 
     @pydantic.field_validator("*", mode="before")
     @classmethod
@@ -118,7 +119,7 @@ class Parameters(BaseModel):
         """pydantic's error as one line."""
         name = str(error["loc"][0])
         if error["type"] == "extra_forbidden":
-            return f"unknown parameter {name!r}; {_nearest(name, cls.model_fields)}"
+            return _unknown(name, cls.model_fields)
         why = error.get("ctx", {}).get("error")  # a validator's own words, where it has any
         return f"{name}={error['input']!r}: {why or cls.model_fields[name].description}"
 
@@ -129,12 +130,10 @@ class Parameters(BaseModel):
         Names that are no fields are the notebook's `own`, of their default's type. All are written
         back: `limit` in the notebook is what it is here. Undeclared injected names are refused.
         """
-        given = declared(namespace, cls.model_fields)
-        fields = {name: value for name, value in given.items() if name in cls.model_fields}
-        bound = cls(**fields)
-        bound._own = {name: value for name, value in given.items() if name not in fields}
-        bound._declared = frozenset(given)
-        namespace |= bound._own | {name: getattr(bound, name) for name in fields}
+        own = declared(namespace, cls.model_fields)
+        bound = cls(**{name: own.pop(name) for name in cls.model_fields if name in own})
+        bound._own, bound._declared = own, bound.model_fields_set
+        namespace |= own | {name: getattr(bound, name) for name in bound._declared}
         return bound
 
     @property
@@ -145,11 +144,11 @@ class Parameters(BaseModel):
     @property
     def parameters(self) -> dict[str, Any]:
         """All declared parameters that can change a result, but those `COVERED` otherwise."""
-        fields = set(self._declared) - {*COVERED, *NEUTRAL}
+        fields = {*self._declared} - {*COVERED, *NEUTRAL}
         return self.model_dump(mode="json", include=fields) | self._own
 
 
-def declared(namespace: Mapping[str, Any], fields: Iterable[str]) -> dict[str, Any]:
+def declared(namespace: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:
     """The names that a notebook's parameters cell assigns, with the values they have now.
 
     It is the first cell executed that assigns `model` or `runs`; an injected cell starts with
@@ -160,7 +159,7 @@ def declared(namespace: Mapping[str, Any], fields: Iterable[str]) -> dict[str, A
     known = own[0] if own else {name: None for name in fields if name in namespace}
     for name in (name for injected, names in cells if injected for name in names):
         if name not in known:
-            raise ValueError(f"unknown parameter {name!r}; {_nearest(name, known)}")
+            raise ValueError(_unknown(name, known))
     return {n: namespace[n] if n in fields else _like(n, namespace[n], known[n]) for n in known}
 
 
@@ -195,6 +194,7 @@ def _is_none(value: Any) -> bool:
     return isinstance(value, str) and value.strip().lower() in ("", "none", "null")
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(sorted(known))}"
+def _unknown(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    way_out = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(sorted(known))}"
+    return f"unknown parameter {name!r}; {way_out}"
