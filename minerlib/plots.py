@@ -39,8 +39,7 @@ HATCHES = dict(zip(COLOURS, ("", "//", "--", "..", "xx", "\\\\", "", ""), strict
 
 def style() -> None:
     """Sizes and grid of every figure in the workbook; call once per notebook."""
-    sns.set_theme(context="paper", style="ticks", font_scale=1.0)
-    plt.rcParams |= {
+    rc = {
         "figure.dpi": 110,
         "figure.constrained_layout.use": True,
         "axes.spines.top": False,
@@ -53,6 +52,7 @@ def style() -> None:
         "lines.markersize": 4,
         "svg.hashsalt": "miner",
     }
+    sns.set_theme(context="paper", style="ticks", rc=rc)
 
 
 def tokens(table: pd.DataFrame, ax: Axes, width: int = 68) -> None:
@@ -62,13 +62,12 @@ def tokens(table: pd.DataFrame, ax: Axes, width: int = 68) -> None:
     for _, part in table.groupby(run.cumsum(), sort=False):
         kind, text = part["kind"].iloc[0], part["token"].iloc[0]
         text = text.replace("\n", "↵").replace(" ", "·")
+        wide = len(text) + 0.8
         if len(part) > 1:
-            text = f"{kind} × {len(part)}"
-        wide = len(text) + 0.8 if len(part) == 1 else max(len(text) + 2, 20)
+            text, wide = f"{kind} × {len(part)}", 20.0
         if x + wide > width:
             x, y = 0.0, y - 1.35
-        colour: dict[str, Any] = {"fc": COLOURS[kind], "ec": COLOURS[kind]}
-        ax.add_patch(Rectangle((x, y), wide - 0.2, 1, alpha=0.35, lw=0.6, **colour))
+        ax.add_patch(Rectangle((x, y), wide - 0.2, 1, color=COLOURS[kind], alpha=0.35, lw=0.6))
         font: dict[str, Any] = {"family": "monospace", "fontsize": 6.5}
         ax.text(x + wide / 2 - 0.1, y + 0.47, text, ha="center", va="center", **font)
         x += wide
@@ -78,36 +77,32 @@ def tokens(table: pd.DataFrame, ax: Axes, width: int = 68) -> None:
     ax.axis("off")
 
 
+def _error(table: pd.DataFrame, value: str) -> np.ndarray:
+    """How far an interval (columns low, high) reaches below and above a value: [2, row]."""
+    return np.maximum([table[value] - table["low"], table["high"] - table[value]], 0)
+
+
 def by_layer(
-    table: pd.DataFrame,
-    ax: Axes,
-    *,
-    value="value",
-    group="modality",
-    null=None,
-    ylabel="",
-    like=None,
+    table: pd.DataFrame, ax: Axes, *, value="value", group="modality", null="", ylabel="", like=None
 ) -> None:
     """One line per group over layers, with its interval (columns low, high) and a dotted null.
 
     The null's middle is a band where the table has null_low and null_high. `like` says whose
     colour and marker a group borrows.
     """
-    groups = list(dict.fromkeys(table[group]))
+    middle = (table[group].nunique() - 1) / 2
     for i, (name, part) in enumerate(table.groupby(group, sort=False)):
         as_if = (like or {}).get(name, name)
         colour = COLOURS.get(as_if, sns.color_palette("colorblind")[i % 10])
-        x = part["layer"] + (i - (len(groups) - 1) / 2) * 0.06
-        error = None
-        if "low" in part:
-            error = np.maximum([part[value] - part["low"], part["high"] - part[value]], 0)
-        style = {"color": colour, "marker": MARKERS.get(as_if, "o"), "label": name}
-        ax.errorbar(x, part[value], error, capsize=1.5, lw=1.2, elinewidth=0.8, **style)
-        if null is not None:
+        style = {"color": colour, "marker": MARKERS.get(as_if, "o"), "label": name, "lw": 1.2}
+        error = _error(part, value) if "low" in part else None
+        x = part["layer"] + (i - middle) * 0.06
+        ax.errorbar(x, part[value], error, capsize=1.5, elinewidth=0.8, **style)
+        if null:
             ax.plot(x, part[null], color=colour, ls=":", lw=1)
-            if "null_low" in part:
-                band = part["layer"], part["null_low"], part["null_high"]
-                ax.fill_between(*band, color=colour, alpha=0.15, lw=0)
+        if null and "null_low" in part:
+            band = part["layer"], part["null_low"], part["null_high"]
+            ax.fill_between(*band, color=colour, alpha=0.15, lw=0)
     ax.set(xlabel="decoder layer", ylabel=ylabel)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(fontsize="small")
@@ -115,32 +110,24 @@ def by_layer(
 
 def projections(table: pd.DataFrame) -> Figure:
     """Pictures of `findings.states.project`: a row per layer, a column per view."""
-    layers, views = (list(dict.fromkeys(table[c])) for c in ("layer", "view"))
-    size = 2 * len(views), 1.9 * len(layers) + 0.4
-    fig, axes = plt.subplots(len(layers), len(views), figsize=size, squeeze=False)
-    for (layer, view), part in table.groupby(["layer", "view"], sort=False):
-        ax = axes[layers.index(layer), views.index(view)]
-        for kind, dots in part.groupby("kind"):
-            style = {"color": COLOURS[kind], "marker": MARKERS[kind], "label": kind}
-            dot = 12 if kind == "special" else 7
-            ax.scatter(dots["x"], dots["y"], s=dot, alpha=0.75, lw=0, **style)
-        ax.set(xticks=[], yticks=[], title=view if layer == layers[0] else "")
-        where = f"layer {layer}" if layer else "embeddings"
-        ax.set_ylabel(where if view == views[0] else "")
-    legend = axes[0, 0].get_legend_handles_labels()
-    fig.legend(*legend, ncols=5, markerscale=2, loc="outside lower center")
-    return fig
+    where = table["layer"].map(lambda layer: f"layer {layer}" if layer else "embeddings")
+    axes = {"sharex": False, "sharey": False, "margin_titles": True}
+    look: dict[str, Any] = {"palette": COLOURS, "markers": MARKERS, "alpha": 0.75, "linewidth": 0}
+    look |= {"x": "x", "y": "y", "hue": "kind", "style": "kind", "row": "where", "col": "view"}
+    with plt.rc_context({"figure.constrained_layout.use": False}):  # seaborn has its own
+        grid = sns.relplot(table.assign(where=where), height=1.9, s=14, facet_kws=axes, **look)
+    grid.set(xticks=[], yticks=[], xlabel="", ylabel="")
+    grid.set_titles(col_template="{col_name}", row_template="{row_name}").tight_layout()
+    return grid.figure
 
 
 def stacked(counts: pd.DataFrame, ax: Axes, *, xlabel: str = "", ylabel: str = "") -> None:
     """Stacked bars: counts has one row per bar, one column per modality."""
-    bottom = np.zeros(len(counts))
-    x = np.arange(len(counts))
-    for name in counts:
-        style = {"color": COLOURS[name], "hatch": HATCHES[name], "label": name}
-        ax.bar(x, counts[name], bottom=bottom, ec="white", lw=0.4, **style)
-        bottom += counts[name].to_numpy()
-    ax.set(xlabel=xlabel, ylabel=ylabel, xticks=x, xticklabels=counts.index)
+    style = {"color": COLOURS, "ec": "white", "lw": 0.4, "width": 0.8, "rot": 0}
+    counts.plot.bar(stacked=True, ax=ax, legend=False, **style)
+    for name, bars in zip(counts, ax.containers, strict=True):
+        plt.setp(bars, hatch=HATCHES[name])
+    ax.set(xlabel=xlabel, ylabel=ylabel)
 
 
 def heat(matrix: pd.DataFrame, ax: Axes, *, low=0.0, high=1.0, fmt=".2f", cmap="viridis") -> None:
@@ -164,12 +151,12 @@ def densities(scores: xr.DataArray, ax: Axes) -> None:
 
 def intervals(table: pd.DataFrame, ax: Axes, *, label: str, hue: str | None = None) -> None:
     """Means with intervals, one line per row: columns `label`, mean, low, high; top to bottom."""
-    y = np.arange(len(table))[::-1]
-    colours = ["#222222"] * len(table) if hue is None else table[hue].tolist()
-    for yi, colour, (_, row) in zip(y, colours, table.iterrows(), strict=True):
-        error = np.maximum([[row["mean"] - row["low"]], [row["high"] - row["mean"]]], 0)
-        ax.errorbar(row["mean"], yi, xerr=error, fmt="o", color=colour, capsize=2, lw=1.2)
-    ax.set(yticks=y, yticklabels=table[label], ylim=(-0.6, len(table) - 0.4))
+    upwards = table[::-1]
+    colours = upwards[hue] if hue else ["#222222"] * len(table)
+    points = zip(upwards["mean"], _error(upwards, "mean").T, colours, strict=True)
+    for y, (x, error, colour) in enumerate(points):
+        ax.errorbar(x, y, xerr=error[:, None], fmt="o", color=colour, capsize=2, lw=1.2)
+    ax.set(yticks=range(len(table)), yticklabels=upwards[label], ylim=(-0.6, len(table) - 0.4))
     ax.grid(axis="x", lw=0.4)
 
 
@@ -222,9 +209,8 @@ def show(table: pd.DataFrame | pd.Series, digits: int | Mapping = 2, index: bool
 
     index = index or isinstance(table, pd.Series)
     text = pd.DataFrame(table).astype(object)
-    for i, name in enumerate(text):
-        places = digits.get(name, 2) if isinstance(digits, Mapping) else digits
-        text.isetitem(i, [shown(value, places) for value in text.iloc[:, i]])
+    given = digits if isinstance(digits, Mapping) else dict.fromkeys(text, digits)
+    text = text.apply(lambda column: column.map(shown, places=given.get(column.name, 2)))
     with pd.option_context("display.max_colwidth", None):
         forms = {"text/plain": text.to_string(index=index), "text/html": text.to_html(index=index)}
     display(forms, raw=True)
