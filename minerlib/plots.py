@@ -6,9 +6,7 @@ apart without colour vision; marker and hatch carry the same information in prin
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -20,8 +18,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
-
-from minerlib.artifacts import atomically
 
 COLOURS = {
     "text": "#0072B2",
@@ -182,14 +178,6 @@ def medium(sample, ax: Axes) -> None:
         ax.set(xlabel="time / s", ylabel="frequency / Hz")
         return
     ax.axis("off")
-
-
-def save(fig: Figure, files: Iterable[Path], about: dict) -> None:
-    """Write a figure into PNG files; what it is about, as JSON, into their metadata."""
-    how: dict[str, Any] = {"format": "png", "dpi": 150, "bbox_inches": "tight"}
-    how["metadata"] = {"Configuration": json.dumps(about)}
-    for file in files:
-        atomically(file, lambda part: fig.savefig(part, **how))
 
 
 def show(table: pd.DataFrame | pd.Series, digits: int | Mapping = 2, index: bool = False) -> None:

@@ -7,20 +7,20 @@ paper's claim}; what it measured lies in run folders, as `Workbook.save_finding`
 from __future__ import annotations
 
 import json
+import os
 import textwrap
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from minerlib.inference import FAILS, HOLDS, UNKNOWN
-from minerlib.parameters import assigned, declared
-from minerlib.plots import save
-from minerlib.workbook import ROOT, SHIPPED, NotApplicable, Workbook, tracked
+from minerlib.parameters import assigned, declared, listed
+from minerlib.workbook import ROOT, SHIPPED, NotApplicable, Workbook, save
 
 COLUMNS = ["finding", "of", "claim", "measured", "null", "p", "verdict"]
 MARKS = {HOLDS: (2, "yes"), FAILS: (0, "no"), UNKNOWN: (1, "?")}
@@ -61,35 +61,30 @@ class Scorecard:
             raise ValueError(f"runs={runs!r}: no such folder; run `make workbook` first")
         if configurations not in ("default", "all"):
             raise ValueError(f"configurations={configurations!r}: use default or all")
-        shipped = sorted(path.name for path in (ROOT / SHIPPED[0]).glob("*/"))
-        names = models.split(",") if isinstance(models, str) else models
-        wanted = shipped if models == "shipped" else [name.strip() for name in names]
         self.findings = findings()
+        shipped = [path.name for path in (ROOT / SHIPPED[0]).glob("*/")]
+        wanted = {"all": [], "shipped": shipped}.get(str(models), listed(models))
         held = {}  # a newer one in the place of an older; manifests end in "t.json"
-        for file in sorted(
-            self.folder.glob("*/finding-*[!t].json"), key=lambda f: f.stat().st_mtime
-        ):
+        for file in sorted(self.folder.glob("*/finding-*[!t].json"), key=os.path.getmtime):
             value = json.loads(file.read_text())
-            model, *changed = [value["model"], *self._changed(value)]
-            asked = models == "all" or model in wanted
+            changed = self._changed(value)
+            asked = models == "all" or value["model"] in wanted
             if asked and (not changed or configurations == "all"):
-                held[value["finding"], ", ".join([model, *changed])] = value["claims"]
+                held[value["finding"], ", ".join([value["model"], *changed])] = value["claims"]
         if not held:
             makers = ", ".join(finding.notebook for finding in self.findings.values())
             raise NotApplicable(f"no finding of {models} models in {runs}; run {makers}")
         found = {of for _, of in held}
-        without = set(wanted) - {of.split(", ")[0] for of in found} if models != "all" else set()
-        self.columns = sorted(found | without)
+        self.columns = sorted(found | set(wanted) - {of.split(", ")[0] for of in found})
         self.missing = [
             f"{name} of {of}: not measured, or not applicable; run {finding.notebook}"
             for name, finding in self.findings.items()
             for of in self.columns
             if (name, of) not in held
         ]
-        order = dict.fromkeys([*self.findings, *(name for name, _ in held)])
         lines = [
             {"finding": name, "of": of, **line}
-            for name in order
+            for name in dict.fromkeys([*self.findings, *(name for name, _ in held)])
             for of in self.columns
             for line in held.get((name, of), [])
         ]
@@ -116,10 +111,10 @@ class Scorecard:
         marks = grid.reindex(index=rows.unique(), columns=self.columns).map(mark)
         tall = sum(1.3 + 0.75 * row.count("\n") for row in marks.index)
         fig, ax = plt.subplots(figsize=(4.6 + 1.1 * len(self.columns), 0.9 + 0.17 * tall))
-        style = {"cmap": ListedColormap(["#D55E00", "#DDDDDD", "#56B4E9"]), "vmin": 0, "vmax": 2}
-        style |= {"annot_kws": {"fontsize": 8, "color": "black"}, "linewidths": 0.8, "fmt": ""}
-        codes, signs = (marks.map(lambda pair, i=i: pair[i]) for i in (0, 1))
-        sns.heatmap(codes.astype(float), annot=signs, cbar=False, ax=ax, **style)
+        style = {"annot_kws": {"fontsize": 8, "color": "black"}, "linewidths": 0.8, "fmt": ""}
+        style |= {"cmap": ["#D55E00", "#DDDDDD", "#56B4E9"], "vmin": 0, "vmax": 2, "cbar": False}
+        codes, signs = (marks.map(itemgetter(i)) for i in (0, 1))
+        sns.heatmap(codes.astype(float), annot=signs, ax=ax, **style)
         ax.set(xlabel="", ylabel="")
         ax.set_xticks(ax.get_xticks(), [of.replace(", ", "\n") for of in self.columns], rotation=0)
         ax.tick_params(length=0, labelsize=7, labeltop=True, labelbottom=False)
@@ -127,8 +122,7 @@ class Scorecard:
 
     def save_figure(self, fig: Figure, name: str) -> None:
         """Beside the run folders and, where MINER_FIGURES names a folder, there."""
-        files = [self.folder / f"figures/{name}.png", *tracked(f"{name}.png")]
-        save(fig, files, {"columns": self.columns})
+        save(fig, self.folder / f"figures/{name}.png", name, columns=self.columns)
 
 
 def mark(verdict: Any) -> tuple[float, str]:

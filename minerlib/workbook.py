@@ -9,8 +9,9 @@ wb.answers(neurons)                             # one row per sample, cached
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,14 @@ import numpy as np
 import pandas as pd
 import transformers
 import xarray as xr
-from pydantic import PrivateAttr
+from matplotlib.figure import Figure
 
 from minerlib.aggregation import aggregate
-from minerlib.artifacts import Run, digest
+from minerlib.artifacts import Run, atomically, digest
 from minerlib.deactivation import deactivate
 from minerlib.model import MLLM, load, starts
 from minerlib.parameters import Parameters, at_least
-from minerlib.plots import save, show
+from minerlib.plots import show
 from minerlib.scoring import METRICS, own_metrics, score
 from minerlib.selection import STRATEGIES, matched_random, select
 from minerlib.tasks import REGISTRY, Benchmark, benchmark
@@ -74,7 +75,7 @@ class Workbook(Parameters):
     Relative paths are taken from `ROOT`, wherever the notebook runs.
     """
 
-    _ready: dict[str, Prepared] = PrivateAttr(default_factory=dict)
+    _ready: dict[str, Prepared] = {}
 
     @property
     def configuration(self) -> dict[str, Any]:
@@ -130,7 +131,7 @@ class Workbook(Parameters):
         """All rows of each benchmark, shuffled with the seed."""
         auto = SHIPPED[1] if self.is_shipped else "hub"
         source = auto if self.source == "auto" else self.source
-        how = {name: getattr(self, name) for name in ("seed", "frames", "on_error")}
+        how = self.model_dump(include={"seed", "frames", "on_error"})
         how["source"] = None if source == "hub" else str(ROOT / source)
         how["sampling_rate"] = self.mllm.family.sampling_rate
         rows = {name: benchmark(name, **how) for name in self.names}
@@ -143,13 +144,13 @@ class Workbook(Parameters):
         for name, bench in self.rows.items():
             if self.limit > len(bench):
                 raise ValueError(f"limit={self.limit}: {name} has {len(bench)} rows; lower it")
-        return {n: self._usable(bench[: self.limit]) for n, bench in self.rows.items()}
+        return {name: self._usable(bench[: self.limit]) for name, bench in self.rows.items()}
 
     @cached_property
     def evaluation(self) -> dict[str, Benchmark]:
         """`eval_limit` rows of each benchmark, from its end: what silencing is measured on."""
         held = {n: apart(b, self.limit, self.eval_limit)[1] for n, b in self.rows.items()}
-        return {n: self._usable(bench) for n, bench in held.items()}
+        return {name: self._usable(bench) for name, bench in held.items()}
 
     def _usable(self, bench: Benchmark) -> Benchmark:
         """The rows that can be decoded and encoded, where others may be skipped."""
@@ -157,19 +158,23 @@ class Workbook(Parameters):
             return bench
         kept: list[int] = []
         for i in starts(bench, self.batch_size):
-            part = range(i, min(i + self.batch_size, len(bench)))
-            fine, _, _, skipped = self.mllm.gather(bench, part, "skip")
+            part = range(len(bench))[i : i + self.batch_size]
+            fine, *_, skipped = self.mllm.gather(bench, part, "skip")
             kept += fine
             self.run.notices[bench.name]["notices"] += skipped
         return bench[kept]
 
-    # ------------------------------------------------------------------ the stages' artefacts
+    def cached(self, name: str, compute: Callable, *, of, rows=None, made_by="", **config) -> Any:
+        """The artefact of this model, these rows (all benchmarks' evaluation rows) and config.
 
-    def cached(self, name: str, compute: Callable, *, of, rows=None, **config: Any) -> Any:
-        """The artefact of this model, these benchmarks (the evaluation's by default) and config."""
-        config |= {"rows": _prints(self.evaluation if rows is None else rows)}
-        of = [*([of] if callable(of) else of), *self._plugged]
-        return self.run.cached(name, compute, of=of, on_error=self.on_error, **config)
+        Computed where it is not there; made_by names the notebook that alone may compute it.
+        """
+        config["rows"] = _prints(self.evaluation if rows is None else rows)
+        config["of"] = [*([of] if callable(of) else of), *self._plugged]
+        config["on_error"] = self.on_error
+        if made_by:
+            return self.run.load(name, made_by, **config)
+        return self.run.cached(name, compute, **config)
 
     def mine(self, made_by: str = "") -> dict[str, xr.DataArray]:
         """Stage 2 per benchmark, computed or read; interrupted mining continues."""
@@ -178,8 +183,7 @@ class Workbook(Parameters):
         for name, bench in self.mining.items():
             part = self.folder / f"scores-{name}"
             compute = partial(score, self.mllm, bench, checkpoint=part, **how)
-            key = {"of": (score, *self._plugged), "rows": bench.fingerprint}
-            found[name] = self._stage(made_by, f"scores-{name}", compute, **key)
+            found[name] = self.cached(part.name, compute, of=score, rows=bench, made_by=made_by)
         return found
 
     def scores(self) -> dict[str, xr.DataArray]:
@@ -188,17 +192,12 @@ class Workbook(Parameters):
 
     def aggregate(self, made_by: str = "") -> xr.DataArray:
         """Stage 3, computed from notebook 02's artefacts or read."""
-        key = {"of": (score, aggregate, *self._plugged), "rows": _prints(self.mining)}
-        return self._stage(made_by, "total", lambda: aggregate(self.scores().values()), **key)
+        key = {"of": (score, aggregate), "rows": self.mining, "made_by": made_by}
+        return self.cached("total", lambda: aggregate(self.scores().values()), **key)
 
     def total(self) -> xr.DataArray:
         """Stage 3, as notebook 03 left it."""
         return self.aggregate("03_score_aggregation")
-
-    def _stage(self, made_by: str, name: str, compute: Callable, **key: Any) -> xr.DataArray:
-        if made_by:
-            return self.run.load(name, made_by, on_error=self.on_error, **key)
-        return self.run.cached(name, compute, on_error=self.on_error, **key)
 
     @property
     def _plugged(self) -> list[Callable]:
@@ -221,28 +220,22 @@ class Workbook(Parameters):
 
         What silencing them does cannot depend on how a strategy shares the budget out.
         """
-        scores = self.total().sel(modality=[modality])
-        return select(scores, **(self.choice | {"strategy": "LA_MU"}))
+        return self.select(self.total().sel(modality=[modality]), strategy="LA_MU")
 
     def draws(self, neurons: xr.DataArray, n: int, by_layer: bool = False) -> list[xr.DataArray]:
         """A null: n random draws of as many different neurons, with by_layer in each layer."""
         return [matched_random(neurons, self.seed + i, by_layer) for i in range(n)]
 
-    # ------------------------------------------------------------------ silencing, measured
-
-    def answers(
-        self, neurons=None, modalities=None, mode: str = "zero", constants=None
-    ) -> pd.DataFrame:
+    def answers(self, neurons=None, modalities=None, mode="zero", constants=None) -> pd.DataFrame:
         """Answers on the evaluation rows with the neurons silenced (None: the model as it is).
 
         One row per sample, as `evaluate` returns it. Computed once per benchmark and set of
         silenced neurons.
         """
-        if neurons is not None and modalities is not None:
-            neurons = neurons.sel(modality=list(modalities))
         key: dict[str, Any] = {"max_new_tokens": self._longest, "on_error": self.on_error}
         if neurons is not None:
-            key["silenced"], key["mode"] = digest(np.asarray(neurons).any(0)), mode
+            neurons = neurons if modalities is None else neurons.sel(modality=list(modalities))
+            key |= {"silenced": digest(np.asarray(neurons).any(0)), "mode": mode}
         if mode != "zero" and constants is not None:
             key["constants"] = digest(constants[f"activation_{mode}"])
 
@@ -269,8 +262,8 @@ class Workbook(Parameters):
 
     def _evaluated(self, name: str) -> pd.DataFrame:
         if name not in self._ready:
-            bench, how = self.evaluation[name], {"on_error": self.on_error}
-            self._ready[name] = prepare(self.mllm, bench, self.batch_size, **how)
+            bench = self.evaluation[name]
+            self._ready[name] = prepare(self.mllm, bench, self.batch_size, self.on_error)
         return evaluate(self.mllm, self._ready[name], max_new_tokens=self._longest)
 
     def sanity(self) -> pd.DataFrame:
@@ -279,15 +272,12 @@ class Workbook(Parameters):
         Columns benchmark, corpus (its usual figure), low, high (95 % interval of the rows' mean),
         published, verdict: near, FAR OFF, or none published.
         """
-        table = summarise(self.answers())[["benchmark", "corpus", "low", "high"]]
-        table = table[table["benchmark"] != "average"]
+        table = summarise(self.answers()).query("benchmark != 'average'").reset_index(drop=True)
+        table = table[["benchmark", "corpus", "low", "high"]]
         table["published"] = table["benchmark"].map(PUBLISHED.get(self.label, {}))
         beyond = (table["corpus"] - table["published"]).abs() - (table["high"] - table["low"]) / 2
-        table["verdict"] = np.where(beyond > FAR, "FAR OFF", "near")
-        table.loc[table["published"].isna(), "verdict"] = "none published"
-        return table.reset_index(drop=True)
-
-    # ------------------------------------------------------------------ what a notebook leaves
+        rules = [table["published"].isna(), beyond > FAR]
+        return table.assign(verdict=np.select(rules, ["none published", "FAR OFF"], "near"))
 
     def save_finding(self, name: str, claims: pd.DataFrame, **tables: Any) -> None:
         """Keep a finding's claims and what they rest on, beside those of other parameters."""
@@ -297,11 +287,12 @@ class Workbook(Parameters):
         self.run.save(f"finding-{name}", value, of=self._plugged, **self.configuration)
         print(f"finding {name} of {self.label} is kept in the run folder")
 
-    def save_figure(self, fig: Any, name: str) -> None:
+    def save_figure(self, fig: Figure, name: str) -> None:
         """Keep a figure in the run folder, and without its digest where MINER_FIGURES says."""
-        stem = self.run.stem(name, of=self._plugged, **self.configuration)
-        files = [self.folder / f"figures/{stem}.png", *tracked(f"{name}-{self.label}.png")]
-        save(fig, files, {"model": self.label, **self.configuration})
+        about = self.configuration
+        stem = self.run.stem(name, of=self._plugged, **about)
+        file = self.folder / f"figures/{stem}.png"
+        save(fig, file, f"{name}-{self.label}", model=self.label, **about)
 
     def __repr__(self) -> str:
         m = self.mllm
@@ -313,11 +304,16 @@ class Workbook(Parameters):
         )
 
 
-def tracked(name: str) -> list[Path]:
-    """Where a figure goes besides the run folder: into the folder MINER_FIGURES, if any."""
+def save(fig: Figure, file: Path, name: str, **about: Any) -> None:
+    """Write a PNG whose metadata say what it is about; in the folder MINER_FIGURES, if any, too."""
+    how: dict[str, Any] = {"format": "png", "dpi": 150, "bbox_inches": "tight"}
+    how["metadata"] = {"Configuration": json.dumps(about)}
     folder = os.environ.get("MINER_FIGURES")
-    return [ROOT / folder / name] if folder else []
+    for path in [file, ROOT / folder / f"{name}.png"] if folder else [file]:
+        atomically(path, lambda part: fig.savefig(part, **how))
 
 
-def _prints(rows: Mapping[str, Benchmark]) -> dict[str, str]:
+def _prints(rows: Benchmark | dict[str, Benchmark]) -> Any:
+    if isinstance(rows, Benchmark):
+        return rows.fingerprint
     return {name: bench.fingerprint for name, bench in rows.items()}
