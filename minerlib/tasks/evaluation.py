@@ -13,6 +13,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -56,16 +57,14 @@ def prepare(
 def _encode(mllm: MLLM, bench: Benchmark, batch_size: int, on_error: str) -> Iterator[Batch]:
     """One batch of samples of like length after another."""
     firsts, lengths = starts(bench, batch_size), np.zeros(len(bench))
+    later = [RowError] if on_error == "skip" else []  # left out when their turn comes
     # Sorting needs a look at every sample; decoding it twice is cheaper than keeping its media.
     for i in range(len(bench)):
-        try:
+        with suppress(*later):
             lengths[i] = _length(bench[i])
-        except RowError:  # with "skip", left out when its turn comes
-            if on_error != "skip":
-                raise
-    order = np.argsort(lengths, kind="stable")
+    order = np.argsort(lengths, kind="stable").tolist()
     for i in tqdm(firsts, bench.name, leave=False):
-        part = order[i : i + batch_size].tolist()
+        part = order[i : i + batch_size]
         positions, samples, batch, skipped = mllm.gather(bench, part, on_error)
         light = [replace(s, image=None, video=None, audio=None) for s in samples]
         yield positions, light, batch, skipped
@@ -153,8 +152,7 @@ def _scores(table: pd.DataFrame, column: str = "score") -> dict[str, dict[str, n
     if (bad := table.duplicated(KEY) | table[column].isna()).any():
         name, row = table.loc[bad, KEY].iloc[0]
         raise ValueError(f"{name} row {row} is there twice or has no score ({bad.sum()} such rows)")
-    groups = table.groupby("benchmark", sort=False)[column]
-    scores = {name: group.to_numpy() for name, group in groups}
+    scores = {k: v.to_numpy() for k, v in table.groupby("benchmark", sort=False)[column]}
     lines = {name: {name: values} for name, values in scores.items()}
     return lines | ({AVERAGE: scores} if len(scores) > 1 else {})
 

@@ -199,9 +199,7 @@ def _evenly(total: int, frames: int) -> np.ndarray:
 def _sampled(source: io.BytesIO, frames: int, total: int | None = None) -> Clip:
     """Evenly spaced frames of a video file of `total` frames, at first what its header counts."""
     source.seek(0)
-    taken: list[np.ndarray] = []
-    times: list[float | None] = []
-    end = 0.0
+    taken, times, end = list[np.ndarray](), list[float | None](), 0.0
     with av.open(source, "r") as container:
         if not container.streams.video:
             raise ValueError("this file has no video stream")

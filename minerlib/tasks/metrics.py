@@ -243,7 +243,7 @@ class Metric:
     @property
     def functions(self) -> list[Callable]:
         """All that computes numbers: what the metric's identity in a key is made of."""
-        return [self.rows, *([self.corpus] if self.corpus else []), *self.extra.values()]
+        return [f for f in (self.rows, self.corpus, *self.extra.values()) if f]
 
 
 _english_only = partial(Metric, language="en")
@@ -291,16 +291,14 @@ def misfit(metric: str, references: References, language: str = "en") -> str:
 def _values(metric: str, answers: Answers, references: References, corpus: bool) -> np.ndarray:
     """Unclipped scores [row] of a metric, or its corpus figure; ValueError names what is wrong."""
     pairs, entry = _pairs(answers, references), metric_of(metric)
+    figure = entry.corpus if corpus else None
     given = [answer for answer, _ in pairs], [refs for _, refs in pairs]
-    if figure := corpus and entry.corpus:
-        values = np.array(figure(*given), dtype=float, ndmin=1)
-    else:
-        values = np.asarray(entry.rows(*given), dtype=float)
-        if values.shape != (len(pairs),):
-            raise ValueError(f"metric {metric!r} gives {values.shape} scores for {len(pairs)} rows")
+    values = np.asarray((figure or entry.rows)(*given), dtype=float)
+    if not figure and values.shape != (len(pairs),):
+        raise ValueError(f"metric {metric!r} gives {values.shape} scores for {len(pairs)} rows")
     for row in np.flatnonzero(~np.isfinite(values)):
         place = "all rows" if figure else f"row {row}: {pairs[row]}"
-        raise ValueError(f"metric {metric!r} gives {values[row]} for {place}")
+        raise ValueError(f"metric {metric!r} gives {values.flat[row]} for {place}")
     return values
 
 

@@ -87,8 +87,7 @@ def _locate(
     base = None if source is None else Path(source)
     if base and not base.is_dir():
         raise FileNotFoundError(
-            f"source {str(source)!r} is not a folder; give the folder that holds {name}/*.parquet, "
-            "or leave source out to load from the hub"
+            f"source {str(source)!r} is not a folder; give one with {name}/*.parquet, or none"
         )
     if own := base is not None and (base / name).is_dir():
         splits = [split] if split else [candidates[0].split, *alias]
@@ -145,9 +144,7 @@ class _Rows:
     `places` their row and the element of its `each` column.
     """
 
-    def __init__(
-        self, name: str, source: Any, split: str | None, on_error: str, **how: int
-    ) -> None:
+    def __init__(self, name: str, source: Any, split: str | None, on_error: str, **how: int):
         self.name, self.how, self.spec = name, how, (spec := REGISTRY[name])
         files, self.origin = _locate(name, spec.hub, source, split, ("test",))
         self.rows = _read(name, files, spec.columns)
@@ -279,8 +276,7 @@ class _Rows:
         for number in self.kept.tolist():
             unit = known[self.places[number][0]] if known else self.made_of(number)[1]
             units[unit].append(number)
-        groups = [*units.values()]
-        order = np.random.default_rng(seed).permutation(len(groups))
+        groups, order = [*units.values()], np.random.default_rng(seed).permutation(len(units))
         return np.concatenate([groups[i] for i in order])
 
 
@@ -391,11 +387,10 @@ def split(bench: Benchmark, limit: int, eval_limit: int) -> tuple[Benchmark, Ben
     how many rows there are.
     """
     _positive(limit=limit, eval_limit=eval_limit)
-    mining, last = bench[:limit], list[int]()
+    mining, late = bench[:limit], reversed(range(limit, len(bench)))
     mined = set(mining.media)
-    for i in reversed(range(limit, len(bench))):
-        if len(last) < eval_limit and not mined.intersection(bench[i : i + 1].media):
-            last.append(i)
+    others = (i for i in late if mined.isdisjoint(bench[i : i + 1].media))
+    last = list(itertools.islice(others, eval_limit))
     if len(mining) < limit or len(last) < eval_limit:
         raise ValueError(
             f"limit={limit} and eval_limit={eval_limit}: {bench.name} has {len(bench)} rows, and "
