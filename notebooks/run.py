@@ -61,11 +61,6 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
     return given
 
 
-def declared(notebook: Path) -> set[str]:
-    """The names that the notebook's parameters cell assigns."""
-    return set(papermill.inspect_notebook(str(notebook)))
-
-
 def is_finding(notebook: Path) -> bool:
     """Whether it measures a finding, and so reads what the other notebooks, the stages, made."""
     return "finding" in nbformat.read(notebook, as_version=4).metadata.get("minerlib", {})
@@ -113,19 +108,18 @@ class Task(NamedTuple):
 def main(arguments: Sequence[str]) -> None:
     given = parse(arguments)
     models = given.get("model", MODELS).split()
-    runs = given.get("run")
-    if runs and Path(runs).name == runs:
-        runs = f"runs/{runs}"
+    run = given.get("run", "")
+    runs = Path("runs", run) if Path(run).name == run else Path(run)
     texts = {name: text for name, text in given.items() if name not in ("model", "run")}
     parameters = {name: value(text) for name, text in texts.items()}
-    folder = "notebooks" if runs else f"notebooks{suffix(texts)}"
+    folder = "notebooks" if run else f"notebooks{suffix(texts)}"
     os.chdir(ROOT)  # so that the paths that Papermill records are relative ones
-    notebooks = {
-        path: declared(path) for path in sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
-    }
-    if unknown := set(parameters) - set().union(*notebooks.values()):
-        known = sorted(set().union(*notebooks.values()) | {"run"})
-        raise SystemExit(f"no notebook has the parameter {', '.join(sorted(unknown))}; use {known}")
+    files = sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
+    notebooks = {path: set(papermill.inspect_notebook(str(path))) for path in files}
+    known = set().union(*notebooks.values())
+    if unknown := sorted(set(parameters) - known):
+        use = sorted(known | {"run"})
+        raise SystemExit(f"no notebook has the parameter {', '.join(unknown)}; use {use}")
     # A notebook with the parameter `runs` gathers what all models left: it comes once and last.
     last = {path: names for path, names in notebooks.items() if "runs" in names}
     each = {path: names for path, names in notebooks.items() if path not in last}
@@ -137,27 +131,27 @@ def main(arguments: Sequence[str]) -> None:
         shared += Path(source).rglob("*.parquet")
     tasks = []
     for model in models:
-        run_dir = Path(runs or "runs", Path(model).name)
+        run_dir = runs / Path(model).name
         everything = {**parameters, "model": model}
-        if runs:  # else the notebooks' own default
+        if run:  # else the notebooks' own default
             everything["run_dir"] = run_dir.as_posix()
         inputs = [*shared, *(path for path in Path(model).glob("*") if path.is_file())]
         tasks.append(Task(stages, run_dir / folder, everything, inputs, f"for {model}"))
 
-    with pool(1 if torch.cuda.is_available() else len(models)) as run:
-        failures = list(run(execute, tasks))
+    with pool(1 if torch.cuda.is_available() else len(models)) as over:
+        failures = list(over(execute, tasks))
         going = [t for t, failure in zip(tasks, failures, strict=True) if not failure]
         later = [t._replace(notebooks={p: n}) for p, n in findings.items() for t in going]
-        failed = [text for text in (*failures, *run(execute, later)) if text]
+        failed = [text for text in (*failures, *over(execute, later)) if text]
+    if not failed:
+        names = [Path(model).name for model in models]
+        everything = {**parameters, "runs": runs.as_posix(), "models": names}
+        everything["configurations"] = "all" if parameters else "default"
+        found = [*shared, *runs.glob("*/finding-*.json")]
+        text = execute(Task(last, runs / folder, everything, found, "over all models"))
+        failed = [text] if text else []
     if failed:
         raise SystemExit("\n".join(failed))
-    everything = {**parameters, "runs": runs or "runs", "models": [Path(m).name for m in models]}
-    everything["configurations"] = "all" if parameters else "default"
-    found = [*shared, *Path(runs or "runs").glob("*/finding-*.json")]
-    if text := execute(
-        Task(last, Path(runs or "runs", folder), everything, found, "over all models")
-    ):
-        raise SystemExit(text)
 
 
 @contextmanager
