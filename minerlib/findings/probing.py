@@ -219,15 +219,15 @@ def claims(
     lines: list[dict] = []
 
     def add(claim: str, factor, null: str, bound: float = 1, greater: bool = False) -> None:
-        verdict = inference.beyond(*factor[1:], bound, greater=greater)
+        verdict = inference.beyond(factor[1], factor[2], bound, greater=greater)
         measured = f"x {inference.spread(*factor)}"
         lines.append(dict(claim=claim, measured=measured, null=f"x {null}", verdict=verdict))
 
     for kind, whole in moved.items():
         own = measured[(measured["kind"] == kind) & (measured["layer"] > 0)]
         for measure, text in CLAIMS.items():
-            how = {"greater": measure != "reach", "need": 1, "corrected": True}
-            layers = inference.over_layers(own[own["measure"] == measure], **how)
+            of, greater = own[own["measure"] == measure], measure != "reach"
+            layers = inference.over_layers(of, greater=greater, need=1, corrected=True)
             lines.append(layers.claim(f"{kind}: {text}"))
         for origin, name in enumerate(("embeddings", "layer 1")):
             nearer = approach(reach[reach["kind"] == kind], origin)[ENDS].to_numpy()[-1]

@@ -235,7 +235,10 @@ def claims(
     def of(table: pd.DataFrame, column: str, name: str) -> pd.DataFrame:
         return table[(table[column] == name) & (table["layer"] > 0)]
 
-    ends, spread = of(measured, "measure", "axis_end"), inference.spread
+    def signed(ends: pd.Series) -> str:
+        return inference.spread(ends["axis_end"], ends["low"], ends["high"], "+")
+
+    ends = of(measured, "measure", "axis_end")
     at_ends, bound = inference.over_layers(ends), ends["null_high"].to_numpy()
     lines = [at_ends.claim("special tokens lie at the ends of the text cloud")]
     nulls = {
@@ -249,7 +252,7 @@ def claims(
         if len(table):
             stays = inference.over_layers(of(table, "condition", name), bound, value=ENDS[0])
             most = of(table, "condition", "change").loc[lambda t: t[ENDS[0]].abs().idxmax()]
-            by = f"change {spread(*most[ENDS], '+')} at most, layer {most['layer']}"
+            by = f"change {signed(most)} at most, layer {most['layer']}"
             line = {
                 "claim": f"they stay at the ends when the prompt is {name}",
                 "measured": f"{by}; yes at {stays.yes.sum()} of {len(bound)}",
@@ -265,11 +268,12 @@ def claims(
     layers = inference.over_layers(of(peaks, "kind", "special"), MASSIVE, value="ratio")
     text = "rival: special tokens are massive activations"
     lines.append(layers.claim(text, f"massive from {MASSIVE}", "ratio"))
-    own, random = moved.to_numpy()
+    own, random = moved.loc["special"], moved.loc["random"]
+    bound = min(0, random["low"])
     line = {
         "claim": "silencing the special neurons moves them off the ends",
-        "measured": spread(*own, "+"),
-        "null": f"{spread(*random, '+')} (random neurons)",
-        "verdict": inference.beyond(*own[1:], min(0, random[1]), greater=False),
+        "measured": signed(own),
+        "null": f"{signed(random)} (random neurons)",
+        "verdict": inference.beyond(own["low"], own["high"], bound, greater=False),
     }
     return [*lines, line]
