@@ -61,8 +61,8 @@ def strategies(
 ) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """Each strategy's neurons silenced, the model as it is, and the nulls.
 
-    picked holds each strategy's neurons; "random" among them is the paper's null, the whole
-    budget whatever the others spend of it. The most damaging and the default strategy get
+    picked holds each strategy's neurons, and as "random" the paper's null, the whole budget
+    whatever the others spend of it. The most damaging and the default strategy get
     matched nulls, see `random_draws`. Returns a table: condition, neurons, share, mean, low,
     high, where the ends of matched nulls hold 95 % of the draws; the draws: strategy, null, draw,
     mean; and the most damaging strategy.
@@ -72,19 +72,18 @@ def strategies(
         raise ValueError(f"strategy={default!r}: the null is none; use one of {list(measured)}")
     table = conditions(answers, measured)
     best = str(table.loc[table["mean"].idxmin(), "condition"])
-    at, lines, nulls = table.set_index("condition"), [], []
-    for name in dict.fromkeys((best, default)):
-        nulls.append(random_draws(answers, measured[name], draws, seed).assign(strategy=name))
-        for null, part in nulls[-1].groupby("null", sort=False)["mean"]:
-            what = f"random, as many as {name}" + (", same layers" if null == "same layers" else "")
-            low, high = inference.middle95(part.to_numpy())
-            spent = {"condition": what, **at.loc[name, ["neurons", "share"]]}
-            lines.append({**spent, "mean": part.mean(), "low": low, "high": high})
-    whole = {"random, whole budget": picked["random"]} if "random" in picked else {}
+    tested = {name: measured[name] for name in (best, default)}
+    nulls = [random_draws(answers, n, draws, seed).assign(strategy=s) for s, n in tested.items()]
+    at, lines, null = table.set_index("condition"), [], pd.concat(nulls, ignore_index=True)
+    for (name, where), part in null.groupby(["strategy", "null"], sort=False)["mean"]:
+        what = f"random, as many as {name}" + (f", {where}" if where == "same layers" else "")
+        low, high = inference.middle95(part)
+        spent = {"condition": what, **at.loc[name, ["neurons", "share"]]}
+        lines.append({**spent, "mean": part.mean(), "low": low, "high": high})
+    whole = conditions(answers, {"random, whole budget": picked["random"]})
     start = {"condition": "as it is", "neurons": 0, "share": 0.0, **average(answers())}
-    parts = [pd.DataFrame([start]), table, pd.DataFrame(lines), conditions(answers, whole)]
-    table = pd.concat(parts, ignore_index=True).astype({"neurons": int})
-    return table, pd.concat(nulls, ignore_index=True), best
+    parts = pd.DataFrame([start]), table, pd.DataFrame(lines), whole
+    return pd.concat(parts, ignore_index=True).astype({"neurons": int}), null, best
 
 
 def doses(answers: Answers, picked: Sets, seed: int = 0) -> pd.DataFrame:
