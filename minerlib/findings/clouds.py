@@ -1,8 +1,7 @@
 """Measures of clouds of points: pure functions on arrays, each with a known answer.
 
-Measures of two clouds take `second`, bool
-[r, n]: which of the n points belong to the second cloud, once per labelling (the observed one
-and its shuffles), so that a null costs one call.
+Measures of two clouds take `second`, bool [r, n]: which of the n points belong to the second
+cloud, once per labelling (the observed one and its shuffles), so that a null costs one call.
 """
 
 from __future__ import annotations
@@ -190,10 +189,9 @@ def directions_like(x: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
 def principal_axis(x: np.ndarray) -> np.ndarray:
     """The unit direction of greatest variance of the points [n, hidden]; its sign is arbitrary."""
     x = x - x.mean(0)
-    if len(x) < x.shape[1]:
-        axis = x.T @ np.linalg.eigh(x @ x.T)[1][:, -1]
-    else:
-        axis = np.linalg.eigh(x.T @ x)[1][:, -1]
+    few = len(x) < x.shape[1]  # the smaller of the two Gram matrices
+    axis = np.linalg.eigh(x @ x.T if few else x.T @ x)[1][:, -1]
+    axis = x.T @ axis if few else axis
     return axis / max(np.linalg.norm(axis), 1e-24)
 
 

@@ -243,8 +243,7 @@ def knockout(
             return _log_p(mllm.forward(batch).logits, answer)
 
         before, run = _last_step(mllm, batch, answer) if cache else (whole(), whole)
-        for s, name in enumerate(names[:-1]):
-            cut = members[:, s]
+        for name, cut in zip(names[:-1], members.unbind(1), strict=False):
             held = cut.any(1).nonzero()[:, 0].tolist()
 
             def block(layer, query, key, mask, scaling, cut=cut, real=real):
@@ -312,7 +311,7 @@ def logit_lens(
 
 @computation(version=1)
 def measures(
-    mllm: MLLM, bench, answers=None, *, window: int | None = None, batch_size: int = 8
+    mllm: MLLM, bench, answers: np.ndarray | None = None, *, window: int | None = None, batch_size=8
 ) -> pd.DataFrame:
     """The four measures as one table, in percent; windows of knockout lie side by side.
 
