@@ -136,10 +136,10 @@ def evaluate(
         warnings.warn("; ".join(["rows skipped", *skipped]), stacklevel=2)
     columns = [*KEY, "prompt", "answer", "references"]
     table = pd.DataFrame([rows[i] for i in sorted(rows)], columns=columns)
-    answers, references = table["answer"].tolist(), table["references"].tolist()
-    table["score"] = row_scores(bench.metric, answers, references)
+    given = table["answer"].tolist(), table["references"].tolist()
+    table["score"] = row_scores(bench.metric, *given)
     for column, rows_of in ANSWER_METRICS[bench.metric].extra.items():
-        table[column] = rows_of(answers, references)
+        table[column] = rows_of(*given)
     table.attrs["skipped"] = skipped
     return table
 

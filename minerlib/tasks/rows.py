@@ -74,11 +74,7 @@ def _download(repo: Repo) -> Path | None:
 
 
 def _locate(
-    name: str,
-    candidates: Sequence[Repo],
-    source: str | os.PathLike | None,
-    split: str | None = None,
-    alias: tuple[str, ...] = (),
+    name: str, candidates: Sequence[Repo], source: Any, split: str | None = None, *alias: str
 ) -> tuple[list[Path], dict[str, Any]]:
     """Files of a split from the first candidate that exists, and where they come from.
 
@@ -121,7 +117,7 @@ def _read(name: str, files: Sequence[Path], columns: Sequence[str]) -> datasets.
     bars = not hf.are_progress_bars_disabled()
     hf.disable_progress_bars()
     try:
-        rows = hf.load_dataset("parquet", data_files=[str(f) for f in files], split="train")
+        rows = hf.load_dataset("parquet", data_files=[*map(str, files)], split="train")
     finally:
         if bars:
             hf.enable_progress_bars()
@@ -146,7 +142,7 @@ class _Rows:
 
     def __init__(self, name: str, source: Any, split: str | None, on_error: str, **how: int):
         self.name, self.how, self.spec = name, how, (spec := REGISTRY[name])
-        files, self.origin = _locate(name, spec.hub, source, split, ("test",))
+        files, self.origin = _locate(name, spec.hub, source, split, "test")
         self.rows = _read(name, files, spec.columns)
         self.join, self.joined_at = spec.join, defaultdict[Any, list[int]](list)
         if self.join and set(self.join.provides) <= set(self.rows.column_names):
