@@ -12,13 +12,14 @@ import pytest
 from conftest import ROOT
 
 from minerlib import scorecard, selection
+from minerlib.inference import TOLERANCE
 
 pytestmark = pytest.mark.slow
 
 # Average score before and after silencing 2 % with the default strategy, as committed.
 EXPECTED = {
-    "tiny-qwen2-vl": {"baseline": 0.977, "LA_MU": 0.977},
-    "tiny-qwen2-audio": {"baseline": 0.980, "LA_MU": 0.984},
+    "tiny-qwen2-vl": {"baseline": 0.977, "LA_MU": 0.979},
+    "tiny-qwen2-audio": {"baseline": 0.980, "LA_MU": 0.980},
 }
 
 
@@ -60,7 +61,8 @@ def test_the_best_strategy_is_the_most_damaging(finding):
     _, found = finding
     rows = conditions(found)
     means = {name: rows[name]["mean"] for name in STRATEGIES}
-    assert means[found["best"]] == min(means.values())
+    assert means[found["best"]] <= min(means.values()) + TOLERANCE
+    assert found["best"] == "LA_MU" or means["LA_MU"] > means[found["best"]] + TOLERANCE
 
 
 def test_verdicts_follow_from_the_numbers(finding):

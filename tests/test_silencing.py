@@ -166,3 +166,17 @@ def test_specificity_crosses_modalities_and_benchmarks():
     everywhere = silencing.by_medium(table, dict.fromkeys(media, "image"))
     assert everywhere["with"].tolist() == [0.25] and everywhere["without"].isna().all()
     assert silencing.by_medium(table, dict.fromkeys(media, "text")).empty
+
+
+def test_where_no_strategy_is_clearly_worse_the_default_counts_as_the_most_damaging():
+    """Else one answer, which another processor may round to the other side, would name it."""
+
+    def nearly(which=None):
+        table = answers(None)
+        table.loc[:0, "score"] = 0.0 if which is PICKED["critical"] else 1.0
+        return table
+
+    table, null, best = silencing.strategies(nearly, PICKED, "harmless", draws=2)
+    means = table.set_index("condition")["mean"]
+    assert 0 < means["harmless"] - means["critical"] <= silencing.inference.TOLERANCE
+    assert best == "harmless" and set(null["strategy"]) == {"harmless"}
