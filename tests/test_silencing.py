@@ -173,7 +173,8 @@ def test_where_no_strategy_is_clearly_worse_the_default_counts_as_the_most_damag
 
     def nearly(which=None):
         table = answers(None)
-        table.loc[:0, "score"] = 0.0 if which is PICKED["critical"] else 1.0
+        worse = which is not None and which.values[0].sum() and (which.values == CRITICAL).all()
+        table.loc[:0, "score"] = 0.9 if worse else 1.0
         return table
 
     table, null, best = silencing.strategies(nearly, PICKED, "harmless", draws=2)
