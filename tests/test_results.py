@@ -94,16 +94,12 @@ def test_the_readme_shows_these_numbers(finding):
         if line.startswith("| Qwen2-") and f"| {name} |" in line
     ]
 
+    cells = [list(printed.parts(cell)) for cell in row.split("|")]
+
     def shown(text: str) -> bool:
         wanted = list(printed.parts(text))
-        cells = (list(printed.parts(cell)) for cell in row.split("|"))
-        return any(
-            len(cell) == len(wanted)
-            and all(
-                printed.agree(kind, a, b) for (kind, a), (_, b) in zip(cell, wanted, strict=True)
-            )
-            for cell in cells
-        )
+        fitting = (zip(cell, wanted, strict=True) for cell in cells if len(cell) == len(wanted))
+        return any(all(printed.agree(k, a, b) for (k, a), (_, b) in pairs) for pairs in fitting)
 
     for claim in found["claims"]:
         assert shown(claim["before"]) and shown(f"{claim['after']} ({claim['neurons']})")
