@@ -265,6 +265,8 @@ def test_export_is_what_the_hooks_do(mllm, samples, neurons, tmp_path):
     card = (folder / "README.md").read_text()
     assert f"{int(neurons.sel(modality='m1').sum())} neurons silenced" in card
     assert "m1" in card and "A note." in card and str(tmp_path) not in card
+    for layer, count in enumerate(neurons.sel(modality="m1").sum("neuron").values):
+        assert f"| {layer} | {count} |" in card
     assert str(mllm.name) not in card  # the folder's name, not its path on this machine
 
 

@@ -406,6 +406,22 @@ def test_rows_that_fail_are_skipped_on_request(mllm, samples):
         scores_of(mllm, [bad], on_error="skip")
 
 
+def test_a_metric_sees_how_many_tokens_each_set_holds():
+    """One token counts as one, and an empty set as one too, so that nothing divides by zero."""
+    masks = masks_of(np.array(["text", "special", "special"]))[None]
+    seen = []
+    METRICS["seen"] = lambda layer: seen.append(layer) or layer.attn_k
+    try:
+        x = torch.arange(6.0).view(1, 3, 2)
+        weights = scoring.attention_weights(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2), masks)
+        raw = scoring.metrics(x, *weights, masks, scoring.layout(masks))
+    finally:
+        del METRICS["seen"]
+    (layer,) = seen
+    assert layer.tokens[0, :, 0].tolist() == [1, 2, 3, 1, 1, 1, 3]
+    assert raw[0, 1, [0, 1, 2]].tolist() == [[0, 1], [3, 4], [2, 3]]  # means of each set
+
+
 def test_an_importance_metric_is_one_entry(mllm, samples, monkeypatch):
     """It sees the layer, is normalised as the others are, and can weigh in selection."""
     monkeypatch.setitem(METRICS, "range", lambda layer: layer.highest - layer.total / layer.tokens)
