@@ -1,7 +1,6 @@
 """A multimodal language model with its parts found: decoder layers, neurons, token ids.
 
-`load` finds them through the model's family (`families`) and checks them; `MLLM` encodes, answers
-and is entered through `MLLM.tap`, the one way into its forward pass.
+`load` finds and checks them through the model's `families`; `MLLM.tap` is the one way in.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import hashlib
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from minerlib.artifacts import file_hash
 from minerlib.families import FAMILIES, KINDS, MEDIA, Family, RowError
 from minerlib.tap import tap
 
@@ -27,10 +27,10 @@ _GREEDY |= {"no_repeat_ngram_size": 0, "temperature": None, "top_p": None, "top_
 
 @dataclass(eq=False)
 class MLLM:
-    """A model and its processor; see `load`.
+    """A model and its processor, from `load`.
 
     A *neuron* is one unit of the activation function's output in a decoder layer's gated MLP,
-    act_fn(gate_proj(x)). The vision and audio towers have none.
+    act_fn(gate_proj(x)); the towers have none.
     """
 
     model: Any
@@ -61,7 +61,7 @@ class MLLM:
     def _width(self) -> int:
         """Neurons per decoder layer, from the weights that read them."""
         said: Any = getattr(self.text_config, "intermediate_size", None)
-        down = [self.family.down_projection(layer) for layer in self.layers]
+        down = map(self.family.down_projection, self.layers)
         widths = [getattr(d, "in_features", said) for d in down]
         if odd := {i: w for i, w in enumerate(widths) if w != widths[0] or not isinstance(w, int)}:
             raise ValueError(
@@ -93,9 +93,7 @@ class MLLM:
         weights = {"commit": commit} if commit else {}
         for file in sorted(folder.rglob("*")) if folder.is_dir() else ():
             if file.is_file() and file.name != "README.md":
-                stat = file.stat()
-                digest = _file_hash(file.resolve(), stat.st_size, stat.st_mtime_ns)
-                weights[file.relative_to(folder).as_posix()] = digest
+                weights[file.relative_to(folder).as_posix()] = file_hash(file)
         weights = weights or {"weights": self._weights_hash}
         return weights | {
             "class": type(self.model).__name__,
@@ -147,9 +145,9 @@ class MLLM:
 
         With on_error="skip" rows that fail are left out and named; the inputs are None if all do.
         """
+        positions = list(positions)
         if on_error not in ("raise", "skip"):
             raise ValueError(f"on_error={on_error!r}: use raise or skip")
-        positions = list(positions)
         try:
             samples = [bench[i] for i in positions]
             return positions, samples, self.encode(samples), []
@@ -203,7 +201,7 @@ class MLLM:
             if not ids[-1]:
                 raise ValueError(f"{self.name}: the choice {choice!r} is not a single token")
         probs = self.forward(batch).logits[:, -1].float().softmax(-1)
-        best = torch.stack([probs[:, i].sum(-1) for i in ids], -1).argmax(-1)
+        best = torch.stack([probs[:, i].sum(-1) for i in ids]).argmax(0)
         return [choices[i] for i in best.tolist()]
 
 
@@ -214,12 +212,6 @@ def starts(bench, batch_size: int, first: int = 0) -> range:
     if not len(bench):
         raise ValueError(f"benchmark {getattr(bench, 'name', '')!r} has no rows; raise its limit")
     return range(first, len(bench), batch_size)
-
-
-@lru_cache(maxsize=1024)
-def _file_hash(path: Path, size: int, modified: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load(
@@ -235,28 +227,24 @@ def load(
 ) -> MLLM:
     """Load a transformers model and its processor from a hub id or a local folder.
 
-    device defaults to the accelerator if there is one, dtype to the checkpoint's.
-    processor_kwargs, such as min_pixels and max_pixels, and model_kwargs, such as
-    quantization_config, reach the two `from_pretrained`. Raises ValueError when the decoder's
-    parts are not found or cannot be told apart (see `families.Family`).
+    device defaults to the accelerator if there is one, dtype to the checkpoint's. processor_kwargs
+    (min_pixels, max_pixels, ...) and model_kwargs (quantization_config, ...) reach the two
+    `from_pretrained`. ValueError when parts are not found or cannot be told apart (`families`).
     """
     name, processor_kwargs = str(name), processor_kwargs or {}
     if name.startswith((".", "/", "data/")) and not Path(name).is_dir():
         raise FileNotFoundError(f"no model folder {name!r}; `make data` builds the stand-ins")
     config = transformers.AutoConfig.from_pretrained(name, revision=revision)
-    architecture = (config.architectures or ["AutoModelForCausalLM"])[0]
-    cls = getattr(transformers, architecture, transformers.AutoModelForCausalLM)
-    if attn_implementation:
-        model_kwargs["attn_implementation"] = attn_implementation
-    if isinstance(dtype, str) and dtype != "auto":
-        dtype = getattr(torch, dtype)
+    anything = transformers.AutoModelForCausalLM
+    cls = getattr(transformers, (config.architectures or [""])[0], anything)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     common: dict[str, Any] = {"revision": revision, "dtype": dtype, "device_map": device_map}
+    if attn_implementation:
+        common["attn_implementation"] = attn_implementation
     model: Any = cls.from_pretrained(name, **common, **model_kwargs)
     if device_map is None and getattr(model, "hf_quantizer", None) is None:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    processor = transformers.AutoProcessor.from_pretrained(
-        name, revision=revision, **processor_kwargs
-    )
-    model_kwargs.pop("attn_implementation", None)  # the model itself knows it
+    how = {"revision": revision, **processor_kwargs}
+    processor = transformers.AutoProcessor.from_pretrained(name, **how)
     part = FAMILIES.get(type(model).__name__, Family).part(model)
     return MLLM(part, processor, name, processor_kwargs | model_kwargs)
