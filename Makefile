@@ -40,7 +40,7 @@ notebooks: env
 test: env
 	$(TESTING) $(BIN)/python notebooks/run.py
 	$(TESTING) $(BIN)/python -m pytest tests notebooks -n 2 --dist loadfile \
-		--no-loadscope-reorder --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg
+		--no-loadscope-reorder --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg -p tests.plain_tables
 
 test-fast: env
 	$(TESTING) $(BIN)/python -m pytest tests -n 2 --dist loadfile -m "not slow"

@@ -1,4 +1,4 @@
-"""nbval compares the plain text of a table; its HTML holds the same words and numbers."""
+"""`pytest --nbval -p tests.plain_tables`: tables are compared as plain text, not as HTML too."""
 
 
 def pytest_collectstart(collector):
