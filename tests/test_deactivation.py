@@ -228,6 +228,10 @@ def test_constants_must_fit(mllm, neurons, constants):
     half = constants.isel(layer=slice(0, 4))
     with pytest.raises(ValueError, match="activation_min is .* of another model"):
         deactivate(mllm, neurons, mode="min", constants=half).__enter__()
+    for grown in ({"layer": 1}, {"neuron": 1}):
+        more = constants.pad(grown, mode="edge")
+        with pytest.raises(ValueError, match="activation_mean is .* of another model"):
+            deactivate(mllm, neurons, mode="mean", constants=more).__enter__()
     broken = constants.assign_coords(activation_mean=constants.activation_mean * np.nan)
     with pytest.raises(ValueError, match="activation_mean is not finite"):
         deactivate(mllm, neurons, mode="mean", constants=broken).__enter__()

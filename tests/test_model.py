@@ -44,6 +44,19 @@ def test_load_is_the_checkpoint(name):
     assert load(folder, device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
 
 
+def test_the_device_that_is_asked_for():
+    assert load(ROOT / "data/models" / MODELS[0], device="meta").device.type == "meta"
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end():
+    own = shared_mllm(MODELS[0])
+    assert own.tokenizer.pad_token not in (None, own.tokenizer.eos_token)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "data/models" / MODELS[0])
+    tokenizer.pad_token = None
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
+    assert MLLM(model, tokenizer, "llama").tokenizer.pad_token == tokenizer.eos_token
+
+
 def text_only(config: transformers.PretrainedConfig) -> MLLM:
     torch.manual_seed(0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "data/models" / MODELS[0])

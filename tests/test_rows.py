@@ -1095,3 +1095,10 @@ def test_a_text_benchmark_may_call_its_column_text(tmp_path, monkeypatch):
                                              references=lambda row: row["text"]))  # fmt: skip
     write(tmp_path / "own/test.parquet", [{"text": "red"}])
     assert benchmark("own", tmp_path)[0] == Sample("red?", ("red",), benchmark="own")
+
+
+def test_published_sizes():
+    """As the sets' owners state them; what is not known is not checked."""
+    rows = {name: REGISTRY[name].rows for name in ("text_vqa", "coco_caption", "mmlu", "msvd_qa")}
+    assert rows == {"text_vqa": 5000, "coco_caption": 5000, "mmlu": 14042, "msvd_qa": 13157}
+    assert REGISTRY["libri"].rows == 2620 and REGISTRY["vocal_sound"].rows is None

@@ -420,6 +420,7 @@ def test_a_metric_sees_how_many_tokens_each_set_holds():
     (layer,) = seen
     assert layer.tokens[0, :, 0].tolist() == [1, 2, 3, 1, 1, 1, 3]
     assert raw[0, 1, [0, 1, 2]].tolist() == [[0, 1], [3, 4], [2, 3]]  # means of each set
+    assert raw[0, 2].tolist() == [[0, 1], [4, 5], [4, 5], [0, 0], [0, 0], [0, 0], [4, 5]]  # highest
 
 
 def test_an_importance_metric_is_one_entry(mllm, samples, monkeypatch):

@@ -270,3 +270,15 @@ def test_fast_at_the_size_of_qwen2_vl_7b(qwen2_vl_7b, strategy):
     start = time.process_time()  # other work on the machine does not count
     select(qwen2_vl_7b, 0.02, strategy)
     assert time.process_time() - start <= 1.5
+
+
+def test_a_strategy_must_give_a_mask(monkeypatch):
+    scores = random_scores()
+    for wrong in (lambda value, k, rng: value, lambda value, k, rng: value[0] > 0):
+        monkeypatch.setitem(STRATEGIES, "wrong", wrong)
+        with pytest.raises(ValueError, match="strategy 'wrong' gave .*, not bool"):
+            select(scores, strategy="wrong")
+
+
+def test_the_shares_that_the_paper_compares():
+    assert RATIOS == (0.001, 0.005, 0.01, 0.015, 0.02, 0.05, 0.1)
