@@ -365,6 +365,13 @@ def converged(
     return verdict, curve.index[best], bool(nearer > 0)
 
 
+def by_share(share: float, n: int, yes: float = 0.9, no: float = 0.5) -> Verdict:
+    """Of n cases: *holds* from a share of yes on, *does not hold* up to no, in between in part."""
+    word = HOLDS if share >= yes else FAILS if share <= no else f"{HOLDS} in part"
+    cases = n * min(abs(share - yes), abs(share - no))  # one case is a tolerance
+    return Verdict(word, round(cases, 6))
+
+
 def majority(verdicts: Sequence[Verdict]) -> Verdict:
     """The word on which more than half of the verdicts agree, else cannot be told."""
     if not len(verdicts):

@@ -31,7 +31,7 @@ TOLERANCE = {  # kind: (absolute, share of the committed number), and one unit o
     "count": (0, 0.02),
 }
 NUMBER = r"(?<![\w.])[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
-VERDICT = r"(?i)\b(?:holds|does not hold|cannot be told)(?: \(close\))?"
+VERDICT = r"(?i)\b(?:holds in part|holds|does not hold|cannot be told)(?: \(close\))?"
 _PARTS = re.compile(f"(?P<verdict>{VERDICT[4:]})|(?P<number>{NUMBER})", re.IGNORECASE)
 
 

@@ -138,3 +138,17 @@ def test_sinks_by_hand(name):
         found = table[table["set"] == set_]
         assert (found["n"] == len(values)).all()
         np.testing.assert_allclose(found["collected"], torch.stack(values).mean(0), rtol=1e-4)
+
+
+def test_hypothesis_1_by_hand():
+    """Nine of ten layers above the null hold, five do not, seven hold in part; ties are close."""
+
+    def layers(name, above):
+        low = [0.6] * above + [0.1] * (10 - above)
+        return pd.DataFrame({"set": name, "share": 0.5, "low": low, "high": 0.7, "uniform": 0.5})
+
+    within = pd.concat([layers(n, k) for n, k in {"a": 10, "b": 9, "c": 7, "d": 5, "e": 1}.items()])
+    table = flow.hypothesis_1(within)
+    assert table["above"].tolist() == [1.0, 0.9, 0.7, 0.5, 0.1] and not table["below"].any()
+    said = ["holds", "holds (close)", "holds in part", "does not hold (close)", "does not hold"]
+    assert table["hypothesis 1"].tolist() == said

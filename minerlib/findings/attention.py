@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from minerlib.artifacts import computation
-from minerlib.inference import interval
+from minerlib.inference import by_share, interval
 from minerlib.model import MLLM
 from minerlib.scoring import attention
 from minerlib.separation import separate
@@ -120,6 +120,22 @@ def attention_within(mllm: MLLM, bench, *, batch_size: int = 8) -> pd.DataFrame:
     table = attention_between(mllm, bench, batch_size=batch_size)
     own = table[table["query"] == table["key"]].drop(columns="key")
     return own.rename(columns={"query": "set"}).reset_index(drop=True)
+
+
+def hypothesis_1(within: pd.DataFrame) -> pd.DataFrame:
+    """Whether each set holds on to itself, from `attention_within` of one benchmark or several.
+
+    Indexed by set: mean share and uniform, the shares of layers and benchmarks whose interval lies
+    `above` and `below` the uniform null, and the verdict, `hypothesis 1` (`inference.by_share`).
+    """
+    flags = {
+        "above": within["low"] > within["uniform"],
+        "below": within["high"] < within["uniform"],
+    }
+    groups = within.assign(**flags).groupby("set", sort=False)
+    table = groups[["share", "uniform", "above", "below"]].mean()
+    verdicts = map(by_share, table["above"], groups.size())
+    return table.assign(**{"hypothesis 1": [str(verdict) for verdict in verdicts]})
 
 
 @computation(version=1)
