@@ -82,12 +82,14 @@ def agree(kind: str, committed: str, fresh: str) -> bool:
 
 
 def outputs(cell: nbformat.NotebookNode) -> str:
-    """The text that a cell prints and shows."""
-    found = []
+    """The text that a cell prints and shows; a stream may come in pieces, cut anywhere."""
+    found, stream = "", False
     for output in cell.get("outputs", []):
         text = output.get("text", output.get("data", {}).get("text/plain", ""))
-        found.append(text if isinstance(text, str) else "".join(text))
-    return "\n\n".join(found)
+        found += "" if stream and output.output_type == "stream" else "\n\n"
+        found += text if isinstance(text, str) else "".join(text)
+        stream = output.output_type == "stream"
+    return found.strip()
 
 
 def compared(path: Path) -> list[nbformat.NotebookNode]:

@@ -88,6 +88,21 @@ def test_chaotic_cells_are_shown_and_not_compared(between):
     assert between("0.1", "0.9") and not between("0.1", "0.9", tags=("chaotic",))
 
 
+@pytest.mark.fault("a regression check that cries wolf")
+def test_a_stream_that_comes_in_pieces_is_one(tmp_path):
+    def made(name, *pieces):
+        streams = [nbformat.v4.new_output("stream", text=text) for text in pieces]
+        cells = [nbformat.v4.new_code_cell("1", outputs=streams)]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / name)
+        return tmp_path / name
+
+    whole = made("a.ipynb", "kept in 12 rows\nand no more\n")
+    assert (
+        printed.differences(whole, made("b.ipynb", "kept in 12 rows", "\nand no more", "\n")) == []
+    )
+    assert printed.differences(whole, made("c.ipynb", "kept in 12 rows", "and no more\n"))
+
+
 def test_names_with_digits_stay_words():
     text = "qwen2-vl, layer0, 2.5-omni, t-SNE seed 0: 0.5 of 12"
     assert printed.skeleton(text) == "qwen2-vl,_layer0,_#-omni,_t-SNE_seed_#:_#_of_#"
