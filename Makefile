@@ -1,7 +1,7 @@
 # The workbook in a few words:
 #     make workbook                          every notebook, for both shipped models, into runs/
 #     make workbook MODEL=Qwen/Qwen2-VL-7B-Instruct DTYPE=bfloat16 LIMIT=500
-#     make test                              pytest and nbval; test-fast takes under two minutes
+#     make test                              pytest and nbval; test-fast takes about two minutes
 #     make bench                             how fast it is, beside its floors and other libraries
 #     make data                              make the benchmarks and train the models again
 #     make api                               the library's reference, into build/api/
