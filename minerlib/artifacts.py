@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable
 from functools import lru_cache, partial
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from types import FunctionType
 from typing import Any, TypeVar
@@ -34,6 +34,8 @@ PACKAGES = (
     *("pillow", "av", "soundfile", "soxr", "jiwer", "whisper-normalizer", "pycocoevalcap"),
 )
 """Packages whose version changes numbers; their public versions are part of every key."""
+version = lru_cache(metadata.version)  # read from disk once: every key asks for all of them
+
 COMPUTATIONS: dict[str, int] = {}
 """Version of every computation whose result is cached; tests/golden.json has its numbers."""
 

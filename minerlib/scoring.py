@@ -263,7 +263,7 @@ def score(
         saved = Checkpoint(checkpoint, made, every)
         done = sums.load(saved, [next(layer.parameters()).device for layer in mllm.layers])
     for i in tqdm(starts(bench, batch_size, done), desc=f"score {bench.name}", leave=False):
-        _add(mllm, bench, range(i, min(i + batch_size, len(bench))), sums, on_error)
+        _add(mllm, bench, range(len(bench))[i : i + batch_size], sums, on_error)
         if saved is not None and sums.rows and saved.due():
             sums.save(saved, i + batch_size)
     if sums.skipped:
