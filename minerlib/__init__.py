@@ -1,15 +1,15 @@
 """minerlib: find, silence and study modality-specific neurons in multimodal language models.
 
-The rooms in the order in which data passes through them, each knowing only those before it:
-families, model and tap (a model and the way in); artifacts (what was computed, never stale);
-separation, scoring, aggregation, selection (the four stages) and deactivation; inference
-(intervals, nulls, verdicts); tasks (what models are asked); findings (one room per finding);
-plots; and workbook, which the notebooks open with.
+The rooms, each knowing only those before it: families, model and tap (a model and the way in);
+artifacts (what was computed, never stale); separation, scoring, aggregation, selection (the four
+stages), deactivation; inference (intervals, nulls, verdicts); tasks (what models are asked);
+findings (a room for each); plots; and workbook, which the notebooks open with.
 """
 
 from minerlib.aggregation import aggregate
 from minerlib.artifacts import Run
-from minerlib.deactivation import deactivate, export
+from minerlib.deactivation import deactivate
+from minerlib.exporting import export
 from minerlib.model import MLLM, load
 from minerlib.scoring import score
 from minerlib.selection import PAPER_WEIGHTS, matched_random, select
@@ -19,21 +19,7 @@ from minerlib.tasks.evaluation import compare, evaluate, prepare, summarise
 from minerlib.workbook import Workbook
 
 __all__ = [
-    "MLLM",
-    "PAPER_WEIGHTS",
-    "Run",
-    "Workbook",
-    "aggregate",
-    "benchmark",
-    "compare",
-    "deactivate",
-    "evaluate",
-    "export",
-    "load",
-    "matched_random",
-    "prepare",
-    "score",
-    "select",
-    "separate",
+    "MLLM", "PAPER_WEIGHTS", "Run", "Workbook", "aggregate", "benchmark", "compare", "deactivate",
+    "evaluate", "export", "load", "matched_random", "prepare", "score", "select", "separate",
     "summarise",
-]
+]  # fmt: skip

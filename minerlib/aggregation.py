@@ -23,27 +23,26 @@ def aggregate(scores: Iterable[xr.DataArray]) -> xr.DataArray:
     sums: Any = None
     names: list[str] = []
     for array in scores:
-        present = (array.samples > 0).astype(array.dtype)
-        plain = array.reset_coords(drop=True)
-        parts = plain * present, present, array.samples, array.activation_mean
+        plain, present = array.reset_coords(drop=True), (array.samples > 0).astype(array.dtype)
+        parts = plain * present, present, array.samples, array.activation_mean, array.activation_min
         if sums is None:
-            sums, minimum = parts, array.activation_min
+            sums = parts
         elif any(not np.array_equal(plain[dim], sums[0][dim]) for dim in plain.dims):
             raise ValueError(
                 f"scores of {array.attrs.get('benchmark')!r} have sizes {dict(plain.sizes)}, the "
                 f"others {dict(sums[0].sizes)}: they are of different models or metrics"
             )
         else:
-            sums = [a + b for a, b in zip(sums, parts, strict=True)]
-            minimum = np.minimum(minimum, array.activation_min)
+            *added, low = zip(sums, parts, strict=True)
+            sums = *(a + b for a, b in added), np.minimum(*low)
         names.append(str(array.attrs.get("benchmark", len(names))))
     if sums is None:
         raise ValueError("nothing to aggregate: give at least one benchmark's scores")
-    total, occurs, samples, mean = sums
-    result = (total / occurs.clip(min=1)).transpose("metric", "modality", "layer", "neuron")
-    result = result.reset_coords(drop=True).assign_coords(
+    total, occurs, samples, mean, minimum = sums
+    total = (total / occurs.clip(min=1)).transpose("metric", "modality", "layer", "neuron")
+    total = total.reset_coords(drop=True).assign_coords(
         samples=("modality", samples.values),
         activation_mean=(("layer", "neuron"), mean.values / len(names)),
         activation_min=("layer", minimum.values),
     )
-    return result.astype(plain.dtype).assign_attrs(benchmarks=", ".join(names)).rename("importance")
+    return total.astype(plain.dtype).assign_attrs(benchmarks=", ".join(names)).rename("importance")

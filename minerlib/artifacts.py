@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
-import safetensors.torch
 import torch
 import xarray as xr
 
@@ -134,7 +133,8 @@ class Run:
             raise TypeError(f"artefact {name!r} is a {type(value).__name__}, none of {kinds}")
         suffix, write, _ = _FORMATS[type(value)]
         path = self.folder / f"{self.stem(name, of=of, **config)}{suffix}"
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // _RSS_PER_MIB
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak //= 2**20 if sys.platform == "darwin" else 2**10  # to MiB
         manifest = {
             **{"name": name, "file": path.name, "model_name": Path(self.mllm.name).name},
             **key(self.mllm, of, **config),
@@ -148,9 +148,9 @@ class Run:
         return path
 
     def load(self, name: str, made_by: str, *, of: Any, **config: Any) -> Any:
-        """The artefact of this name and key, which the notebook `made_by` makes.
+        """The artefact that notebook `made_by` makes; without it FileNotFoundError.
 
-        FileNotFoundError says how others of this name differ where there are only those.
+        The error says how others of this name differ where there are only those.
         """
 
         def missing() -> None:
@@ -174,7 +174,7 @@ class Run:
 
 
 class Checkpoint:
-    """Tensors of an unfinished computation, saved every so many seconds for the next run.
+    """The state of an unfinished computation, saved every so many seconds for the next run.
 
     The file's name holds its key's digest, so other keys never meet.
     """
@@ -183,39 +183,24 @@ class Checkpoint:
         self.path, self.every = Path(f"{path}-{digest(key)}.partial"), every
         self._last = time.monotonic()
 
-    def due(self) -> bool:
-        """Whether the last save is `every` seconds ago."""
-        return time.monotonic() - self._last >= self.every
+    def save(self, state: dict[str, Any]) -> None:
+        """Replace the file with tensors and plain values, if the last save is long enough ago."""
+        if time.monotonic() - self._last >= self.every:
+            atomically(self.path, partial(torch.save, state))
+            self._last = time.monotonic()
 
-    def save(self, tensors: dict[str, torch.Tensor], **meta: Any) -> None:
-        """Replace the file with these tensors and facts that JSON can hold."""
-        data = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        data["meta"] = torch.frombuffer(bytearray(json.dumps(meta).encode()), dtype=torch.uint8)
-        atomically(self.path, lambda part: safetensors.torch.save_file(data, part))
-        self._last = time.monotonic()
-
-    def load(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-        """Tensors, on the CPU, and facts of the last save; None if there is none that is whole."""
-
-        def read(path: Path):  # at once, for another process may replace the file
-            tensors = safetensors.torch.load(path.read_bytes())
-            return tensors, json.loads(bytes(tensors.pop("meta").numpy()))
-
-        return _whole(self.path, read)
+    def load(self) -> dict[str, Any] | None:
+        """The state last saved, tensors on the CPU; None if there is none that is whole."""
+        return _whole(self.path, partial(torch.load, map_location="cpu", weights_only=True))
 
     def done(self) -> None:
         """Remove the file: the result is kept elsewhere."""
         self.path.unlink(missing_ok=True)
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content, read again only when its size or time of change differs."""
-    stat = path.stat()
-    return _file_hash(path.resolve(), stat.st_size, stat.st_mtime_ns)
-
-
 @lru_cache(maxsize=1024)
-def _file_hash(path: Path, size: int, modified: int) -> str:
+def file_hash(path: Path, size: int, modified: int) -> str:
+    """SHA-256 of a file's content, read again only when its size or time of change differs."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -250,4 +235,3 @@ _FORMATS: dict[type, tuple[str, Callable, Callable]] = {  # suffix, write, read
     pd.DataFrame: (".parquet", pd.DataFrame.to_parquet, pd.read_parquet),
     dict: (".json", lambda value, p: p.write_text(json.dumps(value, indent=1)), _json),
 }
-_RSS_PER_MIB = 2**20 if sys.platform == "darwin" else 2**10

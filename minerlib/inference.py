@@ -1,11 +1,9 @@
 """Intervals, nulls, multiplicity and verdicts: one set of rules for every claim.
 
-Intervals are 95 % percentile bootstraps over samples (Efron and Tibshirani 1993, chapter 13);
-p-values are ranks among draws from a null (Phipson and Smyth 2010). `scipy.stats.bootstrap` does
-not serve: it gathers every resample, where here one matrix of counts serves a table of measures.
+Intervals are 95 % percentile bootstraps over samples (Efron and Tibshirani 1993, chapter 13), from
+one matrix of counts for a whole table, where `scipy.stats.bootstrap` would gather every resample;
+p-values are ranks among draws from a null (Phipson and Smyth 2010).
 """
-
-from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,13 +44,18 @@ def weighted(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
         return total / np.tensordot(weights, there.astype(float), 1)
 
 
-def middle95(draws: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def middle95(draws: ArrayLike) -> tuple[np.ndarray, ...]:
     """The ends of the middle 95 % of draws [draw, ...], leaving NaN out; NaN without any."""
-    if not np.size(draws):
-        raise ValueError("no draws, so no quantiles")
     with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # nothing but NaN
-        low, high = np.nanquantile(np.asarray(draws, float), [0.025, 0.975], axis=0)
-    return low, high
+        return tuple(np.nanquantile(_draws(draws), [0.025, 0.975], axis=0))
+
+
+def _draws(draws: ArrayLike) -> np.ndarray:
+    """The draws, of which there must be some."""
+    draws = np.asarray(draws, float)
+    if not draws.size:
+        raise ValueError("no draws to compare with or to take quantiles of; draw some")
+    return draws
 
 
 def interval(values: np.ndarray, n: int = 2000, seed: int = 0) -> tuple[np.ndarray, ...]:
@@ -71,8 +74,7 @@ Scores = ArrayLike | Mapping[str, ArrayLike]
 def bootstrap(values: Scores, n: int = 10_000, seed: int = 0) -> Interval:
     """The mean with its 95 % interval over `n` resamplings of the rows; NaN if a value is.
 
-    A mapping {benchmark: values} gives the mean of the benchmarks' means, with rows resampled
-    within each benchmark.
+    Of {benchmark: values} the mean of their means, with rows resampled within each benchmark.
     """
     named = values if isinstance(values, Mapping) else {"": values}
     groups = [np.asarray(group, float) for group in named.values()]
@@ -97,18 +99,21 @@ def paired_bootstrap(a: Scores, b: Scores, n: int = 10_000, seed: int = 0) -> In
     return bootstrap(changes, n, seed)
 
 
-def mean_over_samples(
-    table: pd.DataFrame, value: str, by: Sequence[str] = ("layer", "set")
-) -> pd.DataFrame:
-    """Mean over samples with its 95 % interval of a table with one row per sample and `by`.
-
-    Returns columns *by, value (under its own name), low, high, n.
-    """
-    by = list(by)
-    wide = table.pivot_table(value, "sample", by, sort=False)
+def mean_over_samples(table: pd.DataFrame, value: str, by=("layer", "set")) -> pd.DataFrame:
+    """Mean over samples for each `by`, with its 95 % interval: columns *by, value, low, high, n."""
+    wide = table.pivot_table(value, "sample", list(by), sort=False)
     columns = wide.columns.to_frame(index=False)
     found = dict(zip((value, "low", "high"), interval(wide.to_numpy()), strict=True))
     return columns.assign(**found, n=wide.notna().sum().to_numpy())
+
+
+def matched(a: pd.DataFrame, b: pd.DataFrame, key: Sequence[str]) -> pd.DataFrame:
+    """The rows of two tables side by side; what both have beside the key is called _a and _b."""
+    both = a.merge(b, on=list(key), suffixes=("_a", "_b"), validate="one_to_one")
+    if not len(both) == len(a) == len(b):
+        what = f"only {len(both)} rows are in both tables (of {len(a)} and {len(b)})"
+        raise ValueError(f"{what}: measure both conditions on the same samples")
+    return both
 
 
 def paired(
@@ -116,13 +121,8 @@ def paired(
 ) -> pd.DataFrame:
     """after - before of the same samples: one row per sample and `by`."""
     key = ["sample", *by]
-    both = before[[*key, value]].merge(after[[*key, value]], on=key, validate="one_to_one")
-    if not len(both) == len(before) == len(after):
-        raise ValueError(
-            f"only {len(both)} rows are in both tables ({len(before)} and {len(after)}): measure "
-            "both conditions on the same samples"
-        )
-    return both[key].assign(**{value: both[f"{value}_y"] - both[f"{value}_x"]})
+    both = matched(before[[*key, value]], after[[*key, value]], key)
+    return both[key].assign(**{value: both[f"{value}_b"] - both[f"{value}_a"]})
 
 
 # --- nulls ---------------------------------------------------------------------------------------
@@ -136,13 +136,6 @@ def shuffles(labels: np.ndarray, groups: np.ndarray, n: int, seed: int = 0) -> n
     out = np.tile(labels, (n + 1, 1))
     out[1:, slots] = labels[drawn]
     return out
-
-
-def _draws(draws: ArrayLike) -> np.ndarray:
-    draws = np.asarray(draws, float)
-    if not draws.size:
-        raise ValueError("no draws of the null to compare with; draw some")
-    return draws
 
 
 def rank_p(value: float, draws: ArrayLike, tail: str) -> float:
@@ -167,36 +160,29 @@ class Resampling:
         self.draws = resamples(int(self.size), n_boot, seed)
         self.second = shuffles((tokens["kind"] == second).to_numpy(), self.group, n_null, seed)
         self.own = self.second[0]
-
-    @property
-    def token_draws(self) -> np.ndarray:
-        """How often each token occurs in each bootstrap draw, [n_boot, token]."""
-        return self.draws[:, self.group]
+        self.token_draws = self.draws[:, self.group]  # how often each token occurs in each draw
+        self._one_hot = np.eye(self.size)[self.group]
 
     def by_sample(self, values: np.ndarray, where: np.ndarray | None = None) -> np.ndarray:
         """Means over each sample's tokens, [..., token] -> [..., sample]; NaN without any."""
-        to = np.zeros((len(self.group), self.size))
-        to[np.arange(len(self.group)), self.group] = 1
         where = np.ones_like(values) if where is None else np.broadcast_to(where, values.shape)
         with np.errstate(invalid="ignore"):
-            return (values * where) @ to / (where @ to)
+            return (values * where) @ self._one_hot / (where @ self._one_hot)
 
-    def row(self, measure: str, values: np.ndarray, where=None, greater=True) -> dict:
-        """A row from per-token values [1 + n_null, token], counted where bool of that shape."""
+    def means(self, values: np.ndarray, where: np.ndarray | None = None) -> tuple:
+        """Means of `by_sample` of values [1 + n_null, token]: the value, its draws, its null."""
         mean = self.by_sample(values, where)
-        draws = weighted(mean[0][:, None], self.draws)[:, 0]
-        mean = np.nanmean(mean, axis=1)
-        return table_row(measure, mean[0], draws, mean[1:], greater)
+        value, *null = np.nanmean(mean, axis=1)
+        return value, weighted(mean[0], self.draws), np.array(null)
 
 
-def table_row(measure: str, value, draws, null, greater: bool | None = True) -> dict:
-    """One line of a table; p is one-sided in the claim's direction, or two-sided (greater=None)."""
+def table_row(measure: str, value, draws, null, *, greater: bool = True) -> dict:
+    """A row of a table: an interval from draws, a null, and p in the claim's direction."""
     low, high = middle95(draws)
     null_low, null_high = middle95(null)
-    tail = "two-sided" if greater is None else "greater" if greater else "less"
     row = {"measure": measure, "value": float(value), "low": low, "high": high}
     row |= {"null": float(np.mean(null)), "null_low": null_low, "null_high": null_high}
-    return row | {"p": rank_p(value, null, tail)}
+    return row | {"p": rank_p(value, null, "greater" if greater else "less")}
 
 
 # --- verdicts ------------------------------------------------------------------------------------
@@ -208,11 +194,10 @@ TOLERANCE = 0.02
 
 
 class Verdict(NamedTuple):
-    """A word, and the smallest move of the deciding numbers, in tolerances, that could change it;
-    below 1 it is said, for another processor's last digits could decide otherwise."""
+    """A word, and by how many tolerances its numbers must move until it may be another."""
 
     word: str
-    margin: float
+    margin: float  # below 1 another processor's last digits could decide otherwise
 
     def __str__(self) -> str:
         return self.word + (" (close)" if self.margin < 1 else "")
@@ -227,15 +212,10 @@ class Layers(NamedTuple):
 
     def claim(self, text: str, null: str | None = None, value: str = "value") -> dict:
         """The line of a `claims_table`: the most favourable layer, and how many say yes."""
-        at = self.line
-        return {
-            "claim": text,
-            "measured": f"{spread(at[value], at['low'], at['high'])} at layer {at['layer']:.0f}; "
-            f"yes at {self.yes.sum()} of {len(self.yes)}",
-            "null": null or spread(at["null"], at["null_low"], at["null_high"]),
-            "p": at.get("p"),
-            "verdict": self.verdict,
-        }
+        at, size = self.line, spread(*self.line[[value, "low", "high"]])
+        measured = f"{size} at layer {at['layer']:.0f}; yes at {self.yes.sum()} of {len(self.yes)}"
+        null = null or spread(*at[["null", "null_low", "null_high"]])
+        return line(text, measured, null, self.verdict, at.get("p"))
 
 
 # A rule is written in signed numbers: a comparison is its distance in tolerances, positive if it
@@ -266,20 +246,13 @@ def beyond(low: float, high: float, bound: float, *, greater: bool = True) -> Ve
     return _verdict(_more(low, bound), _more(bound, high, equal=True))
 
 
-def below_every_draw(high: float, draws: ArrayLike) -> Verdict:
-    """Whether the upper end of an interval lies below every draw of the null, or not."""
-    least = _draws(draws).min()
-    return _verdict(_more(least, high), _more(high, least, equal=True))
-
-
 def change_against_draws(
     value: float, low: float, high: float, draws: ArrayLike, n: int = 8, tolerance=TOLERANCE
 ) -> Verdict:
     """Whether a change and its interval are clear of the changes that random draws make.
 
-    Holds if the interval is clear of their range; does not hold if the change is within it.
-    Cannot be told if only the change is clear, if the interval spans the whole range (no draw
-    could be ruled out), from fewer than n = 8 samples, or if there is no number.
+    Holds if the interval is clear of their range; fails if the change is within it. Cannot be told
+    if only the change is clear, the interval spans the range, n < 8 samples or there is no number.
     """
     null = _draws(draws)
     null = null[np.isfinite(null)]
@@ -298,29 +271,21 @@ def by_p(p: float, level: float = LEVEL) -> Verdict:
 
 
 def over_layers(
-    table: pd.DataFrame,
-    bound: float | ArrayLike | None = None,
-    *,
-    greater: bool = True,
-    need: int | None = None,
-    corrected: bool = False,
-    value: str = "value",
+    table: pd.DataFrame, bound=None, *, greater=True, need=None, corrected=False, value="value"
 ) -> Layers:
     """Whether a claim holds in at least `need` layers (default: half of them).
 
-    table has one row per layer: `value`, low, high, and null_low and null_high unless a bound is
-    given, one or one per row. A layer says yes if its interval lies wholly beyond the bound on
-    the claim's side and, if corrected, p is at most 0.05 over the number of layers (Bonferroni);
-    no if no part of it does. Fails if too many say no for `need` to be reached. The most
-    favourable row is the furthest beyond its bound, if corrected among those of smallest p.
+    table has one row per layer: `value`, low, high, and null_low and null_high unless bounds are
+    given. A layer says yes if its interval lies wholly beyond the bound and, if corrected, p is at
+    most 0.05 over the number of layers (Bonferroni); no if no part of it does. Fails if too many
+    say no. The most favourable row is the furthest beyond, if corrected of those of smallest p.
     """
     need = (len(table) + 1) // 2 if need is None else need
     if not 1 <= need <= len(table):
         raise ValueError(f"need={need} of {len(table)} layers: give between 1 and all of them")
-    sign = 1 if greater else -1
-    if bound is None:
-        bound = table["null_high" if greater else "null_low"]
-    bound = sign * np.broadcast_to(np.asarray(bound, float), len(table))
+    sign, null = (1, "null_high") if greater else (-1, "null_low")
+    bound = np.asarray(table[null] if bound is None else bound, float)
+    bound = sign * np.broadcast_to(bound, len(table))
     ends = sign * table[["low", "high"]].to_numpy(float)
     yes = _more(ends.min(1), bound)
     no = _more(bound, ends.max(1), equal=True)
@@ -335,8 +300,8 @@ def over_layers(
 
 def given(premise: Verdict, verdict: Verdict) -> Verdict:
     """A verdict that has a meaning only if its premise holds, else the premise's own."""
-    both = Verdict(verdict.word, min(premise.margin, verdict.margin))
-    return both if premise.word == HOLDS else premise
+    margin = min(premise.margin, verdict.margin)
+    return verdict._replace(margin=margin) if premise.word == HOLDS else premise
 
 
 def converged(
@@ -344,10 +309,10 @@ def converged(
 ) -> tuple[Verdict, int, bool]:
     """Whether two kinds converge in the lower layers; the closest layer; whether it is nearer.
 
-    curve: value, low and high by layer (its index), embeddings first; falling: smaller is
-    closer. Nearer is a closest layer whose interval is clear of the first's. half: the interval
-    of the layer in which half of the convergence is done. Holds if the closest is nearer and
-    half lies below the middle; fails if it is the first, or nearer and half from the middle on.
+    curve: value, low and high by layer (its index), embeddings first; falling: smaller is closer.
+    half: the interval of the layer in which half of the convergence is done. The closest layer is
+    nearer if its interval is clear of the first's. Holds if it is and half lies below the middle;
+    fails if the closest is the first, or nearer and half from the middle on.
     """
     sign = 1 if falling else -1
     values = sign * curve["value"].to_numpy(float)
@@ -368,8 +333,7 @@ def converged(
 def by_share(share: float, n: int, yes: float = 0.9, no: float = 0.5) -> Verdict:
     """Of n cases: *holds* from a share of yes on, *does not hold* up to no, in between in part."""
     word = HOLDS if share >= yes else FAILS if share <= no else f"{HOLDS} in part"
-    cases = n * min(abs(share - yes), abs(share - no))  # one case is a tolerance
-    return Verdict(word, round(cases, 6))
+    return Verdict(word, round(n * min(abs(share - yes), abs(share - no)), 6))  # in cases
 
 
 def majority(verdicts: Sequence[Verdict]) -> Verdict:
@@ -381,9 +345,21 @@ def majority(verdicts: Sequence[Verdict]) -> Verdict:
     return _verdict(*(np.sort(x)[-(len(words) // 2 + 1)] for x in signed))
 
 
-def spread(mean: float, low: float, high: float, sign: str = "", digits: int = 2) -> str:
+def spread(mean: float, low: float, high: float, *, sign: str = "", digits: int = 2) -> str:
     """A mean with its interval as text, "0.98 [0.96, 0.99]"; sign="+" shows it, -0.00 never."""
     return "{} [{}, {}]".format(*(f"{x:{sign}z.{digits}f}" for x in (mean, low, high)))
+
+
+def line(claim: str, measured: str, null: str, verdict: Verdict, p: float | None = None) -> dict:
+    """A line of a `claims_table`."""
+    return {"claim": claim, "measured": measured, "null": null, "p": p, "verdict": verdict}
+
+
+def whole(claim: str, lines: Sequence[Mapping], what: str = "lines") -> dict:
+    """The line of a claim that holds if most of these lines do."""
+    verdicts = [x["verdict"] for x in lines]
+    held = sum(verdict.word == HOLDS for verdict in verdicts)
+    return line(claim, f"{held} of {len(lines)} {what} hold", "the lines below", majority(verdicts))
 
 
 def claims_table(finding: str, lines: Iterable[Mapping]) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +17,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from minerlib.artifacts import file_hash
+from minerlib import answering, shipped
 from minerlib.families import FAMILIES, KINDS, MEDIA, Family, RowError
-from minerlib.tap import tap
-
-_GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
-_GREEDY |= {"no_repeat_ngram_size": 0, "temperature": None, "top_p": None, "top_k": None}
+from minerlib.tap import SUFFIX, tap
 
 
 @dataclass(eq=False)
@@ -89,17 +86,13 @@ class MLLM:
     @property
     def fingerprint(self) -> dict[str, str]:
         """All that makes this model's numbers: files or commit, adapter, settings, template."""
-        folder, commit = Path(self.name), getattr(self.model.config, "_commit_hash", None)
-        weights = {"commit": commit} if commit else {}
-        for file in sorted(folder.rglob("*")) if folder.is_dir() else ():
-            if file.is_file() and file.name != "README.md":
-                weights[file.relative_to(folder).as_posix()] = file_hash(file)
-        weights = weights or {"weights": self._weights_hash}
-        return weights | {
+        commit = getattr(self.model.config, "_commit_hash", None)
+        weights = {"commit": commit} if commit else shipped.content(Path(self.name))
+        return (weights or {"weights": self._weights_hash}) | {
             "class": type(self.model).__name__,
             "family": self.family.identity(),
             "dtype": str(self.model.dtype),
-            "attention": str(self.text_config._attn_implementation).removesuffix("+miner"),
+            "attention": str(self.text_config._attn_implementation).removesuffix(SUFFIX),
             "template": hashlib.sha256(str(self.family.template).encode()).hexdigest(),
             **{name: str(value) for name, value in self.settings.items()},
         }
@@ -113,6 +106,7 @@ class MLLM:
         return digest.hexdigest()
 
     tap = tap  # the way in
+    generate, choose, logprob = answering.generate, answering.choose, answering.logprob
 
     def encode(self, samples: Iterable) -> transformers.BatchFeature:
         """Left-padded model inputs for the samples, on the model's device; ids [batch, token].
@@ -152,13 +146,13 @@ class MLLM:
             samples = [bench[i] for i in positions]
             return positions, samples, self.encode(samples), []
         except RowError as error:
-            if on_error != "skip":
+            if on_error == "raise":
                 raise
             if len(positions) == 1:
                 return [], [], None, [str(error)]
         alone = [self.gather(bench, [i], "skip") for i in positions]
-        skipped = [text for *_, texts in alone for text in texts]
         kept = [i for one, *_ in alone for i in one]
+        skipped = [text for *_, texts in alone for text in texts]
         return (*self.gather(bench, kept)[:3], skipped) if kept else ([], [], None, skipped)
 
     def batches(self, bench, batch_size: int, label: str = "") -> Iterator[tuple[int, Any]]:
@@ -166,43 +160,11 @@ class MLLM:
         for i in tqdm(starts(bench, batch_size), label, leave=False):
             yield i, self.encode(bench[i : i + batch_size])
 
-    def forward(self, batch):
-        """The prompt's forward pass (prefill), with logits of the last token only."""
-        last = {"logits_to_keep": 1} if "logits_to_keep" in self._arguments else {}
+    def forward(self, batch, keep: int = 1) -> Any:
+        """The prompt's forward pass (prefill), with logits of the last `keep` tokens only."""
+        takes = inspect.signature(self.model.forward).parameters
+        last = {"logits_to_keep": keep} if "logits_to_keep" in takes else {}
         return self.model(**batch, use_cache=False, **last)
-
-    @cached_property
-    def _arguments(self) -> frozenset[str]:
-        return frozenset(inspect.signature(self.model.forward).parameters)
-
-    @torch.inference_mode()
-    def generate(self, batch, max_new_tokens: int = 32) -> list[str]:
-        """Greedy answers, stripped; settings are explicit so a checkpoint's own do not leak in."""
-        tokens = self.model.generate(
-            **batch,
-            max_new_tokens=max_new_tokens,
-            **_GREEDY,
-            pad_token_id=self.tokenizer.pad_token_id,
-            # A part of a larger model (Omni's thinker) has no generation settings of its own.
-            eos_token_id=self.model.generation_config.eos_token_id or self.tokenizer.eos_token_id,
-        )
-        new = tokens[:, batch["input_ids"].shape[1] :]
-        return [t.strip() for t in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
-
-    @torch.inference_mode()
-    def choose(self, batch, choices: Sequence[str]) -> list[str]:
-        """The most probable choice at the last prompt token, per row; "A" and " A" both count."""
-        ids = []
-        for choice in choices:
-            forms = [
-                self.tokenizer.encode(t, add_special_tokens=False) for t in (choice, f" {choice}")
-            ]
-            ids.append(sorted({form[0] for form in forms if len(form) == 1}))
-            if not ids[-1]:
-                raise ValueError(f"{self.name}: the choice {choice!r} is not a single token")
-        probs = self.forward(batch).logits[:, -1].float().softmax(-1)
-        best = torch.stack([probs[:, i].sum(-1) for i in ids]).argmax(0)
-        return [choices[i] for i in best.tolist()]
 
 
 def starts(bench, batch_size: int, first: int = 0) -> range:
@@ -220,31 +182,27 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
-    device_map: str | dict | None = None,
-    attn_implementation: str | None = None,
     processor_kwargs: dict | None = None,
     **model_kwargs,
 ) -> MLLM:
     """Load a transformers model and its processor from a hub id or a local folder.
 
     device defaults to the accelerator if there is one, dtype to the checkpoint's. processor_kwargs
-    (min_pixels, max_pixels, ...) and model_kwargs (quantization_config, ...) reach the two
-    `from_pretrained`. ValueError when parts are not found or cannot be told apart (`families`).
+    (min_pixels, max_pixels, ...) and model_kwargs (device_map, attn_implementation,
+    quantization_config, ...) reach the two `from_pretrained`. ValueError when parts are not found
+    or cannot be told apart (`families`).
     """
-    name, processor_kwargs = str(name), processor_kwargs or {}
-    if name.startswith((".", "/", "data/")) and not Path(name).is_dir():
-        raise FileNotFoundError(f"no model folder {name!r}; `make data` builds the stand-ins")
-    config = transformers.AutoConfig.from_pretrained(name, revision=revision)
-    anything = transformers.AutoModelForCausalLM
-    cls = getattr(transformers, (config.architectures or [""])[0], anything)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    common: dict[str, Any] = {"revision": revision, "dtype": dtype, "device_map": device_map}
-    if attn_implementation:
-        common["attn_implementation"] = attn_implementation
-    model: Any = cls.from_pretrained(name, **common, **model_kwargs)
-    if device_map is None and getattr(model, "hf_quantizer", None) is None:
+    name, settings = str(name), dict(processor_kwargs or {})
+    path = shipped.checkpoint(name)
+    config = transformers.AutoConfig.from_pretrained(path, revision=revision)
+    cls: Any = getattr(transformers, (config.architectures or [""])[0], None)
+    cls = cls or transformers.AutoModelForCausalLM
+    model = cls.from_pretrained(path, revision=revision, dtype=dtype, **model_kwargs)
+    if model_kwargs.get("device_map") is None and getattr(model, "hf_quantizer", None) is None:
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    how = {"revision": revision, **processor_kwargs}
-    processor = transformers.AutoProcessor.from_pretrained(name, **how)
+    processor = transformers.AutoProcessor.from_pretrained(path, revision=revision, **settings)
+    # Where its parts lie changes nothing, and the model knows which attention it runs.
+    others = ("device_map", "attn_implementation")
+    settings |= {key: value for key, value in model_kwargs.items() if key not in others}
     part = FAMILIES.get(type(model).__name__, Family).part(model)
-    return MLLM(part, processor, name, processor_kwargs | model_kwargs)
+    return MLLM(part, processor, name, settings)

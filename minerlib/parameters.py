@@ -3,8 +3,6 @@
 Every error is a ValueError with one readable line per parameter: its name, its value, the way out.
 """
 
-from __future__ import annotations
-
 import ast
 import difflib
 import importlib
@@ -22,10 +20,8 @@ from minerlib.separation import SPLITS
 from minerlib.tasks import REGISTRY
 from minerlib.tasks.media import FRAMES
 
-COVERED = ("model", "source")
-"""Fields whose content keys hold as fingerprints, of the model and of the rows."""
-NEUTRAL = ("run_dir", "device", "batch_size")
-"""Fields that change where and how fast results come, not what they are."""
+COVERED = ("model", "source")  # fields whose content keys hold as fingerprints
+NEUTRAL = ("run_dir", "device", "batch_size")  # change where and how fast results come, not them
 
 
 def _among(names: Collection[str]) -> AfterValidator:
@@ -65,7 +61,6 @@ Text = Annotated[str, Field(description="give text")]
 Place = Annotated[str | None, Field(description="give text, or None")]
 Names = Annotated[tuple[str, ...] | None, BeforeValidator(listed), _among(REGISTRY)]
 Weights = Annotated[dict[str, float], BeforeValidator(_weights), _among(METRICS)]
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class Parameters(BaseModel):
@@ -90,7 +85,7 @@ class Parameters(BaseModel):
     frames: Whole = FRAMES
     run_dir: Place = None
     device: Place = None
-    dtype: Annotated[Text, _among(DTYPES)] = "auto"
+    dtype: Annotated[Text, _among(("auto", "float32", "bfloat16", "float16"))] = "auto"
     on_error: Annotated[Literal["raise", "skip"], Field(description="use raise or skip")] = "raise"
 
     _own: dict[str, Any] = {}
@@ -151,7 +146,7 @@ class Parameters(BaseModel):
 def declared(namespace: Mapping[str, Any], fields: Collection[str]) -> dict[str, Any]:
     """The names that a notebook's parameters cell assigns, with the values they have now.
 
-    It is the first cell executed that assigns `model` or `runs`; an injected cell starts with
+    The first cell executed that assigns `model` or `runs`; an injected one starts with
     "# Parameters". Outside a notebook: the fields that the namespace holds.
     """
     cells = [(text.startswith("# Parameters"), assigned(text)) for text in namespace.get("In", [])]

@@ -4,8 +4,6 @@ One colour, marker and hatch per modality throughout the workbook (Okabe and Ito
 apart without colour vision; marker and hatch carry the same information in print).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,40 +12,22 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import xarray as xr
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.pyplot import Axes, Figure, MaxNLocator, Rectangle
 
 COLOURS = {
-    "text": "#0072B2",
-    "special": "#E69F00",
-    "special_text": "#56B4E9",
-    "image": "#009E73",
-    "video": "#CC79A7",
-    "audio": "#D55E00",
-    "prompt": "#444444",
-    "random": "#999999",
-}
+    "text": "#0072B2", "special": "#E69F00", "special_text": "#56B4E9", "image": "#009E73",
+    "video": "#CC79A7", "audio": "#D55E00", "prompt": "#444444", "random": "#999999",
+}  # fmt: skip
 MARKERS = dict(zip(COLOURS, "osPD^vX.", strict=True))
 HATCHES = dict(zip(COLOURS, ("", "//", "--", "..", "xx", "\\\\", "", ""), strict=True))
 
 
 def style() -> None:
     """Sizes and grid of every figure in the workbook; call once per notebook."""
-    rc = {
-        "figure.dpi": 110,
-        "figure.constrained_layout.use": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": "medium",
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "legend.frameon": False,
-        "hatch.linewidth": 0.5,
-        "lines.markersize": 4,
-        "svg.hashsalt": "miner",
-    }
+    rc: dict[str, Any] = {"figure.dpi": 110, "figure.constrained_layout.use": True}
+    rc |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    rc |= {"axes.titlesize": "medium", "axes.titleweight": "bold", "axes.titlelocation": "left"}
+    rc |= {"hatch.linewidth": 0.5, "lines.markersize": 4}
     sns.set_theme(context="paper", style="ticks", rc=rc)
 
 
@@ -83,8 +63,7 @@ def by_layer(
 ) -> None:
     """One line per group over layers, with its interval (columns low, high) and a dotted null.
 
-    The null's middle is a band where the table has null_low and null_high. `like` says whose
-    colour and marker a group borrows.
+    null_low and null_high make a band of it; `like`: whose colour and marker a group borrows.
     """
     middle = (table[group].nunique() - 1) / 2
     for i, (name, part) in enumerate(table.groupby(group, sort=False)):
@@ -181,10 +160,9 @@ def medium(sample, ax: Axes) -> None:
 
 
 def show(table: pd.DataFrame | pd.Series, digits: int | Mapping = 2, index: bool = False) -> None:
-    """Show a table as a table, its floats rounded; as text, for comparison, it never wraps.
+    """Show a table, its floats rounded (digits: also by column); as text, it never wraps.
 
-    digits may be given per column. NaN is left empty, truth values are yes and no. A series
-    keeps its index.
+    NaN is left empty, truth values are yes and no. A series keeps its index.
     """
     from IPython.display import display
 

@@ -4,23 +4,22 @@ A notebook measures a finding if its metadata say so, "minerlib": {"finding": "I
 paper's claim}; what it measured lies in run folders, as `Workbook.save_finding` left it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import textwrap
+from itertools import product
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-from matplotlib.figure import Figure
 
 from minerlib.inference import FAILS, HOLDS, UNKNOWN
 from minerlib.parameters import assigned, declared, listed
-from minerlib.workbook import ROOT, SHIPPED, NotApplicable, Workbook, save
+from minerlib.shipped import CARD
+from minerlib.workbook import MODELS, ROOT, NotApplicable, Workbook, save
 
 COLUMNS = ["finding", "of", "claim", "measured", "null", "p", "verdict"]
 MARKS = {HOLDS: (2, "yes"), FAILS: (0, "no"), UNKNOWN: (1, "?")}
@@ -62,7 +61,7 @@ class Scorecard:
         if configurations not in ("default", "all"):
             raise ValueError(f"configurations={configurations!r}: use default or all")
         self.findings = findings()
-        shipped = [path.name for path in (ROOT / SHIPPED[0]).glob("*/")]
+        shipped = [path.parent.name for path in (ROOT / MODELS).glob(f"*/{CARD}")]
         wanted = {"all": [], "shipped": shipped}.get(str(models), listed(models))
         held = {}  # a newer one in the place of an older; manifests end in "t.json"
         for file in sorted(self.folder.glob("*/finding-*[!t].json"), key=os.path.getmtime):
@@ -76,32 +75,25 @@ class Scorecard:
             raise NotApplicable(f"no finding of {models} models in {runs}; run {makers}")
         found = {of for _, of in held}
         self.columns = sorted(found | set(wanted) - {of.split(", ")[0] for of in found})
-        self.missing = [
-            f"{name} of {of}: not measured, or not applicable; run {finding.notebook}"
-            for name, finding in self.findings.items()
-            for of in self.columns
-            if (name, of) not in held
-        ]
-        lines = [
-            {"finding": name, "of": of, **line}
-            for name in dict.fromkeys([*self.findings, *(name for name, _ in held)])
-            for of in self.columns
-            for line in held.get((name, of), [])
-        ]
+        lack = [key for key in product(self.findings, self.columns) if key not in held]
+        why = "not measured, or not applicable; run"
+        self.missing = [f"{n} of {of}: {why} {self.findings[n].notebook}" for n, of in lack]
+        names = dict.fromkeys([*self.findings, *(name for name, _ in held)])
+        cells = [(name, of, held.get((name, of), [])) for name, of in product(names, self.columns)]
+        lines = [{"finding": n, "of": of, **line} for n, of, claims in cells for line in claims]
         self.table = pd.DataFrame(lines).reindex(columns=COLUMNS)
 
     @classmethod
-    def bind(cls, namespace: dict[str, Any]) -> Scorecard:
+    def bind(cls, namespace: dict[str, Any]) -> Self:
         """From a notebook's `globals()`, as `Workbook.bind`."""
         return cls(**declared(namespace, ("runs", "models", "configurations")))
 
     def _changed(self, value: dict) -> list[str]:
         """The parameters in which a finding differs from its notebook's own, as name=value."""
-        finding = self.findings.get(value["finding"])
-        usual = finding.parameters if finding else value["parameters"]
+        usual = getattr(self.findings.get(value["finding"]), "parameters", value["parameters"])
         return [f"{k}={v}" for k, v in value["parameters"].items() if usual.get(k, ...) != v]
 
-    def draw(self) -> Figure:
+    def draw(self) -> plt.Figure:
         """All verdicts: a row per claim, a column per model and configuration."""
         # Numbers of neurons differ between models: without them their rows meet.
         claims = self.table["claim"].str.replace(r"\b\d+ (?=neurons)", "", regex=True)
@@ -120,7 +112,7 @@ class Scorecard:
         ax.tick_params(length=0, labelsize=7, labeltop=True, labelbottom=False)
         return fig
 
-    def save_figure(self, fig: Figure, name: str) -> None:
+    def save_figure(self, fig: plt.Figure, name: str) -> None:
         """Beside the run folders and, where MINER_FIGURES names a folder, there."""
         save(fig, self.folder / f"figures/{name}.png", name, columns=self.columns)
 

@@ -1,9 +1,9 @@
 """Stage 2, importance scores: five metrics per neuron and token set (paper section 3.2).
 
-The two attention-weighted metrics need no product of a [token, token] matrix with the
-activations. Summing the rows of S X is (column sums of S) X, so each metric is a row of weights
-over the tokens times X, and all rows of a layer are one thin matrix product: O(n N), not
-O(n^2 N). Sums stream per layer; no activation outlives its hook.
+The attention-weighted ones need no product of a [token, token] matrix S with the activations X:
+summing the rows of S X is (column sums of S) X, so each metric is a row of weights over the tokens
+times X, and all of a layer are one thin matrix product, O(n N) instead of O(n^2 N). Sums stream
+per layer; no activation outlives its hook.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import xarray as xr
+from torch import Tensor
 from tqdm import tqdm
 
 from minerlib.artifacts import Checkpoint, computation, key
@@ -29,19 +29,19 @@ from minerlib.separation import BASE_SETS, SETS, separate, stack
 class Layer(NamedTuple):
     """What a metric may look at: one layer's neurons over a batch of prompts."""
 
-    activations: torch.Tensor  # [batch, token, neuron], in the model's precision
-    masks: torch.Tensor  # bool [batch, set, token]
-    tokens: torch.Tensor  # in each set, at least 1, [batch, set, 1]
+    activations: Tensor  # [batch, token, neuron], in the model's precision
+    masks: Tensor  # bool [batch, set, token]
+    tokens: Tensor  # in each set, at least 1, [batch, set, 1]
     # Sums over a set's tokens, [batch, set, neuron] float32: how many are positive, their sum, the
     # highest (0 in an empty set), and the two attention-weighted sums.
-    positive: torch.Tensor
-    total: torch.Tensor
-    highest: torch.Tensor
-    attn_k: torch.Tensor
-    attn_q: torch.Tensor
+    positive: Tensor
+    total: Tensor
+    highest: Tensor
+    attn_k: Tensor
+    attn_q: Tensor
 
 
-METRICS: dict[str, Callable[[Layer], torch.Tensor]] = {
+METRICS: dict[str, Callable[[Layer], Tensor]] = {
     "prob": lambda layer: layer.positive / layer.tokens,
     "mean": lambda layer: layer.total / layer.tokens,
     "max": lambda layer: layer.highest,
@@ -54,25 +54,24 @@ order of the scores' `metric` coordinate: the paper's five, and whatever is regi
 _BASE = [SETS.index(name) for name in BASE_SETS]
 _MEAN, _PROMPT = list(METRICS).index("mean"), SETS.index("prompt")
 _UNIONS = {"special_text": ("special", "text"), "prompt": BASE_SETS}
-_PER_LAYER = ("scores", "mean", "minimum")  # what `Sums` holds a list of
 _BLOCK = 2**19  # elements of scratch memory: what stays in a core's cache between two passes
 _GPU_BLOCK = 2**25  # a GPU wants few large kernels instead
 
 
+def own_metrics() -> list[str]:
+    """The registered metrics that are not the paper's: part of the key of scores."""
+    return [name for name, metric in METRICS.items() if metric.__module__ != __name__]
+
+
 def importance(
-    activations: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    masks: torch.Tensor,
-    scaling: float | None = None,
-) -> torch.Tensor:
+    activations: Tensor, query: Tensor, key: Tensor, masks: Tensor, scaling: float | None = None
+) -> Tensor:
     """Importance scores of one layer's neurons, normalised to [0, 1] (paper section 3.2).
 
-    activations [batch, token, neuron]; rotated query [batch, head, token, dim] and key
-    [batch, kv head, token, dim]; masks bool [batch, set, token] with the sets in the order of
-    SETS. Tokens in no set are padding, neither query nor key. scaling defaults to 1/sqrt(dim).
-    Returns [batch, metric, set, neuron] float32 in the orders of METRICS and SETS; a set without
-    tokens, or a metric that is the same for all neurons, gives 0.
+    activations [batch, token, neuron]; rotated query [batch, head, token, dim] and key [batch,
+    kv head, token, dim]; masks bool [batch, set, token], sets as in SETS, tokens in none are
+    padding. scaling defaults to 1/sqrt(dim). Returns [batch, metric, set, neuron] float32, metrics
+    as in METRICS; a set without tokens and a metric equal for all neurons give 0.
     """
     if masks.shape[1] != len(SETS):
         raise ValueError(f"masks has {masks.shape[1]} sets, expected the {len(SETS)} of {SETS}")
@@ -82,8 +81,8 @@ def importance(
 
 @torch.no_grad()
 def attention_weights(
-    query: torch.Tensor, key: torch.Tensor, masks: torch.Tensor, scaling: float | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    query: Tensor, key: Tensor, masks: Tensor, scaling: float | None = None
+) -> tuple[Tensor, Tensor]:
     """Token weights of attn_k and attn_q, each [batch, set, token] float32, 0 outside the set.
 
     With P the head-averaged attention without causal mask and S = P[set, set], a token's attn_k
@@ -104,14 +103,11 @@ def attention_weights(
     return weights_k, weights_q
 
 
-def attention(
-    query: torch.Tensor, key: torch.Tensor, real: torch.Tensor, scaling: float | None = None
-) -> torch.Tensor:
+def attention(query: Tensor, key: Tensor, real: Tensor, scaling: float | None = None) -> Tensor:
     """Attention averaged over heads, no causal mask, [batch, token, token] float32.
 
-    Computed for a few heads and queries at a time, so that no [head, token, token] tensor exists.
     query [batch, head, token, dim], key [batch, kv head, token, dim]; real bool [batch, token], or
-    [batch, query, key] where tokens see different ones.
+    [batch, query, key] where tokens see different ones. No [head, token, token] tensor exists.
     """
     (batch, heads, n, dim), kv_heads = query.shape, key.shape[1]
     groups = heads // kv_heads
@@ -123,7 +119,7 @@ def attention(
     at_once = min(kv_heads, max(1, 2 * _block(query) // (batch * groups * chunk * n)))
     # On CPUs, memory that is used again costs half as much as fresh memory.
     scratch = p.new_empty(2, batch * at_once * groups * chunk * n)
-    padding = torch.where(real, 0, float("-inf")).view(batch, -1, n)  # [batch, 1 or query, key]
+    padding = torch.where(real, 0, -math.inf).view(batch, -1, n).expand(batch, n, n)
     padded = query.is_cuda or not real.all()  # asking a GPU would wait for it
     for i, some in product(range(0, n, chunk), _parts(kv_heads, at_once)):
         q = query[:, some, :, i : i + chunk].float() * scale
@@ -132,41 +128,40 @@ def attention(
         logits, shares = scratch[:, : math.prod(shape)].view(2, len(k), -1, n)
         torch.bmm(q.reshape(len(k), -1, dim), k, out=logits)
         if padded:
-            hidden = padding[:, i : i + chunk] if real.ndim == 3 else padding
-            logits.view(batch, -1, q.shape[3], n).add_(hidden[:, None])
+            logits.view(batch, -1, q.shape[3], n).add_(padding[:, None, i : i + chunk])
         torch.softmax(logits, -1, out=shares)
         for head in shares.view(shape).flatten(1, 2).unbind(1):
             p[:, i : i + chunk] += head
     return p.div_(heads)
 
 
-def _block(x: torch.Tensor) -> int:
+def _block(x: Tensor) -> int:
     return _GPU_BLOCK if x.is_cuda else _BLOCK
 
 
 def _parts(n: int, size: int) -> list[slice]:
-    """Slices of at least one element that cover range(n)."""
-    return [slice(i, min(i + max(1, size), n)) for i in range(0, n, max(1, size))]
+    """Slices of about `size` elements, at least one, that cover range(n)."""
+    size = max(1, size)
+    return [slice(i, i + size) for i in range(0, n, size)]
 
 
-def layout(masks: torch.Tensor) -> np.ndarray:
+def layout(masks: Tensor) -> np.ndarray:
     """The base set of every token, int [batch, token] on the CPU; padding is -1."""
     base = masks[:, _BASE].int()
     return torch.where(base.any(1), base.argmax(1), -1).cpu().numpy()  # one transfer per batch
 
 
-def metrics(x, weights_k, weights_q, masks, kinds, minimum=None) -> torch.Tensor:
+def metrics(x, weights_k, weights_q, masks, kinds) -> Tensor:
     """The metrics before normalisation, [batch, metric, set, neuron] float32.
 
-    x [batch, token, neuron]; kinds is the masks' `layout`; minimum, a 0-dim tensor, is lowered in
-    place to the smallest activation seen.
+    x [batch, token, neuron]; the weights are those of `attention_weights`, kinds is `layout`.
     """
     batch, n, neurons = x.shape
-    members, outside = masks.float(), torch.where(masks, 0, float("-inf"))
+    members, outside = masks.float(), torch.where(masks, 0, -math.inf)
     weights = torch.cat([members, weights_k, weights_q], 1)
     sums = x.new_zeros(batch, weights.shape[1], neurons, dtype=torch.float32)
     positive = torch.zeros(batch, len(SETS), neurons, device=x.device)
-    highest = torch.full_like(positive, float("-inf"))
+    highest = torch.full_like(positive, -math.inf)
     # All passes over a block of activations are made while a CPU's cache holds it.
     size = max(1, min(batch, _block(x) // (32 * neurons)))
     block = min(n, max(1, _block(x) // (size * neurons)))
@@ -184,10 +179,6 @@ def metrics(x, weights_k, weights_q, masks, kinds, minimum=None) -> torch.Tensor
             top = highest[rows, _BASE[k]]
             torch.maximum(top, own.amax(1), out=top)
 
-    if minimum is not None:
-        low = torch.where(masks[:, _PROMPT], x.amin(-1), minimum).min()
-        torch.minimum(minimum, low, out=minimum)
-
     for union, names in _UNIONS.items():
         highest[:, SETS.index(union)] = highest[:, [SETS.index(k) for k in names]].amax(1)
     count = masks.sum(-1, keepdim=True)
@@ -195,55 +186,34 @@ def metrics(x, weights_k, weights_q, masks, kinds, minimum=None) -> torch.Tensor
     total, *attn = sums.chunk(3, 1)
     layer = Layer(x, masks, count.clamp(min=1), positive, total, highest, *attn)
     found = {name: metric(layer) for name, metric in METRICS.items()}
-    for name in (name for name, values in found.items() if values.shape != highest.shape):
-        shapes = f"{tuple(found[name].shape)}, not [batch, set, neuron] {tuple(highest.shape)}"
-        raise ValueError(f"importance metric {name!r} gave {shapes}")
+    for name, values in found.items():
+        if values.shape != highest.shape:
+            shapes = f"{tuple(values.shape)}, not [batch, set, neuron] {tuple(highest.shape)}"
+            raise ValueError(f"importance metric {name!r} gave {shapes}")
     return torch.stack([*found.values()], 1)
 
 
-def normalise(values: torch.Tensor) -> torch.Tensor:
+def normalise(values: Tensor) -> Tensor:
     """Min-max over the neurons (last axis) to [0, 1]; a constant vector gives 0."""
     low, high = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
     return (values - low).div_(torch.where(high > low, high - low, 1))
 
 
 class Sums:
-    """Running sums of one benchmark's scores: per layer, on that layer's device."""
+    """Running sums of one benchmark's scores; lists are per layer, on that layer's device."""
 
     def __init__(self, n_layers: int):
-        self.scores: list = [0] * n_layers  # [metric, set, neuron]
-        self.mean: list = [0] * n_layers  # [neuron], raw activations over prompt tokens
-        self.minimum: list = [float("inf")] * n_layers
-        self.samples = torch.zeros(len(SETS), dtype=torch.long)
-        self.rows = 0
+        self.scores = [torch.zeros(())] * n_layers  # [metric, set, neuron]
+        self.mean = [torch.zeros(())] * n_layers  # [neuron], raw activations over prompt tokens
+        self.minimum = [torch.tensor(math.inf)] * n_layers
+        self.samples = torch.zeros(len(SETS), dtype=torch.long)  # that hold each set
+        self.rows, self.done = 0, 0  # scored; scored or skipped
         self.skipped: list[str] = []
-
-    def save(self, checkpoint: Checkpoint, done: int) -> None:
-        tensors = {n: torch.stack([t.cpu() for t in getattr(self, n)]) for n in _PER_LAYER}
-        facts = {"done": done, "rows": self.rows, "skipped": self.skipped}
-        checkpoint.save({**tensors, "samples": self.samples}, **facts)
-
-    def load(self, checkpoint: Checkpoint, devices: list) -> int:
-        """Go on from the checkpoint, if there is one; returns how many rows are done."""
-        if (found := checkpoint.load()) is None:
-            return 0
-        tensors, facts = found
-        for name in _PER_LAYER:
-            parts = [t.to(d) for t, d in zip(tensors[name], devices, strict=True)]
-            setattr(self, name, parts)
-        self.samples, self.rows, self.skipped = tensors["samples"], facts["rows"], facts["skipped"]
-        return facts["done"]
 
 
 @computation(version=1)
 def score(
-    mllm: MLLM,
-    bench,
-    *,
-    batch_size: int = 8,
-    checkpoint: str | Path | None = None,
-    every: float = 60.0,
-    on_error: str = "raise",
+    mllm: MLLM, bench, *, batch_size: int = 8, checkpoint=None, every=60.0, on_error="raise"
 ) -> xr.DataArray:
     """Stage 2 for a benchmark: scores averaged over its samples (paper sections 3.2 and 3.3).
 
@@ -253,31 +223,27 @@ def score(
 
     Only the prompt's forward pass is scored (prefill). With `checkpoint`, a path, the sums are
     written beside it every `every` seconds and a rerun of the same rows continues from them.
-    Raises RowError for a row that cannot be used, or whose activations are not finite; with
-    on_error="skip" it is left out and named in attrs["skipped"].
+    RowError for a row that cannot be used or gives what is not finite; on_error="skip" leaves it
+    out, warns and names it in attrs["skipped"].
     """
-    sums, done, saved = Sums(mllm.n_layers), 0, None
+    sums, saved = Sums(mllm.n_layers), None
     if checkpoint is not None:
         made_by = [score, *(METRICS[name] for name in own_metrics())]
         made = key(mllm, made_by, data=bench.fingerprint, on_error=on_error)
         saved = Checkpoint(checkpoint, made, every)
-        done = sums.load(saved, [next(layer.parameters()).device for layer in mllm.layers])
-    for i in tqdm(starts(bench, batch_size, done), desc=f"score {bench.name}", leave=False):
+        vars(sums).update(saved.load() or {})
+    for i in tqdm(starts(bench, batch_size, sums.done), desc=f"score {bench.name}", leave=False):
         _add(mllm, bench, range(len(bench))[i : i + batch_size], sums, on_error)
-        if saved is not None and sums.rows and saved.due():
-            sums.save(saved, i + batch_size)
+        sums.done = i + batch_size
+        if saved is not None and sums.rows:
+            saved.save(vars(sums))
     if sums.skipped:
         warnings.warn("; ".join(["rows skipped", *sums.skipped]), stacklevel=2)
     if not sums.rows:
         raise ValueError(f"benchmark {bench.name!r}: every row was skipped: {sums.skipped[0]}")
     if saved is not None:
         saved.done()
-    return _to_array(sums, mllm.n_layers, bench.name)
-
-
-def own_metrics() -> list[str]:
-    """The registered metrics that are not the paper's: part of the key of scores."""
-    return [name for name, metric in METRICS.items() if metric.__module__ != __name__]
+    return _to_array(sums, bench.name)
 
 
 def _add(mllm: MLLM, bench, positions, sums: Sums, on_error: str) -> None:
@@ -299,64 +265,56 @@ def _add(mllm: MLLM, bench, positions, sums: Sums, on_error: str) -> None:
 
 @torch.inference_mode()
 def add_batch(mllm: MLLM, batch, sums: Sums, rows: Sequence[tuple[str, int]] = ()) -> None:
-    """Run the prompts once and add their normalised scores to the sums.
+    """Run the prompts, whose (benchmark, row) are `rows`, and add their normalised scores.
 
-    rows: (benchmark, row) of each prompt. Raises RowError for the first whose activations are not
-    finite, and then leaves the sums as they were.
+    RowError for the first whose activations are not finite, which leaves the sums as they were.
     """
     masks = stack(separate(mllm, batch))
     kinds = layout(masks)
-    weights, found = {}, {}
+    weights, found, finite = {}, {}, {}
     masks_on = lru_cache(masks.to)
 
     def attend(layer, query, key, mask, scaling):
         weights[layer] = attention_weights(query, key, masks_on(query.device), scaling)
 
     def activate(layer, x):
-        if layer not in weights:
-            raise RuntimeError(
-                f"{mllm.name}: layer {layer}'s attention passes transformers' attention interface "
-                "by, so its queries and keys are unknown"
-            )
-        low = torch.full((), float("inf"), device=x.device, dtype=x.dtype)
-        raw = metrics(x, *weights.pop(layer), masks_on(x.device), kinds, low)
-        finite = raw.isfinite().flatten(1).all(1)
-        found[layer] = normalise(raw).sum(0), raw[:, _MEAN, _PROMPT].sum(0), low, finite
+        if layer in weights:  # if its attention was not tapped, `tap` says so
+            raw = metrics(x, *weights.pop(layer), masks_on(x.device), kinds)
+            low = x.amin(-1).where(masks_on(x.device)[:, _PROMPT], math.inf).min()
+            found[layer] = normalise(raw).sum(0), raw[:, _MEAN, _PROMPT].sum(0), low
+            finite[layer] = raw.isfinite().flatten(1).all(1)
 
     with mllm.tap(activation=activate, attention=attend):
         mllm.forward(batch)
-    finite = torch.stack([found[i][3].cpu() for i in range(mllm.n_layers)])  # [layer, batch]
-    if not finite.all():
-        layer, row = (~finite).nonzero()[0].tolist()
+    broken = ~torch.stack([finite[layer].cpu() for layer in range(mllm.n_layers)])
+    for layer, i in broken.nonzero().tolist():
         why = f"activations or scores of {mllm.name} in {mllm.model.dtype} are not finite; try "
-        benchmark, number = rows[row] if rows else ("batch", row)
         why += "dtype='bfloat16' or 'float32'"
-        raise RowError(benchmark, number, f"layer {layer}", why)
-    for layer, (scores, mean, low, _) in found.items():
-        sums.scores[layer] = sums.scores[layer] + scores
-        sums.mean[layer] = sums.mean[layer] + mean
-        sums.minimum[layer] = low.clamp(max=sums.minimum[layer])
+        benchmark, row = rows[i] if rows else ("batch", i)
+        raise RowError(benchmark, row, f"layer {layer}", why)
+    for layer, (scores, mean, low) in found.items():  # sums of a checkpoint are on the CPU
+        sums.scores[layer] = sums.scores[layer].to(scores.device) + scores
+        sums.mean[layer] = sums.mean[layer].to(mean.device) + mean
+        sums.minimum[layer] = torch.minimum(sums.minimum[layer].to(low), low)
     sums.samples += masks.any(-1).sum(0).cpu()
     sums.rows += len(masks)
 
 
-def _to_array(sums: Sums, n_layers: int, name: str) -> xr.DataArray:
-    samples = sums.samples.clamp(min=1)
-    scores = torch.stack([s.cpu() for s in sums.scores], 2) / samples[None, :, None, None]
-    mean = torch.stack([m.cpu() for m in sums.mean]) / sums.rows
-    minimum = torch.stack([m.cpu() for m in sums.minimum]).float()
+def _to_array(sums: Sums, name: str) -> xr.DataArray:
+    scores = torch.stack([part.cpu() for part in sums.scores], 2)
+    mean, minimum = (torch.stack([p.cpu() for p in part]) for part in (sums.mean, sums.minimum))
+    attrs = {"benchmark": name, "rows": sums.rows}
     return xr.DataArray(
-        scores.numpy(),
+        (scores / sums.samples.clamp(min=1)[:, None, None]).numpy(),
         dims=("metric", "modality", "layer", "neuron"),
         coords={
             "metric": list(METRICS),
             "modality": list(SETS),
-            "layer": range(n_layers),
+            "layer": range(len(mean)),
             "samples": ("modality", sums.samples.numpy()),
-            "activation_mean": (("layer", "neuron"), mean.numpy()),
-            "activation_min": ("layer", minimum.numpy()),
+            "activation_mean": (("layer", "neuron"), (mean / sums.rows).numpy()),
+            "activation_min": ("layer", minimum.float().numpy()),
         },
         name="importance",
-        attrs={"benchmark": name, "rows": sums.rows}
-        | ({"skipped": sums.skipped} if sums.skipped else {}),
+        attrs=attrs | ({"skipped": sums.skipped} if sums.skipped else {}),
     )

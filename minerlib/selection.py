@@ -16,18 +16,8 @@ from minerlib.separation import SPLITS
 PAPER_WEIGHTS = {"prob": 0.0, "mean": 0.25, "max": 0.25, "attn_k": 0.5, "attn_q": 0.0}
 """The paper's default weighting of the five metrics."""
 
-STRATEGIES: dict[str, Callable[[np.ndarray, int, np.random.Generator], np.ndarray]] = {}
-"""How a budget is spent: (V [modality, layer, neuron], budget, draws) -> bool of V's shape.
-LA / LU: layers adaptive / uniform; MA / MU: modalities adaptive / uniform."""
-
 RATIOS = (0.001, 0.005, 0.01, 0.015, 0.02, 0.05, 0.1)
 """The shares of neurons that the paper compares."""
-
-
-def strategy(function: Callable) -> Callable:
-    """Register a way to spend the budget, under the function's name."""
-    STRATEGIES[function.__name__] = function
-    return function
 
 
 def weightings() -> dict[str, dict[str, float]]:
@@ -42,44 +32,49 @@ def weightings() -> dict[str, dict[str, float]]:
     }
 
 
-@strategy
-def adaptive(value: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
+def _top(values: np.ndarray, k: int, *over: int) -> np.ndarray:
+    """The k highest along the axes `over` taken together; ties go to the lower index."""
+    last = range(-len(over), 0)
+    moved = np.moveaxis(values, over, last)
+    flat = moved.reshape(*moved.shape[: -len(over)], -1)
+    mask = np.zeros(flat.shape, bool)
+    if k:
+        border = np.partition(flat, -k)[..., [-k]]
+        mask, tied = flat > border, flat == border
+        mask |= tied & (tied.cumsum(-1) <= k - mask.sum(-1, keepdims=True))
+    return np.moveaxis(mask.reshape(moved.shape), last, over)
+
+
+def _adaptive(value: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
     """The top K of the sum over modalities, each given to its highest modality."""
-    chosen = _top(value.sum(0).reshape(1, -1), budget).reshape(value.shape[1:])
-    mask = np.zeros(value.shape, bool)
-    np.put_along_axis(mask, value.argmax(0)[None], chosen[None], 0)
-    return mask
+    own = value.argmax(0) == np.arange(len(value))[:, None, None]
+    return own & _top(value.sum(0), budget, 0, 1)
 
 
-@strategy
-def LA_MU(value: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
-    """Per modality the top K // M of all layers."""
-    m = len(value)
-    return _top(value.reshape(m, -1), budget // m).reshape(value.shape)
-
-
-@strategy
-def LU_MA(value: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
-    """Per layer the top K // L of all (modality, neuron)."""
-    m, n_layers, n = value.shape
-    by_layer = value.transpose(1, 0, 2).reshape(n_layers, -1)
-    return _top(by_layer, budget // n_layers).reshape(n_layers, m, n).transpose(1, 0, 2)
-
-
-@strategy
-def uniform(value: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
-    """Per layer and modality the top K // (M L)."""
-    m, n_layers, n = value.shape
-    return _top(value.reshape(-1, n), budget // (m * n_layers)).reshape(value.shape)
-
-
-@strategy
-def random(value: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
+def _random(value: np.ndarray, budget: int, rng: np.random.Generator) -> np.ndarray:
     """K neurons drawn from all without replacement, dealt out to the modalities."""
     mask = np.zeros((len(value), value[0].size), bool)
     drawn = rng.choice(mask.shape[1], budget, replace=False)
     mask[np.arange(budget) % len(value), drawn] = True
     return mask.reshape(value.shape)
+
+
+STRATEGIES: dict[str, Callable[[np.ndarray, int, np.random.Generator], np.ndarray]] = {
+    "adaptive": _adaptive,
+    # The top K // M of each modality, K // L of each layer, and K // (M L) of each of both.
+    "LA_MU": lambda value, budget, rng: _top(value, budget // len(value), 1, 2),
+    "LU_MA": lambda value, budget, rng: _top(value, budget // value.shape[1], 0, 2),
+    "uniform": lambda value, budget, rng: _top(value, budget // value[..., 0].size, 2),
+    "random": _random,
+}
+"""How a budget K is spent: (V [modality, layer, neuron], K, draws) -> bool of V's shape.
+LA / LU: layers adaptive / uniform; MA / MU: modalities adaptive / uniform."""
+
+
+def strategy(function: Callable) -> Callable:
+    """Register a way to spend the budget, under the function's name."""
+    STRATEGIES[function.__name__] = function
+    return function
 
 
 @computation(version=1)
@@ -101,7 +96,7 @@ def select(
         raise ValueError(f"unknown strategy {strategy!r}; use one of {tuple(STRATEGIES)}")
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio is {ratio!r}; it is a share of all neurons, in (0, 1]")
-    modalities = modalities_of(scores, split)
+    modalities = _occurring(scores, split)
     value = weighted(scores.sel(modality=modalities), weights)
     budget = int(ratio * value[0].size)
     mask = STRATEGIES[strategy](value, budget, np.random.default_rng(seed))
@@ -113,16 +108,15 @@ def select(
     return _labelled(mask, modalities, scores.layer, attrs)
 
 
-def modalities_of(scores: xr.DataArray, split: str) -> list[str]:
+def _occurring(scores: xr.DataArray, split: str) -> list[str]:
     """The split's sets that occur in the scored prompts."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; use one of {tuple(SPLITS)}")
-    held = set(scores.modality.values.tolist())
+    held = scores.modality.values
     if "samples" in scores.coords:
-        held &= set(scores.modality.values[scores.samples.values > 0].tolist())
-    found = [name for name in SPLITS[split] if name in held]
-    if not found:
-        raise ValueError(f"split {split!r} needs {SPLITS[split]}; the scores hold {sorted(held)}")
+        held = held[scores.samples.values > 0]
+    if not (found := [name for name in SPLITS[split] if name in held]):
+        raise ValueError(f"split {split!r} needs {SPLITS[split]}; the scores hold {held.tolist()}")
     return found
 
 
@@ -135,25 +129,13 @@ def weighted(scores: xr.DataArray, weights: Mapping[str, float] | Sequence[float
     held = scores.metric.values.tolist()
     if unknown := set(weights) - set(held):
         raise ValueError(f"unknown metric {sorted(unknown)} in weights; the scores hold {held}")
-    if min(weights.values()) < 0 or abs(sum(weights.values()) - 1) > 1e-6:
+    if any(w < 0 for w in weights.values()) or abs(sum(weights.values()) - 1) > 1e-6:
         raise ValueError(f"weights {weights} must be at least 0 and sum to 1")
     w = np.array([weights.get(metric, 0) for metric in held], np.float32)
     values = scores.transpose("metric", "modality", "layer", "neuron").values
     if not np.isfinite(values).all():
         raise ValueError("scores are not finite: mine again, with dtype='bfloat16' or 'float32'")
     return np.tensordot(w, values, 1)
-
-
-def _top(values: np.ndarray, k: int) -> np.ndarray:
-    """The k highest of each row as a mask; ties go to the lower index."""
-    mask = np.zeros(values.shape, bool)
-    if k:
-        border = np.partition(values, -k, axis=-1)[:, [-k]]
-        mask = values > border
-        tied = values == border
-        room = k - mask.sum(-1, keepdims=True)
-        mask |= tied & (tied.cumsum(-1) <= room)
-    return mask
 
 
 def unique(neurons: xr.DataArray) -> int:
@@ -163,8 +145,7 @@ def unique(neurons: xr.DataArray) -> int:
 
 def overlap(neurons: xr.DataArray) -> pd.DataFrame:
     """Jaccard overlap of the modalities' neurons, modality by modality."""
-    sets = neurons.values.reshape(neurons.sizes["modality"], -1)
-    names = neurons.modality.values
+    sets, names = neurons.values.reshape(len(neurons), -1), neurons.modality.values
     return pd.DataFrame(1 - pairwise_distances(sets, metric="jaccard"), names, names)
 
 

@@ -28,10 +28,7 @@ def separate(mllm: MLLM, batch) -> dict[str, torch.Tensor]:
     prompt are unions. Padding belongs to no set. A set that does not occur is all False.
     """
     ids, real = batch["input_ids"], batch["attention_mask"].bool()
-    sets = {
-        kind: torch.isin(ids, torch.tensor(of_kind, device=ids.device, dtype=ids.dtype)) & real
-        for kind, of_kind in mllm.token_ids.items()
-    }
+    sets = {k: torch.isin(ids, ids.new_tensor(of)) & real for k, of in mllm.token_ids.items()}
     other = sets["special"] | sets["image"] | sets["video"] | sets["audio"]
     sets["text"] = real & ~other
     sets["special_text"] = sets["special"] | sets["text"]

@@ -7,9 +7,10 @@ model's kernel makes its output and no transformers source is changed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -19,7 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 if TYPE_CHECKING:
     from minerlib.model import MLLM
 
-_listeners: dict[int, Callable] = {}  # id of an attention module -> callback
+SUFFIX = "+miner"  # of the name of an attention that passes through `_attend`
+_listeners: dict[int, Callable] = {}  # id of a layer or of a module in it -> callback
 
 
 @contextmanager
@@ -41,62 +43,56 @@ def tap(
     and keys [batch, kv head, token, dim], and may return a replacement mask.
     hidden(depth, h [batch, token, hidden]) sees the residual stream: at depth 0 what enters the
     first layer, at depth i + 1 what layer i returns. `layers` defaults to all.
-    With a cache all fire once for the prompt and once for each new token. Raises RuntimeError when
-    a forward pass ends in which a tapped activation or attention never ran.
+    With a cache all fire once for the prompt and once for each new token. RuntimeError when a
+    forward pass ends in which a tapped activation or attention never ran.
     """
     chosen = range(mllm.n_layers) if layers is None else list(layers)
-    due: set[tuple[str, int]] = set()
+    taps = (("activation", activation), ("attention", attention))
+    due = {(what, i) for what, callback in taps if callback is not None for i in chosen}
     fired: set[tuple[str, int]] = set()
 
-    def told(what: str, i: int, callback: Callable) -> Callable:
-        due.add((what, i))
+    def tell(callback: Callable, what: str, i: int, *seen: Any) -> Any:
+        fired.add((what, i))
+        return callback(i, *seen)
 
-        def tell(*args):
-            fired.add((what, i))
-            return callback(i, *args)
-
-        return tell
-
-    def settle(*_) -> None:
+    def settle(*seen: Any) -> None:
         missing = sorted(due - fired)
         fired.clear()
-        if missing:
-            what = missing[0][0]
+        for what, _ in missing:
             raise RuntimeError(
                 f"{mllm.name}: the {what} of layers {[i for w, i in missing if w == what]} never "
                 "ran; a fused or compiled kernel passes it by: load the model without it"
             )
 
+    def after(module: Any, callback: Callable) -> Any:
+        return module.register_forward_hook(
+            lambda m, args, out: callback(out[0] if isinstance(out, tuple) else out)
+        )
+
     with ExitStack() as stack:
         for i in chosen:
             if activation is not None:
-                tell = told("activation", i, activation)
-                hook = mllm.activations[i].register_forward_hook(lambda m, a, out, t=tell: t(out))
-                stack.callback(hook.remove)
+                told = partial(tell, activation, "activation", i)
+                stack.enter_context(after(mllm.activations[i], told))
             if hidden is not None:
-                hook = mllm.layers[i].register_forward_hook(
-                    lambda m, a, out, i=i: hidden(i + 1, out[0] if isinstance(out, tuple) else out)
-                )
-                stack.callback(hook.remove)
-            if attention is not None:
-                modules = [id(m) for m in mllm.layers[i].modules()]
-                stack.enter_context(_listen(i, modules, told("attention", i, attention)))
+                stack.enter_context(after(mllm.layers[i], partial(hidden, i + 1)))
+        if attention is not None:
+            callbacks = {i: partial(tell, attention, "attention", i) for i in chosen}
+            stack.enter_context(_routed(mllm, callbacks))
         if hidden is not None and layers is None:
-            hook = mllm.layers[0].register_forward_pre_hook(
+            enters = mllm.layers[0].register_forward_pre_hook(
                 lambda m, args, kwargs: hidden(0, args[0] if args else kwargs["hidden_states"]),
                 with_kwargs=True,
             )
-            stack.callback(hook.remove)
-        if attention is not None:
-            stack.enter_context(_routed(mllm))
+            stack.enter_context(enters)
         if due:
-            stack.callback(mllm.model.register_forward_hook(settle).remove)
+            stack.enter_context(mllm.model.register_forward_hook(settle))
         yield
 
 
 def _attend(module, query, key, value, attention_mask, *args, **kwargs):
     """Tell the listener of this attention module, then run the model's own attention."""
-    own = module.config._attn_implementation.removesuffix("+miner")
+    own = module.config._attn_implementation.removesuffix(SUFFIX)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)
     if (listener := _listeners.get(id(module))) is not None:
@@ -106,30 +102,23 @@ def _attend(module, query, key, value, attention_mask, *args, **kwargs):
 
 
 @contextmanager
-def _listen(layer: int, modules: list[int], tell: Callable) -> Iterator[None]:
-    if taken := [m for m in modules if m in _listeners]:
-        raise RuntimeError(f"layer {layer}: attention is tapped already; {len(taken)} listener(s)")
-    _listeners.update(dict.fromkeys(modules, tell))
-    try:
-        yield
-    finally:
-        for m in modules:
-            del _listeners[m]
-
-
-@contextmanager
-def _routed(mllm: MLLM) -> Iterator[None]:
-    """Route the decoder's attention through `_attend`."""
+def _routed(mllm: MLLM, callbacks: Mapping[int, Callable]) -> Iterator[None]:
+    """Route the decoder's attention through `_attend`, which tells the layers' callbacks."""
+    if taken := [i for i in callbacks if id(mllm.layers[i]) in _listeners]:
+        raise RuntimeError(f"layer {taken[0]}: attention is tapped already; leave that tap first")
+    told = {id(m): tell for i, tell in callbacks.items() for m in mllm.layers[i].modules()}
     modules = [m for layer in mllm.layers for m in layer.modules() if hasattr(m, "config")]
-    configs = {id(m.config): m.config for m in modules}
-    own = next(iter(configs.values()))._attn_implementation
-    name = f"{own}+miner"
-    AttentionInterface.register(name, _attend)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
-    for config in configs.values():
-        config._attn_implementation_internal = name
+    before = {id(m.config): (m.config, m.config._attn_implementation) for m in modules}
+    own = modules[0].config._attn_implementation.removesuffix(SUFFIX)
+    AttentionInterface.register(own + SUFFIX, _attend)
+    AttentionMaskInterface.register(own + SUFFIX, ALL_MASK_ATTENTION_FUNCTIONS[own])
+    _listeners.update(told)
+    for config, _ in before.values():
+        config._attn_implementation_internal = own + SUFFIX
     try:
         yield
     finally:
-        for config in configs.values():
-            config._attn_implementation_internal = own
+        for config, name in before.values():
+            config._attn_implementation_internal = name
+        for module in told:
+            del _listeners[module]

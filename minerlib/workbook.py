@@ -7,8 +7,6 @@ total = wb.total()                              # an earlier stage's artefact
 wb.answers(neurons)                             # one row per sample, cached
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable
@@ -22,6 +20,7 @@ import transformers
 import xarray as xr
 from matplotlib.figure import Figure
 
+from minerlib import shipped
 from minerlib.aggregation import aggregate
 from minerlib.artifacts import Run, atomically, digest
 from minerlib.deactivation import deactivate
@@ -40,7 +39,8 @@ ROOT = Path(__file__).parents[1]
 if not ((ROOT / "notebooks").is_dir() and (ROOT / "data").is_dir()):
     ROOT = Path.cwd()
 """Where relative paths start: the checkout that minerlib lies in, else the current folder."""
-SHIPPED = ("data/models", "data/benchmarks")
+MODELS, ROWS = "data/models", "data/benchmarks"
+"""What is shipped; a model of the repository is one that has a card."""
 
 PAPER_BENCHMARKS = ("text_vqa", "coco_caption", "mmlu", "msvd_qa", "libri", "vocal_sound")
 """What the paper asks Qwen2-VL and Qwen2-Audio: each what its media allow."""
@@ -50,8 +50,8 @@ PUBLISHED = {
     "Qwen2-Audio-7B-Instruct": {"libri": 1 - 0.0359, "vocal_sound": 0.936},
 }
 """Corpus figures: Qwen2-VL's README (TextVQA val), lmms-eval (LibriSpeech test-clean with the chat
-template, VocalSound test). One that is further off than `FAR`, beyond its interval, is far off."""
-FAR = 0.05
+template, VocalSound test)."""
+FAR = 0.05  # a figure is far off that differs by more, beyond its interval
 
 
 class NotApplicable(ValueError):
@@ -61,18 +61,18 @@ class NotApplicable(ValueError):
 class Workbook(Parameters):
     """Validated parameters of a notebook, and what they name, loaded on first use.
 
-    model        folder or hub id
-    benchmarks   names, as a list or comma-separated; default: the paper's for the model's media
+    model        folder or hub id; relative paths are taken from `ROOT`
+    benchmarks   names, as a list or comma-separated; default: the card's of a shipped model, else
+                 the paper's for the model's media
     source       "auto" (shipped rows for a shipped model, the hub otherwise), "hub" or a folder
     limit        rows per benchmark for mining, the first after shuffling with the seed
     eval_limit   rows per benchmark for evaluation; none shares a medium with the mined ones
     ratio, strategy, weights, split, seed    as in `select`; weights also by name
-    max_new_tokens   longest answer; default: the benchmark's own, 24 for a shipped model
+    max_new_tokens   longest answer; default: the benchmark's own, for a shipped model its card's
     min_pixels, max_pixels    bounds of a picture's size, in pixels; default: the processor's own
     frames       at most so many evenly spaced frames of a video
     run_dir      where artefacts go; default runs/<model name>
     on_error     "raise" at a row that fails, or "skip" it and list it
-    Relative paths are taken from `ROOT`, wherever the notebook runs.
     """
 
     _ready: dict[str, Prepared] = {}
@@ -95,11 +95,10 @@ class Workbook(Parameters):
         """The model's name in files and figures."""
         return Path(self.model).name
 
-    @property
-    def is_shipped(self) -> bool:
-        """Whether the model is one of the repository's stand-ins."""
-        folder = (ROOT / self.model).resolve()
-        return folder.is_dir() and folder.is_relative_to((ROOT / SHIPPED[0]).resolve())
+    @cached_property
+    def card(self) -> shipped.Card | None:
+        """What a model of the repository is: None for any other."""
+        return shipped.card(ROOT / self.model)
 
     @property
     def folder(self) -> Path:
@@ -123,13 +122,13 @@ class Workbook(Parameters):
     @cached_property
     def names(self) -> list[str]:
         """The benchmarks' names, in the paper's order."""
-        fitting = (n for n in PAPER_BENCHMARKS if REGISTRY[n].modality in self.mllm.kinds)
-        return list(self.benchmarks or fitting)
+        fitting = [n for n in PAPER_BENCHMARKS if REGISTRY[n].modality in self.mllm.kinds]
+        return list(self.benchmarks or (self.card.benchmarks if self.card else fitting))
 
     @cached_property
     def rows(self) -> dict[str, Benchmark]:
         """All rows of each benchmark, shuffled with the seed."""
-        auto = SHIPPED[1] if self.is_shipped else "hub"
+        auto = ROWS if self.card else "hub"
         source = auto if self.source == "auto" else self.source
         how = self.model_dump(include={"seed", "frames", "on_error"})
         how["source"] = None if source == "hub" else str(ROOT / source)
@@ -149,8 +148,8 @@ class Workbook(Parameters):
     @cached_property
     def evaluation(self) -> dict[str, Benchmark]:
         """`eval_limit` rows of each benchmark, from its end: what silencing is measured on."""
-        held = {n: apart(b, self.limit, self.eval_limit)[1] for n, b in self.rows.items()}
-        return {name: self._usable(bench) for name, bench in held.items()}
+        limits = self.limit, self.eval_limit
+        return {name: self._usable(apart(b, *limits)[1]) for name, b in self.rows.items()}
 
     def _usable(self, bench: Benchmark) -> Benchmark:
         """The rows that can be decoded and encoded, where others may be skipped."""
@@ -165,7 +164,7 @@ class Workbook(Parameters):
         return bench[kept]
 
     def cached(self, name: str, compute: Callable, *, of, rows=None, made_by="", **config) -> Any:
-        """The artefact of this model, these rows (all benchmarks' evaluation rows) and config.
+        """The artefact of this model, these rows (default: those to evaluate on) and config.
 
         Computed where it is not there; made_by names the notebook that alone may compute it.
         """
@@ -209,32 +208,24 @@ class Workbook(Parameters):
         """Stage 4 with this workbook's parameters, or others given by name."""
         neurons = select(self.total() if total is None else total, **(self.choice | other))
         if not other and not neurons.any():
-            raise ValueError(
-                f"ratio={self.ratio}: its budget of {neurons.attrs['budget']} neurons leaves none "
-                f"for each share that {self.strategy} makes of it; raise ratio, or take adaptive"
-            )
+            what = f"its budget of {neurons.attrs['budget']} neurons leaves none for each share"
+            way_out = f"that {self.strategy} makes of it; raise ratio, or take adaptive"
+            raise ValueError(f"ratio={self.ratio}: {what} {way_out}")
         return neurons
 
     def alone(self, modality: str) -> xr.DataArray:
-        """A whole budget of the modality's own highest neurons, bool [1, layer, neuron].
-
-        What silencing them does cannot depend on how a strategy shares the budget out.
-        """
+        """A whole budget of one modality's highest neurons, whatever the strategy's shares."""
         return self.select(self.total().sel(modality=[modality]), strategy="LA_MU")
 
     def draws(self, neurons: xr.DataArray, n: int, by_layer: bool = False) -> list[xr.DataArray]:
         """A null: n random draws of as many different neurons, with by_layer in each layer."""
         return [matched_random(neurons, self.seed + i, by_layer) for i in range(n)]
 
-    def answers(self, neurons=None, modalities=None, mode="zero", constants=None) -> pd.DataFrame:
-        """Answers on the evaluation rows with the neurons silenced (None: the model as it is).
-
-        One row per sample, as `evaluate` returns it. Computed once per benchmark and set of
-        silenced neurons.
-        """
+    def answers(self, neurons=None, mode="zero", constants=None) -> pd.DataFrame:
+        """`evaluate` on the evaluation rows with neurons silenced (None: as it is), done once."""
         key: dict[str, Any] = {"max_new_tokens": self._longest, "on_error": self.on_error}
+        key["of"] = (evaluate, deactivate)
         if neurons is not None:
-            neurons = neurons if modalities is None else neurons.sel(modality=list(modalities))
             key |= {"silenced": digest(np.asarray(neurons).any(0)), "mode": mode}
         if mode != "zero" and constants is not None:
             key["constants"] = digest(constants[f"activation_{mode}"])
@@ -245,20 +236,18 @@ class Workbook(Parameters):
             with deactivate(self.mllm, neurons, mode=mode, constants=constants):
                 return self._evaluated(name)
 
-        key["of"] = (evaluate, deactivate)
-        tables = [
-            self.run.cached(f"answers-{n}", partial(compute, n), rows=b.fingerprint, **key)
-            for n, b in self.evaluation.items()
-        ]
+        tables = []
+        for name, bench in self.evaluation.items():
+            key["rows"] = bench.fingerprint
+            tables.append(self.run.cached(f"answers-{name}", partial(compute, name), **key))
         whole = pd.concat(tables, ignore_index=True)
         whole.attrs = {"skipped": [line for t in tables for line in t.attrs.get("skipped", [])]}
         return whole
 
     @property
     def _longest(self) -> int | None:
-        # A silenced stand-in can ramble on to the real benchmarks' limits; its own longest
-        # reference has about 20 tokens.
-        return self.max_new_tokens or (24 if self.is_shipped else None)
+        """A silenced small model can ramble on to the real benchmarks' limits."""
+        return self.max_new_tokens or (self.card.max_new_tokens if self.card else None)
 
     def _evaluated(self, name: str) -> pd.DataFrame:
         if name not in self._ready:
@@ -269,8 +258,8 @@ class Workbook(Parameters):
     def sanity(self) -> pd.DataFrame:
         """The model as it is beside its published figures, one row per benchmark.
 
-        Columns benchmark, corpus (its usual figure), low, high (95 % interval of the rows' mean),
-        published, verdict: near, FAR OFF, or none published.
+        Columns benchmark, corpus (its usual figure), low, high (of the rows' mean), published,
+        verdict: near, FAR OFF, or none published.
         """
         table = summarise(self.answers()).query("benchmark != 'average'").reset_index(drop=True)
         table = table[["benchmark", "corpus", "low", "high"]]
@@ -290,16 +279,15 @@ class Workbook(Parameters):
     def save_figure(self, fig: Figure, name: str) -> None:
         """Keep a figure in the run folder, and without its digest where MINER_FIGURES says."""
         about = self.configuration
-        stem = self.run.stem(name, of=self._plugged, **about)
-        file = self.folder / f"figures/{stem}.png"
+        file = self.folder / f"figures/{self.run.stem(name, of=self._plugged, **about)}.png"
         save(fig, file, f"{name}-{self.label}", model=self.label, **about)
 
     def __repr__(self) -> str:
         m = self.mllm
-        what = "a stand-in, see data/README.md" if self.is_shipped else "checkpoint"
+        what = self.card.what if self.card else "checkpoint"
+        size = f"{m.n_layers} decoder layers x {m.n_neurons} neurons"
         return (
-            f"{self.label} ({what}): {m.n_layers} decoder layers x {m.n_neurons} neurons, "
-            f"{m.model.num_parameters() / 1e6:.1f} M parameters\n"
+            f"{self.label} ({what}): {size}, {m.model.num_parameters() / 1e6:.1f} M parameters\n"
             f"token kinds: {', '.join(m.kinds)}; benchmarks: {', '.join(self.names)}"
         )
 

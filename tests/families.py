@@ -83,11 +83,11 @@ def samples(media: tuple[str, ...] = (), seed: int = 0) -> dict[str, list[Sample
 class Rows(list):
     """Samples with what `score` and `evaluate` ask of a benchmark."""
 
-    name, metric, max_new_tokens = "rows", "exact_match", 4
+    name, metric, max_new_tokens, whole = "rows", "exact_match", 4, ()
 
     def __init__(self, rows, choices: tuple[str, ...] | None = None):
         super().__init__(rows)
-        self.spec = SimpleNamespace(choices=choices)
+        self.spec = SimpleNamespace(choices=choices, options=None)
         self.fingerprint = f"{len(self)} {choices}"
 
     def __getitem__(self, which):

@@ -627,19 +627,20 @@ def test_digests_are_equal_where_values_are(a, b):
 
 # --- checkpoints ---------------------------------------------------------------------------------
 
-SUMS = {"scores": torch.rand(2, 3), "half": torch.rand(3).bfloat16(), "n": torch.arange(4)}
+STATE = {"scores": [torch.rand(2, 3), 0], "half": torch.rand(3).bfloat16(), "n": torch.arange(4)}
+STATE |= {"rows": 8, "skipped": ["é row 1"], "view": torch.arange(6).view(2, 3).T}
 
 
 def test_checkpoint_comes_back_and_goes(tmp_path):
-    kept = Checkpoint(tmp_path / "new" / "scores.v2", {"model": "a"})
+    kept = Checkpoint(tmp_path / "new" / "scores.v2", {"model": "a"}, every=0)
     assert kept.load() is None
     kept.done()  # nothing there yet
-    kept.save({**SUMS, "view": torch.arange(6).view(2, 3).T}, rows=8, skipped=["é row 1"])
-    tensors, meta = Checkpoint(tmp_path / "new" / "scores.v2", {"model": "a"}).load()
-    assert meta == {"rows": 8, "skipped": ["é row 1"]}
-    for name, tensor in SUMS.items():
-        assert tensors[name].dtype == tensor.dtype and torch.equal(tensors[name], tensor)
-    assert tensors["view"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    kept.save(STATE)
+    back = Checkpoint(tmp_path / "new" / "scores.v2", {"model": "a"}).load()
+    assert (back["rows"], back["skipped"], back["scores"][1]) == (8, ["é row 1"], 0)
+    assert torch.equal(back["scores"][0], STATE["scores"][0])
+    for name in ("half", "n", "view"):
+        assert back[name].dtype == STATE[name].dtype and torch.equal(back[name], STATE[name])
     assert [f.name for f in kept.path.parent.iterdir()] == [kept.path.name]
     kept.done()
     assert not list(kept.path.parent.iterdir()) and kept.load() is None
@@ -647,12 +648,14 @@ def test_checkpoint_comes_back_and_goes(tmp_path):
 
 @pytest.mark.fault("checkpoint of another dtype is continued")
 def test_checkpoints_of_other_keys_never_meet(tmp_path):
-    first, second = (Checkpoint(tmp_path / "scores", {"dtype": d}) for d in ("float32", "bfloat16"))
-    first.save(SUMS, rows=1)
+    first, second = (
+        Checkpoint(tmp_path / "scores", {"dtype": d}, every=0) for d in ("float32", "bfloat16")
+    )
+    first.save({"rows": 1})
     assert second.load() is None
-    second.save(SUMS, rows=2)
+    second.save({"rows": 2})
     second.done()
-    assert first.load()[1] == {"rows": 1}
+    assert first.load() == {"rows": 1}
     assert len(first.path.stem.rsplit("-", 1)[1]) == 16
 
 
@@ -661,22 +664,21 @@ def test_checkpoints_go_by_time(tmp_path, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(artifacts.time, "monotonic", lambda: now[0])
     kept = Checkpoint(tmp_path / "scores", "key")
-    for seconds, due in [(0, False), (59.9, False), (0.1, True), (1, True)]:
+    for i, (seconds, saved) in enumerate([(0, None), (59.9, None), (0.1, 2), (59.9, 2), (0.1, 4)]):
         now[0] += seconds
-        assert kept.due() is due
-    kept.save(SUMS)
-    assert not kept.due()
-    now[0] += 60
-    assert kept.due()
-    assert Checkpoint(tmp_path / "scores", "key", every=0).due()
+        kept.save({"i": i})
+        assert kept.load() == (saved and {"i": saved})
+    Checkpoint(tmp_path / "scores", "key", every=0).save({"i": 9})
+    assert kept.load() == {"i": 9}
 
 
 @pytest.mark.fault("damaged checkpoint stops a run")
-@pytest.mark.parametrize("left", [0, 10, 200])
+@pytest.mark.parametrize("left", [0, 10, 200, 0.9])
 def test_a_damaged_checkpoint_starts_anew(tmp_path, left, caplog):
-    kept = Checkpoint(tmp_path / "scores", "key")
-    kept.save(SUMS, rows=1)
-    kept.path.write_bytes(kept.path.read_bytes()[:left])
+    kept = Checkpoint(tmp_path / "scores", "key", every=0)
+    kept.save(STATE)
+    whole = kept.path.read_bytes()
+    kept.path.write_bytes(whole[: int(left * len(whole) if left < 1 else left)])
     with caplog.at_level(logging.WARNING):
         assert kept.load() is None
     assert f"{kept.path.name} is damaged" in caplog.text
@@ -686,9 +688,9 @@ def test_two_checkpoints_with_one_key(tmp_path):
     def work(n):
         kept = Checkpoint(tmp_path / "scores", "key", every=0)
         for _ in range(20):
-            kept.save({"x": torch.full((1000,), n)}, rows=n)
-            tensors, meta = kept.load()
-            assert (tensors["x"] == meta["rows"]).all()
+            kept.save({"x": torch.full((1000,), n), "rows": n})
+            state = kept.load()
+            assert (state["x"] == state["rows"]).all()
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))

@@ -124,10 +124,59 @@ def test_choices_are_ranked_not_generated(echo, tmp_path):
     assert mllm.batches[0][1] == ("A", "B", "C", "D")
 
 
+def test_a_captions_score_is_that_of_the_whole_file(echo):
+    bench = echo("cider_d")
+    every = evaluate(FakeMLLM(), bench).set_index("row")["score"]
+    few = evaluate(FakeMLLM(), bench[5:9]).set_index("row")["score"]
+    pd.testing.assert_series_equal(few, every[few.index])
+    assert bench[5:9].fingerprint != echo("exact_match")[5:9].fingerprint
+
+
+def test_texts_are_ranked_by_their_mean_log_probability(echo):
+    """Of each row's own options, in any batch; the letters of a list play no part."""
+
+    class Ranking(FakeMLLM):
+        def logprob(self, batch, answers):
+            return [
+                -abs(len(a) - len(self.answer(p)))
+                for a, p in zip(answers, batch["ids"], strict=True)
+            ]
+
+    bench = echo(
+        "choice_accuracy",
+        references=lambda row: row["answer"],
+        options=lambda row: (row["answer"] + "!", row["answer"], "none of these"),
+    )
+    assert bench[0].choices == ("red!", "red", "none of these")
+    table = evaluate(Ranking(), bench, batch_size=7)
+    assert (table["answer"] == [s.references[0] for s in bench]).all() and (
+        table["score"] == 1
+    ).all()
+
+
+def test_measures(echo):
+    """Log-probability is of the commonest reference: a column more, or in place of answers."""
+
+    class Probable(FakeMLLM):
+        def logprob(self, batch, answers):
+            return [-float(len(answer)) for answer in answers]
+
+    bench = echo(references=lambda row: ("other", row["answer"], row["answer"]))
+    plain = evaluate(FakeMLLM(), bench)
+    both = evaluate(Probable(), bench, measure="logprob")
+    pd.testing.assert_frame_equal(both.drop(columns="logprob"), plain)
+    assert both["logprob"].tolist() == [-float(len(WORDS[i % 6])) for i in range(40)]
+    only = evaluate(Probable(), bench, measure="logprob only")
+    assert list(only) == ["benchmark", "row", "prompt", "references", "logprob"]
+    pd.testing.assert_frame_equal(only, both[list(only)])
+    with pytest.raises(ValueError, match="measure='loss': use one of score, logprob"):
+        evaluate(Probable(), bench, measure="loss")
+
+
 def test_captions_carry_their_own_column(echo):
     table = evaluate(FakeMLLM(), echo("cider_d"))
-    assert table["cider_d"].max() > 1 == table["score"].max()
-    np.testing.assert_allclose(table["score"], table["cider_d"].clip(0, 1))
+    assert table["cider_d"].max() > 1
+    np.testing.assert_allclose(table["score"], table["cider_d"] / 10)
     line = summarise(table, n=100).iloc[0]
     assert line["corpus"] == pytest.approx(table["cider_d"].mean())
 

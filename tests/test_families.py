@@ -458,7 +458,7 @@ def test_a_family_with_other_names_says_what_was_sought_and_is_described_once(
     with ml.deactivate(mllm, neurons):
         silenced = mllm.forward(batch).logits
     assert not torch.allclose(silenced, mllm.forward(batch).logits)
-    with pytest.raises(ValueError, match="no down projection of one weight"):
+    with pytest.raises(ValueError, match="no down projection of one float weight .none known"):
         ml.export(mllm, neurons, tmp_path / "toy")
 
 
@@ -493,7 +493,7 @@ def test_the_weights_say_how_many_neurons_there_are(folder):
 def test_experts_are_named_at_load(folder):
     config = tf.MixtralConfig(**TEXT, vocab_size=300, num_local_experts=2)
     tokens = tf.AutoTokenizer.from_pretrained(folder("llama"))
-    with pytest.raises(ValueError, match="one gated MLP in a MixtralDecoderLayer.*expert"):
+    with pytest.raises(ValueError, match="one gated MLP.*fused experts in MixtralDecoderLayer"):
         ml.MLLM(tf.MixtralForCausalLM(config), tokens, "moe")
 
 
@@ -611,7 +611,7 @@ def test_a_plugins_adapter_is_known_by_its_source():
         def chat(self, sample):
             return sample.prompt
 
-    assert families.QwenVL.identity() == "QwenVL 1"
+    assert families.FAMILIES["Qwen2VLForConditionalGeneration"].identity() == "QwenVL 1"
     assert len(One.identity()) >= 16 and "One" not in One.identity()
 
 
@@ -662,7 +662,7 @@ def test_arguments_reach_transformers(folder, monkeypatch):
         processor_kwargs={"min_pixels": 256, "max_pixels": 512},
     )
     asked = calls["Qwen2VLForConditionalGeneration"]
-    assert asked["dtype"] is torch.bfloat16 and asked["device_map"] == {"": "cpu"}
+    assert asked["dtype"] == "bfloat16" and asked["device_map"] == {"": "cpu"}
     assert asked["attn_implementation"] == "eager" and asked["quantization_config"] is quantised
     assert {c["revision"] for c in calls.values()} == {"v1"}
     assert calls["AutoProcessor"]["max_pixels"] == 512

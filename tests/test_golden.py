@@ -72,6 +72,7 @@ class Asked(Rows):
 
     choices: tuple[str, ...] = ()
     max_new_tokens: int = 4
+    whole: tuple = ()
 
     @property
     def metric(self) -> str:
@@ -79,7 +80,7 @@ class Asked(Rows):
 
     @property
     def spec(self) -> SimpleNamespace:
-        return SimpleNamespace(choices=self.choices)
+        return SimpleNamespace(choices=self.choices, options=None)
 
 
 def samples(n: int = 6) -> list[Sample]:

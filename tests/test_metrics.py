@@ -242,7 +242,20 @@ def test_cider_agrees_with_definition():
     np.testing.assert_allclose(got, slow_cider_d(tokens, refs), atol=1e-9)
     assert got.max() > 1 and (got[2::5] == 0).all()  # identical ones, and empty answers
     assert metrics.corpus_score("cider_d", answers, references) == pytest.approx(got.mean())
-    assert max(metrics.row_scores("cider_d", answers, references)) == 1.0
+    shares = metrics.row_scores("cider_d", answers, references)
+    np.testing.assert_allclose(shares, got / 10)
+
+
+def test_a_captions_score_does_not_hang_on_the_rows_beside_it():
+    """Document frequencies are the whole file's, which a subset is given."""
+    answers, references = captions(0, 250)
+    every = metrics.row_scores("cider_d", answers, references)
+    for part in (slice(0, 1), slice(10, 30), slice(249, 0, -3)):
+        few = answers[part], references[part]
+        np.testing.assert_allclose(metrics.row_scores("cider_d", *few, references), every[part])
+    assert metrics.row_scores("cider_d", *few) != pytest.approx(every[part])
+    mean = metrics.corpus_score("cider_d", *few, references)
+    assert mean == pytest.approx(10 * np.mean(every[part]))
 
 
 def test_cider_by_hand():

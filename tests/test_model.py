@@ -37,7 +37,7 @@ def test_load_is_the_checkpoint(name):
     mllm = load(folder, device="cpu")
     assert type(mllm.model).__name__ == mllm.model.config.architectures[0]
     assert mllm.fingerprint.keys() >= {"config.json", "model.safetensors", "tokenizer.json"}
-    files = {f.name for f in folder.iterdir()} - {"README.md"}
+    files = {f.name for f in folder.iterdir()} - {"README.md", "model.yml"}
     assert files <= mllm.fingerprint.keys()
     assert all(len(mllm.fingerprint[file]) == 64 for file in files)
     assert mllm.model.dtype == torch.float32
@@ -192,6 +192,50 @@ def test_choose_ranks_the_last_tokens_probabilities(mllm, samples):
         mllm.choose(batch, ("A", "a long choice"))
 
 
+ANSWERS = ("Arlen", "a small red square", "nobody at all", "circle and two more", "to the left")
+
+
+def test_an_answers_log_probability_is_its_tokens_mean_after_the_prompt(exact_mllm):
+    """In one padded batch as of each row alone, whose tokens are told one by one."""
+    samples = samples_for(exact_mllm)
+    answers = [ANSWERS[i % 5] for i in range(len(samples))]
+    got = exact_mllm.logprob(exact_mllm.encode(samples), answers)
+    assert len({len(exact_mllm.tokenizer.encode(answer)) for answer in answers}) > 1
+    for sample, answer, mean in zip(samples, answers, got, strict=True):
+        batch, told = dict(exact_mllm.encode([sample])), []
+        ids = exact_mllm.tokenizer.encode(answer, add_special_tokens=False)
+        for token in ids:
+            with torch.inference_mode():
+                logits = exact_mllm.model(**batch, use_cache=False).logits[0, -1]
+            told.append(logits.log_softmax(-1)[token].item())
+            shape = batch["input_ids"].shape
+            new = {k: v for k, v in batch.items() if getattr(v, "shape", None) == shape}
+            more = {"input_ids": token, "attention_mask": 1}
+            for name, value in new.items():
+                last = torch.full_like(value[:, :1], more.get(name, 0))
+                batch[name] = torch.cat([value, last], 1)
+        assert mean == pytest.approx(np.mean(told), abs=1e-6)
+
+
+def test_an_answer_without_tokens_is_refused(mllm, samples):
+    with pytest.raises(ValueError, match="the answer '' has no token"):
+        mllm.logprob(mllm.encode(samples[:2]), ["yes", ""])
+
+
+def test_after_a_word_an_answer_starts_with_a_blank():
+    """A template may end in a word (ASSISTANT:), where " yes" is what a model would say."""
+    own = shared_mllm(MODELS[0])
+    tokenizer, model = own.tokenizer, text_only(transformers.LlamaConfig(**SMALL)).model
+    mllm = MLLM(model, tokenizer, "llama")
+    batch = tokenizer(["Is it red? Answer:"], return_tensors="pt")
+    ids = tokenizer.encode(" yes", add_special_tokens=False)
+    whole = torch.cat([batch["input_ids"], torch.tensor([ids])], 1)
+    with torch.inference_mode():
+        probs = model(input_ids=whole).logits[0, -len(ids) - 1 : -1].log_softmax(-1)
+    mean = probs[range(len(ids)), ids].mean().item()
+    assert mllm.logprob(batch, ["yes"]) == pytest.approx([mean], abs=1e-5)
+
+
 # --- the way in ----------------------------------------------------------------------------------
 
 
@@ -253,6 +297,17 @@ def test_attention_is_tapped_once(mllm, samples):
         assert footprints(mllm) == inside
         mllm.forward(mllm.encode(samples[:1]))
     assert footprints(mllm) == before
+
+
+def test_taps_of_different_layers_nest(mllm, samples):
+    before, seen = footprints(mllm), []
+    outer, inner = ({"attention": lambda i, *_: seen.append(i), "layers": [i]} for i in (0, 1))
+    with mllm.tap(**outer):
+        inside = footprints(mllm)
+        with mllm.tap(**inner):
+            mllm.forward(mllm.encode(samples[:1]))
+        assert footprints(mllm) == inside
+    assert seen == [0, 1] and footprints(mllm) == before
 
 
 def test_only_the_named_layers_fire(mllm, samples):

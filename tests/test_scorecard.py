@@ -28,6 +28,8 @@ def project(tmp_path, monkeypatch):
         nbformat.write(notebook, tmp_path / f"notebooks/{name}.ipynb")
     for model in ("tiny-a", "tiny-b"):
         (tmp_path / "data/models" / model).mkdir(parents=True)
+        (tmp_path / "data/models" / model / "model.yml").touch()
+    (tmp_path / "data/models/parts").mkdir()
     (tmp_path / "runs").mkdir()
     monkeypatch.setattr(scorecard, "ROOT", tmp_path)
     found = scorecard.findings(tmp_path / "notebooks")

@@ -245,7 +245,7 @@ def test_answers_are_computed_once_for_each_set_of_silenced_neurons(tmp_path, co
     assert wb.answers(neurons.assign_coords(modality=["a", "b"])).equals(after)
     assert len(counted) == 2
     wb.answers(neurons, mode="mean", constants=scores)
-    wb.answers(neurons, modalities=["text"])
+    wb.answers(neurons.sel(modality=["text"]))
     assert len(counted) == 4
 
 

@@ -198,7 +198,7 @@ def train(
     start, spent = 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["model"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         start, spent = state["step"], state["seconds"]
     losses: dict[str, float] = {}
@@ -206,7 +206,8 @@ def train(
 
     def save(step: int) -> None:
         state = {
-            "model": model.state_dict(),
+            # What is frozen, a caller makes again.
+            "model": {n: w for n, w in model.named_parameters() if w.requires_grad},
             "optimizer": optimizer.state_dict(),
             "step": step,
             "seconds": spent + time.monotonic() - begun,

@@ -4,8 +4,6 @@ Recomputed in float32 from the queries and keys that `MLLM.tap` shows, under the
 used, and reduced to token sets prompt by prompt: no [head, token, token] tensor exists.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import torch
@@ -27,7 +25,7 @@ def visible(mask: Tensor | None, real: Tensor, queries: int | None = None) -> Te
     batch, n = real.shape
     queries = queries or n
     if mask is None or mask.ndim == 2:
-        seen = torch.ones(queries, n, dtype=torch.bool, device=real.device).tril(n - queries)
+        seen = real.new_ones(queries, n).tril(n - queries)
     elif mask.dtype == torch.bool:
         seen = mask[:, 0]
     else:
@@ -41,26 +39,23 @@ def mass_between(
     """One prompt's mean attention mass from each set's tokens to each set, and its uniform null.
 
     query [head, token, dim], key [kv head, token, dim], seen bool [query, key], sets float
-    [set, token]. Both are [query set, key set], NaN where a set is empty. The null is what the
-    same tokens would give if each attended uniformly over the tokens it sees, itself included.
+    [set, token]. Both are [query set, key set], NaN where a set is empty; the null is that of
+    tokens that attend uniformly over those they see, themselves included.
     """
-    even = seen / seen.sum(-1, keepdim=True).clamp(min=1)
     count = sets.sum(-1, keepdim=True)
     here = (count > 0) & (count > 0).T
-    mass, null = (
-        torch.where(here, sets @ p @ sets.T / count.clamp(min=1), torch.nan)
-        for p in (attention(query[None], key[None], seen[None], scaling)[0], even)
-    )
-    return mass, null
+
+    def between(p: Tensor) -> Tensor:
+        return torch.where(here, sets @ p @ sets.T / count.clamp(min=1), torch.nan)
+
+    mass = attention(query[None], key[None], seen[None], scaling)[0]
+    return between(mass), between(seen / seen.sum(-1, keepdim=True).clamp(min=1))
 
 
 @torch.inference_mode()
 def _masses(mllm: MLLM, bench, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mass and its null [sample, layer, set, set], and how many tokens a set has [sample, set].
-
-    The sets: the model's kinds, then the prompt's first token, and the special ones without it.
-    """
-    n_sets = len(mllm.kinds) + 2
+    """Mass and its null [sample, layer, set, set], and how many tokens a set has [sample, set]."""
+    n_sets = len(mllm.kinds) + 2  # and the prompt's first token, and the special ones without it
     found = np.full((2, len(bench), mllm.n_layers, n_sets, n_sets), np.nan, np.float32)
     counts = np.zeros((len(bench), n_sets))
     for first, batch in mllm.batches(bench, batch_size, "attention"):
@@ -85,14 +80,13 @@ def _masses(mllm: MLLM, bench, batch_size: int) -> tuple[np.ndarray, np.ndarray,
 
 def _table(value: str, values: np.ndarray, uniform=None, **axes) -> pd.DataFrame:
     """Means over samples of values [sample, layer, *axes], a row per entry that any sample has."""
-    mean, low, high = interval(values)
     n = (~np.isnan(values)).sum(0)
-    columns = {value: mean, "low": low, "high": high}
+    columns = dict(zip((value, "low", "high"), interval(values), strict=True))
     if uniform is not None:
         columns["uniform"] = np.nansum(uniform, axis=0) / n.clip(1)
     axes = {"layer": range(values.shape[1]), **axes}
     index = pd.MultiIndex.from_product(axes.values(), names=axes)
-    table = pd.DataFrame({k: x.ravel() for k, x in (columns | {"n": n}).items()}, index)
+    table = pd.DataFrame({k: x.ravel() for k, x in columns.items()}, index).assign(n=n.ravel())
     return table[table["n"] > 0].reset_index()
 
 
@@ -100,10 +94,9 @@ def _table(value: str, values: np.ndarray, uniform=None, **axes) -> pd.DataFrame
 def attention_between(mllm: MLLM, bench, *, batch_size: int = 8) -> pd.DataFrame:
     """Mean attention mass from each base set's tokens to each base set, by layer.
 
-    Attention is the model's own (causal, masked), averaged over heads; a sample's value is the
-    mean over the query set's tokens, and samples weigh equally. Columns layer, query, key, share,
-    low, high (95 % bootstrap interval over samples), uniform (the share if every token attended
-    uniformly over the tokens it sees, itself included), n (samples that hold both sets).
+    The model's own (causal, masked), averaged over heads, the query set's tokens and then samples.
+    Columns layer, query, key, share, low, high (95 % bootstrap interval over samples), uniform
+    (the null of `mass_between`), n (samples with both).
     """
     kinds = list(mllm.kinds)
     mass, null, _ = _masses(mllm, bench, batch_size)
@@ -113,13 +106,9 @@ def attention_between(mllm: MLLM, bench, *, batch_size: int = 8) -> pd.DataFrame
 
 @computation(version=1)
 def attention_within(mllm: MLLM, bench, *, batch_size: int = 8) -> pd.DataFrame:
-    """Share of attention that stays within a token's own base set, by layer (hypothesis 1).
-
-    Columns layer, set, share, low, high, uniform, n as in `attention_between`.
-    """
-    table = attention_between(mllm, bench, batch_size=batch_size)
-    own = table[table["query"] == table["key"]].drop(columns="key")
-    return own.rename(columns={"query": "set"}).reset_index(drop=True)
+    """The rows of `attention_between` from a set to itself, in a column `set` (hypothesis 1)."""
+    own = attention_between(mllm, bench, batch_size=batch_size).query("query == key")
+    return own.drop(columns="key").rename(columns={"query": "set"}).reset_index(drop=True)
 
 
 def hypothesis_1(within: pd.DataFrame) -> pd.DataFrame:
@@ -128,30 +117,24 @@ def hypothesis_1(within: pd.DataFrame) -> pd.DataFrame:
     Indexed by set: mean share and uniform, the shares of layers and benchmarks whose interval lies
     `above` and `below` the uniform null, and the verdict, `hypothesis 1` (`inference.by_share`).
     """
-    flags = {
-        "above": within["low"] > within["uniform"],
-        "below": within["high"] < within["uniform"],
-    }
-    groups = within.assign(**flags).groupby("set", sort=False)
+    above, below = within["low"] > within["uniform"], within["high"] < within["uniform"]
+    groups = within.assign(above=above, below=below).groupby("set", sort=False)
     table = groups[["share", "uniform", "above", "below"]].mean()
     verdicts = map(by_share, table["above"], groups.size())
-    return table.assign(**{"hypothesis 1": [str(verdict) for verdict in verdicts]})
+    return table.assign(**{"hypothesis 1": [*map(str, verdicts)]})
 
 
 @computation(version=1)
 def attention_sinks(mllm: MLLM, bench, *, batch_size: int = 8) -> pd.DataFrame:
     """Attention that each base set collects, relative to uniform attention, by layer.
 
-    Sums over all of the prompt's queries: 1 is what the set's tokens would collect if every token
-    attended uniformly over the tokens it sees (Xiao et al. 2023 call tokens far above it sinks).
-    Since a prompt's first token is the usual sink and often special, it has a row of its own,
-    `first`, and `later special` is special without it. Columns layer, set, collected, low, high
-    (95 % bootstrap interval over samples), n.
+    Sums over all of the prompt's queries; Xiao et al. (2023) call tokens far above 1 sinks. A
+    prompt's first token, the usual sink and often special, has a row of its own, `first`, and
+    `later special` is without it. Columns layer, set, collected, low, high (95 % interval), n.
     """
     mass, null, counts = _masses(mllm, bench, batch_size)
     kinds = len(mllm.kinds)  # they partition the queries; the others would count some twice
     queries = counts[:, None, :kinds, None]
     got, even = (np.nansum(queries * x[:, :, :kinds], axis=2) for x in (mass, null))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratio = np.where(even > 0, got / even, np.nan)
+    ratio = np.divide(got, even, out=np.full_like(got, np.nan), where=even > 0)
     return _table("collected", ratio, set=[*mllm.kinds, "first", "later special"])

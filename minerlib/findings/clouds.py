@@ -4,22 +4,17 @@ Measures of two clouds take `second`, bool [r, n]: which of the n points belong 
 cloud, once per labelling (the observed one and its shuffles), so that a null costs one call.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from scipy.stats import binom, rankdata
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupKFold
 from sklearn.neighbors import NearestNeighbors
 
-# --- two clouds -----------------------------------------------------------------------------------
-
 
 def centroid_distance(x: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Distance of two clouds' centroids over their spread, [r]; 0 is one place.
+    """Distance of two clouds' centroids over the root mean square distance from them, [r].
 
-    x [n, hidden]; first and second are the clouds' weights [r, n], 0 outside the cloud. The
-    spread is the root mean square distance of the points from their own centroid.
+    x [n, hidden]; first and second are the clouds' weights [r, n], 0 outside the cloud.
     """
     x, w = x - x.mean(0), np.stack([first, second])
     w = w / w.sum(-1, keepdims=True)
@@ -55,8 +50,7 @@ def mixing(near: np.ndarray, second: np.ndarray) -> np.ndarray:
 def classified(x: np.ndarray, second: np.ndarray, groups: np.ndarray, folds: int = 5) -> np.ndarray:
     """Whether a linear classifier of the cloud is right about each held-out point, bool [r, n].
 
-    Least squares with a ridge of a thousandth of the mean variance, on folds that no group
-    straddles. One factorisation serves all labellings.
+    Least squares with a ridge of a thousandth of the mean variance; no group straddles two folds.
     """
     x, target = x.astype(float), np.where(second, 1.0, -1.0).T
     right = np.zeros(second.shape, bool)
@@ -74,9 +68,8 @@ def cka(
     """Debiased linear CKA of two views [sample, hidden] of the same samples; 0 is unrelated.
 
     Returns the value, its bootstrap values under weights [r, sample] and its null under
-    `shuffled` random pairings. The Gram matrices are centred so that their diagonal is 0
-    (the unbiased HSIC of Song et al. 2012), which also keeps a sample that is drawn twice from
-    being compared with itself.
+    `shuffled` random pairings. No sample is compared with itself, drawn twice or not: the Gram
+    matrices' diagonal is 0 (the unbiased HSIC of Song et al. 2012).
     """
     k, m = _centred_gram(a), _centred_gram(b)
     weights = np.ones((1, len(k))) if weights is None else np.vstack([np.ones(len(k)), weights])
@@ -89,8 +82,7 @@ def cka(
 
 
 def _centred_gram(x: np.ndarray) -> np.ndarray:
-    n = len(x)
-    if n < 4:
+    if (n := len(x)) < 4:
         raise ValueError(f"{n} samples hold both kinds; CKA needs at least 4: raise the limit")
     x = x - x.mean(0)
     gram = x @ x.T
@@ -104,9 +96,8 @@ def _centred_gram(x: np.ndarray) -> np.ndarray:
 def convergence_layer(curve: np.ndarray, falling: bool = True) -> np.ndarray:
     """The layer by which half of all convergence is done, interpolated between layers.
 
-    curve [..., layer + 1], embeddings first; falling means that smaller is more converged. The
-    whole is the furthest the curve ever gets from its start in the converging direction, so a
-    later divergence does not count; NaN where it never converges.
+    curve [..., layer + 1], embeddings first; falling: smaller is more converged. The whole is the
+    furthest the curve ever gets from its start in that direction; NaN where it never does.
     """
     gain = (curve[..., :1] - curve) * (1 if falling else -1)
     half = gain.max(-1, keepdims=True) / 2
@@ -118,17 +109,13 @@ def convergence_layer(curve: np.ndarray, falling: bool = True) -> np.ndarray:
     return np.where(half > 0, at, np.nan)[..., 0]
 
 
-# --- one cloud reaching for another --------------------------------------------------------------
-
-
 def reach(
     distance: np.ndarray, second: np.ndarray, k: int = 5, near: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean distance of each point to its k nearest of the other cloud and of its own, [r, n] each.
 
-    near: each point's nearest others from `neighbours` (default all), to which the search is
-    limited; a part of them suffices where the clouds are mixed, as under shuffled labels. A cloud
-    that is not met is put at the furthest of them.
+    near limits the search to each point's nearest others, from `neighbours` (default all), which
+    suffice where clouds are mixed; a cloud that is not among them is put at the furthest of them.
     """
     near = neighbours(distance, len(distance)) if near is None else near
     candidates = np.take_along_axis(distance, near, 1)
@@ -144,11 +131,7 @@ def reach(
 
 
 def crowded(near: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Which points have more of the first cloud among their neighbours than chance, bool [r, n].
-
-    More than the 95 % quantile of the binomial with the first cloud's share: under random labels
-    at most one point in twenty.
-    """
+    """Whose neighbours are of the first cloud more often than in 95 % of random draws, [r, n]."""
     n, k = second.shape[1], near.shape[1]
     found = np.stack([(~row[near]).sum(1) for row in second])
     first = n - second.sum(1, keepdims=True)
@@ -156,34 +139,20 @@ def crowded(near: np.ndarray, second: np.ndarray) -> np.ndarray:
     return found > np.where(second, *most)  # a point is not its own neighbour
 
 
-def elongation(
-    x: np.ndarray, directions: np.ndarray, weights: np.ndarray | None = None
-) -> np.ndarray:
-    """Variance of a cloud along each direction over its mean variance per dimension, [r].
-
-    x [n, hidden]; directions [r, hidden], of any length; weights [r, n], one set per direction.
-    1 is a round cloud.
-    """
+def elongation(x: np.ndarray, directions: np.ndarray, weights=None) -> np.ndarray:
+    """Variance of x [n, hidden] (weights [r, n]) along directions [r, hidden] over its mean [r]."""
     x = x - x.mean(0)
-    directions = directions / np.linalg.norm(directions, axis=1, keepdims=True)
     weights = np.ones((1, len(x))) if weights is None else weights
     weights = weights / weights.sum(1, keepdims=True)
-    along = directions @ x.T
+    along = directions / np.linalg.norm(directions, axis=1, keepdims=True) @ x.T
     variance = (weights * along**2).sum(1) - (weights * along).sum(1) ** 2
     total = weights @ (x**2).sum(1) - ((weights @ x) ** 2).sum(1)
     return variance / np.maximum(total / x.shape[1], 1e-24)
 
 
 def directions_like(x: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
-    """Random directions with the covariance of the points, [n, hidden].
-
-    Directions drawn evenly over the sphere would hardly meet the few dimensions in which hidden
-    states vary, so any direction between two real centroids would beat them.
-    """
+    """Random directions with the covariance of the points, [n, hidden]."""
     return np.random.default_rng(seed).standard_normal((n, len(x))) @ (x - x.mean(0))
-
-
-# --- points at the ends of a cloud ---------------------------------------------------------------
 
 
 def principal_axis(x: np.ndarray) -> np.ndarray:
@@ -196,10 +165,7 @@ def principal_axis(x: np.ndarray) -> np.ndarray:
 
 
 def extremity(z: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """How far out each z [n] lies among the first cloud's, [r, n]: 0 at the median, 1 at an end.
-
-    Twice the distance of its percentile from one half; the first cloud's own points average 0.5.
-    """
+    """How far out each z [n] lies among the first cloud's, [r, n]: 0 at the median, 1 at an end."""
     order = np.argsort(z, kind="stable")
     below, upto = (np.searchsorted(z[order], z, side) for side in ("left", "right"))
     first = np.cumsum(np.pad(~second[:, order], ((0, 0), (1, 0))), axis=1)
@@ -214,9 +180,6 @@ def standard_ranks(values: np.ndarray) -> np.ndarray:
 
 
 def massive(x: np.ndarray) -> np.ndarray:
-    """Largest over median magnitude of each point's coordinates, [...] of x [..., hidden].
-
-    Above 1000 is a massive activation (Sun et al. 2024). Depends on the model's own axes.
-    """
+    """Largest over median magnitude of each point's coordinates, [...] of x [..., hidden]."""
     size = np.abs(x)
     return size.max(-1) / np.maximum(np.median(size, axis=-1), 1e-12)

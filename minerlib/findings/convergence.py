@@ -1,8 +1,7 @@
 """Where the modalities converge (finding II): distances of kinds' clouds, layer by layer."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import combinations
 from typing import Any
@@ -20,7 +19,6 @@ from minerlib.artifacts import computation
 from minerlib.deactivation import deactivate
 from minerlib.findings import clouds
 from minerlib.findings.states import States, hidden_states
-from minerlib.inference import Resampling, table_row
 from minerlib.model import MLLM
 
 CONVERGENCE = dict(distance=True, silhouette=True, accuracy=True, mixing=False, cka=False)
@@ -31,18 +29,16 @@ CONVERGENCE = dict(distance=True, silhouette=True, accuracy=True, mixing=False, 
 def convergence(
     states: States, kinds: Sequence[str] | None = None, *, k=10, n_boot=1000, n_null=200, seed=0
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """How far apart each two kinds lie, layer by layer, and where they converge.
+    """How far apart each two kinds (default: of all) that meet lie, and where they converge.
 
-    kinds (default: all) are taken in pairs, and pairs that no sample holds both of left out.
     Measures: `distance` of the centroids over the spread; `silhouette` of the labels; `accuracy`
     of a cross-validated linear classifier; `mixing`, the share of the k nearest neighbours that
     are of the other kind, over chance; `cka`, debiased linear CKA between the kinds' means
     across samples. Null: labels shuffled within each sample, for `cka` samples paired at random.
 
-    Returns curves: pair, layer, measure, value, low, high, null, null_low, null_high, p (chance
-    that the null is as far apart; for cka, as related). layers: pair, measure, layer (see
-    `clouds.convergence_layer`), low, high, start, closest, end (values), lower_half and never
-    (shares of resamplings in which it lies in the lower half of the layers, and nowhere).
+    Returns curves: pair, layer, and the columns of `inference.table_row`; and layers: pair,
+    measure, layer (see `clouds.convergence_layer`), low, high, start, closest, end (values),
+    lower_half, never (shares of resamplings in which it lies in the lower half, and nowhere).
     """
     curves, layers = [], []
     pairs = [pair for pair, n in meetings(states, kinds).items() if n]
@@ -50,19 +46,19 @@ def convergence(
         raise ValueError(f"no sample holds two of the kinds {kinds}; choose kinds that meet")
     for a, b in tqdm(pairs, desc="pairs", leave=False):
         pair, part = f"{a}-{b}", states.of(a, b)
-        r = Resampling(part.tokens, b, n_boot, n_null, seed)
-        drawn: dict[str, list] = {m: [] for m in CONVERGENCE}  # the samples themselves first
+        r = inference.Resampling(part.tokens, b, n_boot, n_null, seed)
+        drawn = defaultdict[str, list](list)  # the samples themselves first
         for layer, x in enumerate(part.hidden):
             for row, draws in _apart(x, r, k, n_null, seed):
                 curves.append({"pair": pair, "layer": layer, **row})
                 drawn[row["measure"]].append(np.append(row["value"], draws))
         for measure, falling in CONVERGENCE.items():
             curve = (by_draw := np.stack(drawn[measure], -1))[0]
-            half, *at = clouds.convergence_layer(by_draw, falling)
-            low, high = map(float, inference.middle95(np.array(at)))
-            lower, never = np.mean(np.array(at) < (len(curve) - 1) / 2), np.isnan(at).mean()
-            line = {"pair": pair, "measure": measure, "layer": half, "low": low, "high": high}
-            line |= {"lower_half": lower, "start": curve[0], "end": curve[-1], "never": never}
+            found = clouds.convergence_layer(by_draw, falling)
+            at, (low, high) = found[1:], map(float, inference.middle95(found[1:]))
+            line = {"pair": pair, "measure": measure, "layer": found[0], "low": low, "high": high}
+            line |= {"lower_half": np.mean(at < (len(curve) - 1) / 2), "start": curve[0]}
+            line |= {"end": curve[-1], "never": np.isnan(at).mean()}
             layers.append(line | {"closest": curve.min() if falling else curve.max()})
     return pd.DataFrame(curves), pd.DataFrame(layers)
 
@@ -74,23 +70,23 @@ def meetings(states: States, kinds: Sequence[str] | None = None) -> pd.Series:
     return pd.Series({p: int(held.map(set(p).issubset).sum()) for p in combinations(kinds, 2)})
 
 
-def _apart(x: np.ndarray, r: Resampling, k: int, n_null: int, seed: int) -> list[tuple]:
-    """(row, bootstrap draws) of each measure of one layer and pair."""
+def _apart(x: np.ndarray, r: inference.Resampling, k, n_null, seed) -> Iterator[tuple]:
+    """The row and the bootstrap draws of each measure of one layer and pair."""
     distance, tokens = pairwise_distances(x), r.token_draws
     apart = clouds.centroid_distance(x, ~r.second, r.second)
     draws = clouds.centroid_distance(x, tokens * ~r.own, tokens * r.own)
-    found = [(table_row("distance", apart[0], draws, apart[1:]), draws)]
+    yield inference.table_row("distance", apart[0], draws, apart[1:]), draws
     per_token = {
         "silhouette": clouds.silhouette(distance, r.second),
         "accuracy": clouds.classified(x, r.second, r.group),
         "mixing": clouds.mixing(clouds.neighbours(distance, k), r.second),
     }
-    for measure, right in per_token.items():
-        draws = inference.weighted(r.by_sample(right[:1]).T, r.draws)[:, 0]
-        found.append((r.row(measure, right, greater=CONVERGENCE[measure]), draws))
+    for measure, values in per_token.items():
+        row = inference.table_row(measure, *r.means(values), greater=CONVERGENCE[measure])
+        yield row, r.means(values[:1])[1]
     first, second = (r.by_sample(x.T, own).T for own in (~r.own, r.own))
     value, draws, null = clouds.cka(first, second, r.draws, n_null, seed)
-    return [*found, (table_row("cka", value, draws, null), draws)]
+    yield inference.table_row("cka", value, draws, null), draws
 
 
 def against_text(table: pd.DataFrame) -> pd.DataFrame:
@@ -110,23 +106,20 @@ def verdicts(curves: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
     of = {name: t.set_index("layer") for name, t in curves.groupby(["pair", "measure"])}
     found = []
     for line in layers.itertuples():
-        curve, falling = of[line.pair, line.measure], CONVERGENCE[line.measure]
-        half = (line.low, line.high)
+        curve, half = of[line.pair, line.measure], (line.low, line.high)
+        falling = CONVERGENCE[line.measure]
         verdict, at, nearer = inference.converged(curve, half, middle, falling=falling)
         apart = "" if line.measure == "cka" else "yes" if curve.loc[at, "p"] <= 0.05 else "no"
-        found.append((at, bool(nearer), apart, curve.loc[at, "null"], verdict))
+        found.append((at, nearer, apart, curve.loc[at, "null"], verdict))
     return layers.join(pd.DataFrame(found, columns=["at", "converges", "apart", "null", "verdict"]))
 
 
 def disparity(pictures: pd.DataFrame) -> pd.DataFrame:
-    """How much pairs of a layer's t-SNE pictures of `states.project` differ: layer, least, most.
-
-    The squared difference after the best shift, scaling and rotation: 0 is the same picture.
-    """
+    """Least and most difference of a layer's t-SNE pictures, by pairs; 0 after a Procrustes fit."""
     rows = []
     for layer, panel in pictures[pictures["view"] != "PCA"].groupby("layer"):
         views = [view[["x", "y"]] for _, view in panel.groupby("view")]
-        apart = [procrustes(a, b)[2] for a, b in combinations(views, 2)]
+        apart = [procrustes(*pair)[2] for pair in combinations(views, 2)]
         rows.append((layer, min(apart), max(apart)))
     return pd.DataFrame(rows, columns=["layer", "least", "most"])
 
@@ -134,9 +127,8 @@ def disparity(pictures: pd.DataFrame) -> pd.DataFrame:
 def lower_share(neurons: Mapping[str, xr.DataArray]) -> pd.DataFrame:
     """How many of each modality's neurons sit in the lower half of the layers, beside chance.
 
-    neurons {modality: bool [modality, layer, neuron]}. Chance is a draw of as many from all
-    layers, hypergeometric. Returns columns modality, neurons, lower (share of them), null,
-    null_low, null_high (95 % of the draws), p (that a draw has as many there).
+    Chance: as many drawn from all layers (hypergeometric). Columns modality, neurons, lower (share
+    of them), null, null_low, null_high (95 % of the draws), p (that a draw has as many there).
     """
     rows = []
     for modality, array in neurons.items():
@@ -154,21 +146,21 @@ def lower_share(neurons: Mapping[str, xr.DataArray]) -> pd.DataFrame:
 def distances(
     mllm: MLLM, samples, kinds: Sequence[str], neurons=None, *, n_boot=0, seed=0, **look: Any
 ) -> xr.DataArray:
-    """Distance of each kind's centroid from the text's, layer by layer, with neurons silenced.
+    """Distance of each kind's centroid from the text's with neurons silenced, [kind, draw, layer].
 
-    samples and look as in `hidden_states`. Returns [kind, draw, layer + 1]: draw 0 holds the
-    samples themselves, the others n_boot resamplings, the same whatever is silenced.
+    samples and look as in `hidden_states`; the first draw is the samples themselves, then come
+    n_boot resamplings, the same whatever is silenced.
     """
     with nullcontext() if neurons is None else deactivate(mllm, neurons):
         states = hidden_states(mllm, samples, seed=seed, **look)
     values = []
     for kind in kinds:
         part = states.of("text", kind)
-        r = Resampling(part.tokens, kind, n_boot, 0, seed)
+        r = inference.Resampling(part.tokens, kind, n_boot, 0, seed)
         w = np.vstack([np.ones(len(r.own)), r.token_draws])
         values.append([clouds.centroid_distance(x, w * ~r.own, w * r.own) for x in part.hidden])
-    draws = np.stack(values).transpose(0, 2, 1)
-    return xr.DataArray(draws, {"kind": list(kinds)}, ("kind", "draw", "layer"))
+    found = xr.DataArray(values, {"kind": list(kinds)}, ("kind", "layer", "draw"))
+    return found.transpose("kind", "draw", "layer")
 
 
 def silenced(
@@ -176,11 +168,10 @@ def silenced(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """How silencing moves the convergence of each kind and the text, beside random draws.
 
-    before, after {modality} and null as `distances` returns them; of null draw 0 is used.
-    Returns moved: pair, silenced, change (of the "layer" of convergence, or of the mean
-    "distance"), value, low, high, least, most (of the random draws), p (two-sided), verdict; and
-    steps, the change of the distance: kind, modality ("random": the draws' mean and range),
-    layer, value, low, high.
+    before, after {modality} and null as `distances` returns them; of null draw 0 is used. Returns
+    moved: pair, silenced, change (of the "layer" of convergence, or of the mean "distance"),
+    value, low, high, least, most (of the random draws), p (two-sided), verdict; and steps of the
+    distance: kind, modality ("random": the draws' mean and range), layer, value, low, high.
     """
     moved, steps = [], []
     for kind in before["kind"].values.tolist():
@@ -208,34 +199,27 @@ def silenced(
 
 
 def claims(layers, sits: pd.DataFrame, moved: pd.DataFrame, n_layers: int) -> list[dict]:
-    """The lines of `inference.claims_table`, the claim as a whole first.
-
-    layers as `verdicts` returns them, sits as `lower_share` does, moved as `silenced` does.
-    """
-    spread, lines = inference.spread, []
-    for line in against_text(layers).query("kind != 'special'").itertuples():
-        where = f"half done in layer {spread(line.layer, line.low, line.high, digits=1)}"
-        if not line.converges:
-            where = "not clearly nearer" if line.at else "never nearer"
-        claim = f"{line.pair} converge in the lower layers ({line.measure})"
-        measured = f"{line.start:z.2f} to {line.closest:z.2f}, {where}"
-        null = f"steady: layer {n_layers / 2:g}; shuffled: {line.null:z.2f}"
-        lines.append((claim, measured, null, None, line.verdict))
-    found = [line[-1] for line in lines]
-    hold = sum(verdict.word == inference.HOLDS for verdict in found)
-    measured = f"{hold} of {len(lines)} measures of text and media hold"
+    """The closing table's lines, the whole first, from `verdicts`, `lower_share` and `silenced`."""
+    spread, line, lines = inference.spread, inference.line, []
+    for at in against_text(layers).query("kind != 'special'").itertuples():
+        where = f"half done in layer {spread(at.layer, at.low, at.high, digits=1)}"
+        if not at.converges:
+            where = "not clearly nearer" if at.at else "never nearer"
+        claim = f"{at.pair} converge in the lower layers ({at.measure})"
+        measured = f"{at.start:z.2f} to {at.closest:z.2f}, {where}"
+        null = f"steady: layer {n_layers / 2:g}; shuffled: {at.null:z.2f}"
+        lines.append(line(claim, measured, null, at.verdict))
     claim = "different modalities mainly converge in the lower layers"
-    lines.insert(0, (claim, measured, "the lines below", None, inference.majority(found)))
-    for line in sits.itertuples():
-        measured = f"{line.lower:.2f} of {line.neurons} in the lower half"
-        null = f"random: {spread(line.null, line.null_low, line.null_high)}"
-        claim = f"{line.modality} neurons sit in the lower layers"
-        lines.append((claim, measured, null, line.p, inference.by_p(line.p)))
+    lines.insert(0, inference.whole(claim, lines, "measures of text and media"))
+    for at in sits.itertuples():
+        claim = f"{at.modality} neurons sit in the lower layers"
+        measured = f"{at.lower:.2f} of {at.neurons} in the lower half"
+        null = f"random: {spread(at.null, at.null_low, at.null_high)}"
+        lines.append(line(claim, measured, null, inference.by_p(at.p), at.p))
     does = {"layer": "moves the layer of convergence", "distance": "changes the distance"}
-    for line in moved.itertuples():
-        measured = spread(line.value, line.low, line.high, "+")
-        null = f"random: {line.least:+z.2f} to {line.most:+z.2f}"
-        claim = f"silencing {line.silenced} neurons {does[line.change]} of {line.pair}"
-        lines.append((claim, measured, null, line.p, line.verdict))
-    columns = ("claim", "measured", "null", "p", "verdict")
-    return [dict(zip(columns, line, strict=True)) for line in lines]
+    for at in moved.itertuples():
+        claim = f"silencing {at.silenced} neurons {does[at.change]} of {at.pair}"
+        measured = spread(at.value, at.low, at.high, sign="+")
+        null = f"random: {at.least:+z.2f} to {at.most:+z.2f}"
+        lines.append(line(claim, measured, null, at.verdict, at.p))
+    return lines

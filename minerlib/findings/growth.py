@@ -1,8 +1,6 @@
 """How many samples are enough? Selections from growing, disjoint parts of the mining rows."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -24,29 +22,19 @@ def sizes_up_to(limit: int) -> list[int]:
 
 @computation(version=1)
 def growth(
-    mllm: MLLM,
-    mining: Mapping[str, Benchmark],
-    whole: xr.DataArray,
-    sizes: Sequence[int],
-    choice: Mapping[str, Any],
-    **how: Any,
+    mllm: MLLM, mining: Mapping[str, Benchmark], whole: xr.DataArray, sizes, choice, **how: Any
 ) -> pd.DataFrame:
-    """Agreement of the selections from two disjoint parts of n rows per benchmark, for each n.
+    """Agreement of the selections from two disjoint parts of n rows per benchmark, n in sizes.
 
     whole is the selection from all rows, bool [modality, layer, neuron]; choice holds `select`'s
-    arguments, how those of `score`. Returns columns samples, modality, overlap (Jaccard of the two
-    parts' neurons), inside (share of the first part's that the whole has); a modality that a part
-    does not hold is left out there.
+    arguments, how those of `score`. Columns samples, modality (where both parts hold it), overlap
+    (Jaccard of the two parts' neurons), inside (share of the first part's that the whole has).
     """
-    halves = {
-        name: (bench[: len(bench) // 2], bench[len(bench) // 2 :]) for name, bench in mining.items()
-    }
-    rows = []
+    rows, benches = [], mining.values()
+    halves = [b[: len(b) // 2] for b in benches], [b[len(b) // 2 :] for b in benches]
     for n in sizes:
-        parts = [
-            select(aggregate(score(mllm, half[i][:n], **how) for half in halves.values()), **choice)
-            for i in (0, 1)
-        ]
+        scores = ([score(mllm, bench[:n], **how) for bench in half] for half in halves)
+        parts = [select(aggregate(each), **choice) for each in scores]
         for modality in whole.modality.values.tolist():
             if all(modality in part.modality for part in parts):
                 a, b, c = (part.sel(modality=modality).values for part in (*parts, whole))

@@ -4,10 +4,8 @@ Attention and saliency by source set, attention knockout and the logit lens, eac
 of one answer token, chosen before anything is silenced, so that conditions compare in pairs.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import product
 
@@ -32,43 +30,40 @@ MEASURES = tuple(_CLAIMS)
 _BY = ["measure", "layer", "set"]
 
 
-def answer_tokens(
-    mllm: MLLM, bench, target: str = "reference", *, batch_size: int = 8
-) -> np.ndarray:
+@torch.inference_mode()
+def answer_tokens(mllm: MLLM, bench, target: str = "reference", *, batch_size=8) -> np.ndarray:
     """The token id that answers each sample, int [sample]: what the other functions follow.
 
-    target "reference": the first token of the most frequent reference; "model": the model's own
-    first answer token, to be taken outside `deactivate`.
+    target "reference": the most frequent reference's first token; "model": the model's own first.
     """
     if target == "reference":
         common = [Counter(sample.references).most_common(1)[0][0] for sample in bench]
         ids = [mllm.tokenizer.encode(text, add_special_tokens=False) for text in common]
-        if empty := [i for i, id_ in enumerate(ids) if not id_]:
+        if empty := [i for i, found in enumerate(ids) if not found]:
             raise ValueError(f"samples {empty[:5]} have an empty reference; use target='model'")
-        return np.array([id_[0] for id_ in ids])
+        return np.array([found[0] for found in ids])
     if target != "model":
         raise ValueError(f"unknown target {target!r}; use reference or model")
-    with torch.inference_mode():
-        batches = mllm.batches(bench, batch_size, "answers")
-        logits = (mllm.forward(batch).logits[:, -1] for _, batch in batches)
-        return np.concatenate([x.argmax(-1).cpu().numpy() for x in logits])
+    batches = mllm.batches(bench, batch_size, "answers")
+    logits = (mllm.forward(batch).logits[:, -1] for _, batch in batches)
+    return np.concatenate([x.argmax(-1).cpu().numpy() for x in logits])
 
 
-def _wanted(mllm: MLLM, bench, answers: np.ndarray | None) -> Tensor:
+def _asked(mllm: MLLM, bench, answers, batch_size: int, what: str) -> Iterator[tuple]:
+    """Batches with their first sample's number and their answer tokens (default: references)."""
     answers = answer_tokens(mllm, bench) if answers is None else np.asarray(answers)
     if answers.shape != (n := len(bench),):
         way_out = f"there are {n} samples; take it from answer_tokens(mllm, bench)"
         raise ValueError(f"answers has shape {answers.shape}, but {way_out}")
-    return torch.from_numpy(answers)
+    for first, batch in mllm.batches(bench, batch_size, what):
+        part = answers[first : first + len(batch["input_ids"])]
+        yield first, batch, torch.from_numpy(part)
 
 
 def _sources(mllm: MLLM, batch) -> tuple[list[str], Tensor]:
-    """Names and members of the last token's sources, bool [batch, source, token].
-
-    The base sets without the last token, and that token by itself (`last`).
-    """
+    """Names and members, bool [batch, source, token]: base sets without the last token, and it."""
     base = separate(mllm, batch)
-    sets = torch.stack([base[k] for k in mllm.kinds] + [base["prompt"]], 1)
+    sets = torch.stack([base[k] for k in (*mllm.kinds, "prompt")], 1)
     sets[:, :-1, -1] = False
     sets[:, -1, :-1] = False
     return [*mllm.kinds, "last"], sets
@@ -81,14 +76,11 @@ def _log_p(logits: Tensor, answers: Tensor) -> Tensor:
 
 
 def _last_step(mllm: MLLM, batch, answers: Tensor) -> tuple[Tensor, Callable]:
-    """The answers' log-probability, and a function that recomputes it for the last token alone.
-
-    It runs over the cached keys and values of the tokens before, which nothing done to the last
-    token can change.
-    """
+    """The answers' log-probability, and a function that recomputes it for the last token alone."""
+    # Over the cached keys and values of the tokens before, which what is done to it cannot change.
     settings = {"max_new_tokens": 1, "do_sample": False, "num_beams": 1, "use_cache": True}
     settings |= {"output_logits": True, "return_dict_in_generate": True}
-    settings |= {"pad_token_id": mllm.tokenizer.pad_token_id}
+    settings["pad_token_id"] = mllm.tokenizer.pad_token_id
     out = mllm.model.generate(**batch, **settings)  # generate knows every family's positions
     cache, before = out.past_key_values, _log_p(out.logits[0][:, None], answers)
     settings |= {key: batch[key] for key in ("input_ids", "attention_mask")}
@@ -99,10 +91,8 @@ def _last_step(mllm: MLLM, batch, answers: Tensor) -> tuple[Tensor, Callable]:
         return _log_p(done.logits[0][:, None], answers)
 
     if (step() - before).abs().max() > (0.3 if torch.finfo(mllm.model.dtype).eps > 1e-5 else 1e-3):
-        raise RuntimeError(
-            f"{mllm.name}: the last token's logits over cached keys differ from those of the whole "
-            "prompt; call with cache=False"
-        )
+        what = f"{mllm.name}: over cached keys the last token's logits differ"
+        raise RuntimeError(f"{what} from those of the whole prompt; call with cache=False")
     return before, step
 
 
@@ -117,10 +107,8 @@ def _bias(mask: Tensor | None, seen: Tensor, dtype: torch.dtype) -> Tensor:
 def _needs_dense_masks(mllm: MLLM) -> None:
     kind = mllm.text_config._attn_implementation
     if "flash" in kind or "flex" in kind:
-        raise ValueError(
-            f"{mllm.name} runs {kind}, whose kernel takes no dense mask, and this changes single "
-            "entries of it; load it with attn_implementation='sdpa'"
-        )
+        way_out = "this changes single entries of one; load it with attn_implementation='sdpa'"
+        raise ValueError(f"{mllm.name} runs {kind}, whose kernel takes no dense mask: {way_out}")
 
 
 def last_row(query: Tensor, key: Tensor, seen: Tensor, scaling: float | None = None) -> Tensor:
@@ -141,17 +129,14 @@ def last_token_flow(
     the answer's negative log-probability, summed over the set's tokens. It comes from one backward
     pass through the model's own kernel: a zero added to the last row of the additive mask yields
     A (dL/dA - c) summed over heads, where c, the last token's mean of dL/dA under A, equals the
-    head's output times its gradient, read at the output projection. No attention matrix is kept,
-    only the activations that a backward pass needs: use a small batch.
+    head's output times its gradient, read at the output projection. Use a small batch.
 
-    Columns sample, layer, set (the base sets without the last token, and `last`, the token
-    itself), tokens (in the set), attention (head-averaged; sums to 1 over the sets), uniform (the
-    same if attention were uniform over the tokens seen), saliency.
+    Columns sample, layer, set (the base sets without the last token, and `last`, itself), tokens
+    (in the set), attention (mean over heads; 1 over all sets), uniform (were it so), saliency.
     """
-    wanted = _wanted(mllm, bench, answers)
     _needs_dense_masks(mllm)
     parts = []
-    for first, batch in mllm.batches(bench, batch_size, "last token"):
+    for first, batch, answer in _asked(mllm, bench, answers, batch_size, "last token"):
         names, sets = _sources(mllm, batch)
         real = sets.any(1)
         found: dict[str, dict[int, Tensor]] = defaultdict(dict)
@@ -170,11 +155,10 @@ def last_token_flow(
                 def keep(module, args, i=i, found=found):
                     found["heads"][i] = args[0]
 
-                stack.callback(output.register_forward_pre_hook(keep).remove)
+                stack.enter_context(output.register_forward_pre_hook(keep))
             stack.enter_context(mllm.tap(attention=attend))
             stack.enter_context(torch.enable_grad())
-            log_p = _log_p(mllm.forward(batch).logits, wanted[first : first + len(real)])
-            slope = _saliency(-log_p.sum(), found)
+            slope = _saliency(-_log_p(mllm.forward(batch).logits, answer).sum(), found)
 
         for i, row in found["row"].items():
             members, seen = sets.to(row.device).float(), found["seen"][i]
@@ -209,35 +193,24 @@ def width(mllm: MLLM, window: int | None = None) -> int:
 
 @torch.inference_mode()
 def knockout(
-    mllm: MLLM,
-    bench,
-    answers: np.ndarray | None = None,
-    *,
-    window: int | None = None,
-    layers: Sequence[int] | None = None,
-    cache: bool | None = None,
-    batch_size: int = 8,
+    mllm: MLLM, bench, answers=None, *, window=None, layers=None, cache=None, batch_size=8
 ) -> pd.DataFrame:
     """The answer's probability when the last token may not look at a set (Geva et al. 2023).
 
-    For each set, and each centre in `layers` (default all), the last token's attention to the
-    set's tokens, itself excepted, is cut in the `window` layers around it (default a fifth of the
-    layers; an even number reaches further down); the softmax renormalises what is left. Each
-    costs a step of the last token over cached keys and values, or with cache=False a forward pass
-    of the prompt (the default for models with other than full attention, whose cache cannot step
-    back).
-
-    Columns sample, layer (the centre), set, probability (nothing cut), blocked (cut), loss
-    (probability - blocked).
+    answers as in `last_token_flow`. For each set, and each centre in `layers` (default all), the
+    last token's attention to the set's tokens, itself excepted, is cut in the `window` layers
+    around it (default a fifth of them; an even number reaches further down); the softmax
+    renormalises what is left. Each costs a step over cached keys and values, or with cache=False,
+    the default where attention is not all full (such a cache cannot step back), a forward pass.
+    Columns sample, layer (the centre), set, probability (nothing cut), blocked (cut), and loss.
     """
     _needs_dense_masks(mllm)
-    wanted, window, n = _wanted(mllm, bench, answers), width(mllm, window), mllm.n_layers
+    window, n, parts = width(mllm, window), mllm.n_layers, []
     if cache is None:
         cache = set(getattr(mllm.text_config, "layer_types", None) or ()) <= {"full_attention"}
-    parts = []
-    for first, batch in mllm.batches(bench, batch_size, "knockout"):
+    for first, batch, answer in _asked(mllm, bench, answers, batch_size, "knockout"):
         names, members = _sources(mllm, batch)
-        real, answer = members.any(1), wanted[first : first + len(members)]
+        real = members.any(1)
 
         def whole(batch=batch, answer=answer):
             return _log_p(mllm.forward(batch).logits, answer)
@@ -264,10 +237,8 @@ def knockout(
 
 
 def unembed(mllm: MLLM, hidden: Tensor) -> Tensor:
-    """Logits float32 [..., vocabulary] of hidden states [..., hidden]: final norm, then lm_head.
-
-    A model's own scaling or capping of its logits is left out.
-    """
+    """Logits float32 [..., vocabulary] of hidden states [..., hidden]: final norm, then lm_head."""
+    # A model's own scaling or capping of its logits is left out.
     norm, head = mllm.family.final_norm(), mllm.model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{mllm.name} has no output embeddings to read hidden states with")
@@ -288,12 +259,10 @@ def logit_lens(
 ) -> pd.DataFrame:
     """How far the answer can be read at the last prompt token, by layer (the logit lens).
 
-    Columns sample, layer (0 the embeddings, i after the i-th layer), probability and rank (0 the
-    most probable token) of the answer token.
+    Columns sample, layer (0: embeddings), probability and rank (0: the first) of the answer token.
     """
-    wanted, parts = _wanted(mllm, bench, answers), []
-    for first, batch in mllm.batches(bench, batch_size, "logit lens"):
-        answer = wanted[first : first + len(batch["input_ids"])]
+    parts: list[tuple] = []
+    for first, batch, answer in _asked(mllm, bench, answers, batch_size, "logit lens"):
 
         def lens(layer, h, first=first, answer=answer):
             logits = unembed(mllm, h[:, -1])
@@ -306,19 +275,15 @@ def logit_lens(
     return pd.DataFrame(parts, columns=["sample", "layer", "probability", "rank"])
 
 
-# --- the finding ---------------------------------------------------------------------------------
-
-
 @computation(version=1)
 def measures(
     mllm: MLLM, bench, answers: np.ndarray | None = None, *, window: int | None = None, batch_size=8
 ) -> pd.DataFrame:
     """The four measures as one table, in percent; windows of knockout lie side by side.
 
-    Columns measure (one of MEASURES, or `uniform`, the attention's null), sample, layer, set,
-    value: share of attention; share of the sample's whole saliency, over all layers and sets;
-    probability of the answer lost by knockout (layer: the window's centre); and its probability
-    in the logit lens (set `answer`; layer 0: the embeddings).
+    Columns measure (of MEASURES, or `uniform`, the attention's null), sample, layer, set, value:
+    share of attention; share of the sample's saliency, over all layers and sets; probability of
+    the answer lost by knockout (layer: the window's centre), and in the lens (set `answer`).
     """
     n, window = mllm.n_layers, width(mllm, window)
     flow = last_token_flow(mllm, bench, answers, batch_size=batch_size)
@@ -327,12 +292,10 @@ def measures(
     cut = knockout(mllm, bench, answers, window=window, layers=centres, batch_size=batch_size)
     lens = logit_lens(mllm, bench, answers, batch_size=batch_size)
     keys = ["sample", "layer", "set"]
-    parts = [
-        flow.melt(keys, ["attention", "uniform", "saliency"], "measure"),
-        cut.assign(measure="knockout", value=cut["loss"]),
-        lens.assign(measure="lens", set="answer", value=lens["probability"]),
-    ]
-    table = pd.concat(parts, ignore_index=True)[["measure", *keys, "value"]]
+    shares = flow.melt(keys, ["attention", "uniform", "saliency"], "measure")
+    cut = cut.assign(measure="knockout", value=cut["loss"])
+    lens = lens.assign(measure="lens", set="answer", value=lens["probability"])
+    table = pd.concat([shares, cut, lens], ignore_index=True)[["measure", *keys, "value"]]
     return table.assign(value=100 * table["value"])
 
 
@@ -343,10 +306,7 @@ def changes(before: pd.DataFrame, after: Mapping[Hashable, pd.DataFrame]) -> pd.
 
 
 def over_layers(table: pd.DataFrame) -> pd.Series:
-    """One value for each measure, set and sample: the mean over layers, of saliency the sum.
-
-    From a table of `measures` or `changes`; indexed by silenced (if there), measure, set, sample.
-    """
+    """Means over layers, of saliency sums, of `measures` or `changes`, by measure, set, sample."""
     by = [name for name in ("silenced", "measure", "set", "sample") if name in table]
     value = table.groupby(by)["value"].agg(["mean", "sum"])
     shares = value.index.get_level_values("measure") == "saliency"
@@ -363,10 +323,9 @@ def by_source(changed: pd.DataFrame, chance: pd.DataFrame) -> pd.DataFrame:
 def at_own_source(changed: pd.DataFrame, chance: pd.DataFrame) -> pd.DataFrame:
     """Each modality's change at its own source by layer, against the range of the random draws.
 
-    changed and chance from `changes`, the former under the modalities' names. The lens has no
-    source: its change is the answer's own. Columns silenced, measure, layer, set, value, low,
-    high (95 % interval over samples), n, null (the draws' mean), null_low, null_high (their
-    range), clear (by how much the interval lies beyond that range; negative: they overlap).
+    changed and chance from `changes`, the former by modality; the lens has no source but the
+    answer. Columns silenced, measure, layer, set, value, low, high (95 % interval over samples), n,
+    null, null_low, null_high (mean and range of the draws), clear (how far beyond; below 0: not).
     """
     own = changed[changed["measure"].isin(MEASURES)]
     own = own[(own["set"] == own["silenced"]) | (own["set"] == "answer")]
@@ -379,33 +338,20 @@ def at_own_source(changed: pd.DataFrame, chance: pd.DataFrame) -> pd.DataFrame:
 
 
 def claims(before: pd.DataFrame, changed: pd.DataFrame, chance: pd.DataFrame) -> pd.DataFrame:
-    """The paper's claim, then a line for each modality's neurons and measure, over all layers.
-
-    before from `measures`, changed and chance as in `at_own_source`; columns of `claims_table`.
-    """
+    """The closing table, the whole first, from `measures` and `changes` as in `at_own_source`."""
     start, change = over_layers(before), over_layers(changed)
     draws = over_layers(chance).groupby(["measure", "set", "silenced"]).mean()
     lines: list[dict] = []
     for modality, (measure, what) in product(changed["silenced"].unique(), _CLAIMS.items()):
         source = "answer" if measure == "lens" else modality
         values, null = change[modality, measure, source], draws[measure, source].to_numpy()
-        size = inference.bootstrap(values)
-        change_of = f"change {inference.spread(*size, '+', 1)}"
-        line = {
-            "claim": f"{modality} neurons change {what.format(modality)}",
-            "measured": f"{start[measure, source].mean():z.1f} %, {change_of}",
-            "null": f"random: {null.min():+z.1f} to {null.max():+z.1f}",
-            "p": inference.rank_p(size.mean, null, "two-sided"),
-            "verdict": inference.change_against_draws(*size, null, len(values), tolerance=0.1),
-        }
-        lines.append(line)
-    verdicts = [line["verdict"] for line in lines]
-    held = sum(verdict.word == inference.HOLDS for verdict in verdicts)
-    whole = {
-        "claim": "modality-specific neurons influence how key information of each modality "
-        "reaches the last token",
-        "measured": f"{held} of {len(lines)} lines hold",
-        "null": "the lines below",
-        "verdict": inference.majority(verdicts),
-    }
+        size, was = inference.bootstrap(values), start[measure, source].mean()
+        claim = f"{modality} neurons change {what.format(modality)}"
+        measured = f"{was:z.1f} %, change {inference.spread(*size, sign='+', digits=1)}"
+        drawn = f"random: {null.min():+z.1f} to {null.max():+z.1f}"
+        verdict = inference.change_against_draws(*size, null, len(values), tolerance=0.1)
+        p = inference.rank_p(size.mean, null, "two-sided")
+        lines.append(inference.line(claim, measured, drawn, verdict, p))
+    claim = "modality-specific neurons influence how key information of each modality "
+    whole = inference.whole(claim + "reaches the last token", lines)
     return inference.claims_table("III", [whole, *lines])

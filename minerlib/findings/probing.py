@@ -1,7 +1,5 @@
 """Semantic probing as numbers with a null (finding IV)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,7 +13,6 @@ from minerlib.deactivation import deactivate
 from minerlib.findings import clouds
 from minerlib.findings.last_token import read
 from minerlib.findings.states import States, hidden_states
-from minerlib.inference import Resampling, table_row
 from minerlib.model import MLLM
 
 CLAIMS = {
@@ -24,13 +21,12 @@ CLAIMS = {
     "elongation": "the cloud is drawn out towards the text",
 }
 ENDS = ["reach", "low", "high"]
-PLACES = ("first", "2nd", "3rd", "4th", "last")
-"""The fifths of a medium."""
+PLACES = ("first", "2nd", "3rd", "4th", "last")  # the fifths of a medium
 
 
 def media(states: States) -> list[str]:
     """The kinds of the states that are neither special nor text."""
-    return [k for k in dict.fromkeys(states.tokens["kind"]) if k not in ("special", "text")]
+    return [k for k in states.tokens["kind"].unique() if k not in ("special", "text")]
 
 
 @computation(version=1)
@@ -40,19 +36,17 @@ def probing(
     """Whether a medium's tokens reach towards the text tokens, layer by layer (finding IV).
 
     Measures per kind: `reach`, mean distance of its tokens to their nearest text tokens over that
-    to the nearest of their own kind (the claim is that it is small); `probes`, share of its tokens
-    whose k neighbours hold more text than chance allows (`clouds.crowded`); `elongation` of its
-    cloud along the direction to the text centroid, against random directions of the clouds' own
-    covariance; `tip_end`, how near the tip (the tip_share of tokens with the smallest reach) is to
-    the ends of its run of tokens, 0 the middle and 1 an end. Null of `reach` and `probes`: labels
-    shuffled within each sample; of `tip_end`: the tip drawn at random within each sample.
-
-    Columns kind, layer, measure, value, low, high, null, null_low, null_high, p.
+    to the nearest of their own kind (claimed to be small); `probes`, share of its tokens whose k
+    neighbours hold more text than chance allows (`clouds.crowded`); `elongation` of its cloud
+    towards the text centroid, against random directions of the clouds' own covariance; `tip_end`,
+    how near the tip_share of tokens with the smallest reach is to the ends of its run of tokens, 0
+    the middle and 1 an end. Null: labels (of `tip_end` the tip) shuffled within each sample.
+    Columns kind, layer and those of `inference.table_row`.
     """
     table = []
     for kind in media(states):
         part = states.of("text", kind)
-        r = Resampling(part.tokens, kind, n_boot, n_null, seed)
+        r = inference.Resampling(part.tokens, kind, n_boot, n_null, seed)
         end = (2 * _place(part.tokens) - 1).abs().to_numpy()[r.own]
         among = int(8 * nearest / min(r.own.mean(), 1 - r.own.mean()))
         w_cloud, w_text = r.token_draws[:, r.own], r.token_draws[:, ~r.own]
@@ -64,11 +58,9 @@ def probing(
             other, own = (np.concatenate(side) for side in zip(*seen, strict=True))
             per = np.stack([r.by_sample(side, r.second) for side in (other, own)])
             drawn = inference.weighted(per[:, 0].T, r.draws)
-            mean = np.nanmean(per, axis=2)
-            ratio, ratio_draws = mean[0] / mean[1], drawn[:, 0] / drawn[:, 1]
-            rows = [table_row("reach", ratio[0], ratio_draws, ratio[1:], greater=False)]
-            rows.append(r.row("probes", clouds.crowded(near[:, :k], r.second), r.second))
-
+            ratio = np.divide(*np.nanmean(per, axis=2))
+            found = {"reach": (ratio[0], drawn[:, 0] / drawn[:, 1], ratio[1:])}
+            found["probes"] = r.means(clouds.crowded(near[:, :k], r.second), r.second)
             cloud, text = x[r.own], x[~r.own]
             there = (text.mean(0) - cloud.mean(0))[None]
             residue = np.concatenate([cloud - cloud.mean(0), text - text.mean(0)])
@@ -76,16 +68,16 @@ def probing(
             to = w_text @ text / w_text.sum(1, keepdims=True)
             to -= w_cloud @ cloud / w_cloud.sum(1, keepdims=True)
             long, drawn = clouds.elongation(cloud, there)[0], clouds.elongation(cloud, to, w_cloud)
-            rows.append(table_row("elongation", long, drawn, random))
-
+            found["elongation"] = long, drawn, random
             reached = (other[0] / np.maximum(own[0], 1e-12))[r.own]
             tip = reached <= np.quantile(reached, tip_share)
             tips = inference.shuffles(tip, r.group[r.own], n_null, seed)
-            tip_end = (tips * end).sum(1) / tip.sum()
-            w = w_cloud * tip
+            tip_end, w = (tips * end).sum(1) / tip.sum(), w_cloud * tip
             with np.errstate(invalid="ignore"):
-                rows.append(table_row("tip_end", tip_end[0], (w @ end) / w.sum(1), tip_end[1:]))
-            table += [{"kind": kind, "layer": layer, **row} for row in rows]
+                found["tip_end"] = tip_end[0], (w @ end) / w.sum(1), tip_end[1:]
+            for measure, of in found.items():
+                row = inference.table_row(measure, *of, greater=measure != "reach")
+                table.append({"kind": kind, "layer": layer, **row})
     return pd.DataFrame(table)
 
 
@@ -95,11 +87,10 @@ def _place(tokens: pd.DataFrame) -> pd.Series:
 
 
 def tips(states: States, kind: str, *, nearest: int = 5, tip_share: float = 0.1) -> pd.DataFrame:
-    """The tokens of a kind by how near they are to the text: who the tip is, and where it sits.
+    """The tokens of a kind at every layer, from the nearest to the text: who the tip is, and where.
 
-    The token table at every layer, with columns layer, token (its index in `states.hidden`), reach,
-    place as a share of its run, and tip (whether it is among the tip_share of smallest reach);
-    the smallest reach first within each layer.
+    The token table with columns layer, token (its index in `states.hidden`), reach, place (as a
+    share of its run), tip (of the tip_share of least reach).
     """
     part = states.of("text", kind)
     own = (part.tokens["kind"] == kind).to_numpy()
@@ -127,10 +118,7 @@ def tip_places(table: pd.DataFrame) -> pd.DataFrame:
 def lens_words(
     mllm: MLLM, states: States, table: pd.DataFrame, layers: Sequence[int], top: int = 4
 ) -> pd.DataFrame:
-    """What the logit lens reads most often in the tip and in the rest of the tokens of `tips`.
-
-    Columns layer, tokens (tip, rest), words (the `top` most frequent, with their shares).
-    """
+    """The `top` most frequent words that the logit lens reads in the tip and rest of `tips`."""
     lines = []
     for layer in layers:
         at = table[table["layer"] == layer]
@@ -143,10 +131,7 @@ def lens_words(
 
 
 def crowded_pictures(states: States, panels: pd.DataFrame, k: int = 10) -> pd.DataFrame:
-    """Share of each medium's tokens that would be probes if a picture of `project` were the space.
-
-    A row per kind and layer, a column per view, and `full space`: the same tokens where they are.
-    """
+    """Share of probes by kind and layer, were each picture of `project` (columns) `full space`."""
     lines = []
     for (layer, view), part in panels.groupby(["layer", "view"], sort=False):
         for kind in media(states):
@@ -176,10 +161,7 @@ def silenced_reach(mllm: MLLM, bench, neurons: xr.DataArray, **drawn) -> pd.Data
 
 
 def approach(reach: pd.DataFrame, origin: int = 0) -> pd.DataFrame:
-    """Each layer's reach over that of layer `origin`, prompt by prompt: below 1 is nearer.
-
-    reach is one kind's `log_reach`. Returns columns layer, reach (a factor), low, high, n.
-    """
+    """One kind's `log_reach` over layer `origin`'s, as factors: layer, reach, low, high, n."""
     wide = reach.pivot(index="sample", columns="layer", values="reach")
     change = wide.sub(wide[origin], axis=0).melt(ignore_index=False, value_name="reach")
     return _factor(inference.mean_over_samples(change.reset_index(), "reach", ["layer"]))
@@ -190,10 +172,9 @@ def pushed(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """How far silencing pushes one kind's tokens away from the text, beside random draws.
 
-    Takes that kind's `log_reach` as the model is, and with its neurons and each draw silenced.
-    Returns two tables, by layer and as the mean over decoder layers: silenced (own, random),
-    layer, reach (the factor by which it changes, above 1: away), low, high: of own a 95 % interval
-    over prompts, of random the lowest and highest draw.
+    From its `log_reach` as the model is, and with its neurons and each draw silenced: two tables,
+    by layer and as the mean over decoder layers: silenced (own, random), layer, reach (as a
+    factor, above 1: away), low, high (a 95 % interval over prompts; lowest and highest draw).
     """
     changes = [inference.paired(before, table, "reach", ["layer"]) for table in (after, *draws)]
     inner = (table[table["layer"] > 0].groupby("sample", as_index=False) for table in changes)
@@ -212,16 +193,15 @@ def _factor(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**np.exp(table[ENDS]))
 
 
-def claims(
-    measured: pd.DataFrame, reach: pd.DataFrame, moved: dict[str, pd.DataFrame]
-) -> list[dict]:
+def claims(measured: pd.DataFrame, reach: pd.DataFrame, moved: dict) -> list[dict]:
     """The lines of the closing table: of `probing`, `log_reach` and, by kind, `pushed`'s second."""
     lines: list[dict] = []
 
     def add(claim: str, factor, null: str, bound: float = 1, greater: bool = False) -> None:
-        verdict = inference.beyond(factor[1], factor[2], bound, greater=greater)
-        measured = f"x {inference.spread(*factor)}"
-        lines.append(dict(claim=claim, measured=measured, null=f"x {null}", verdict=verdict))
+        mean, low, high = factor
+        verdict = inference.beyond(low, high, bound, greater=greater)
+        measured = f"x {inference.spread(mean, low, high)}"
+        lines.append(inference.line(claim, measured, f"x {null}", verdict))
 
     for kind, whole in moved.items():
         own = measured[(measured["kind"] == kind) & (measured["layer"] > 0)]

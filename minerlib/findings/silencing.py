@@ -1,11 +1,8 @@
 """What silencing selected neurons does to a model's answers (finding I).
 
-`answers` is, throughout, a callable from neurons (None: the model as it is) to answers, one row
-per sample, as `evaluate` returns them; `Workbook.answers` is one that keeps what it has answered.
-Neurons are bool [modality, layer, neuron], as `select` returns them.
+`answers` is, throughout, a callable from neurons (None: the model as it is) to the rows that
+`evaluate` returns, such as `Workbook.answers`. Neurons are bool [modality, layer, neuron].
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,15 +28,11 @@ def average(table: pd.DataFrame) -> dict[str, float]:
 
 
 def conditions(answers: Answers, picked: Sets, column: str = "condition") -> pd.DataFrame:
-    """The average score with each set of neurons silenced.
-
-    Columns `column` (the sets' names), neurons (different ones), share (of all), mean, low, high.
-    """
+    """Average scores with each set silenced: `column`, neurons, share (of all), mean, low, high."""
     rows = []
     for name, neurons in tqdm(picked.items(), desc=column, leave=False):
-        n = unique(neurons)
-        share = n / (neurons.sizes["layer"] * neurons.sizes["neuron"])
-        rows.append({column: name, "neurons": n, "share": share, **average(answers(neurons))})
+        spent = {"neurons": unique(neurons), "share": neurons.values.any(0).mean()}
+        rows.append({column: name, **spent, **average(answers(neurons))})
     return pd.DataFrame(rows)
 
 
@@ -61,23 +54,22 @@ def strategies(
 ) -> tuple[pd.DataFrame, pd.DataFrame, str]:
     """Each strategy's neurons silenced, the model as it is, and the nulls.
 
-    picked holds each strategy's neurons, and as "random" the paper's null, the whole budget
-    whatever the others spend of it. The most damaging and the default strategy get
-    matched nulls, see `random_draws`. Returns a table: condition, neurons, share, mean, low,
-    high, where the ends of matched nulls hold 95 % of the draws; the draws: strategy, null, draw,
-    mean; and the most damaging strategy, the default one if none is clearly worse.
+    picked holds each strategy's neurons, and as "random" the paper's null, the whole budget. The
+    most damaging strategy (the default if none is clearly worse) and the default get matched nulls
+    (`random_draws`). Returns a table: condition, neurons, share, mean, low, high (of these nulls
+    95 % of the draws); the draws: strategy, null, draw, mean; and the most damaging strategy.
     """
     measured = {name: neurons for name, neurons in picked.items() if name != "random"}
     if default not in measured:
         raise ValueError(f"strategy={default!r}: the null is none; use one of {list(measured)}")
     table = conditions(answers, measured)
-    means = table.set_index("condition")["mean"]
-    best = str(means.idxmin())
-    if means[default] - means[best] <= inference.TOLERANCE:  # a tie: one answer would decide
+    at, lines = table.set_index("condition"), []
+    best = str(at["mean"].idxmin())
+    if at["mean"][default] - at["mean"][best] <= inference.TOLERANCE:  # one answer would decide
         best = default
     tested = {name: measured[name] for name in (best, default)}
     nulls = [random_draws(answers, n, draws, seed).assign(strategy=s) for s, n in tested.items()]
-    at, lines, null = table.set_index("condition"), [], pd.concat(nulls, ignore_index=True)
+    null = pd.concat(nulls, ignore_index=True)
     for (name, where), part in null.groupby(["strategy", "null"], sort=False)["mean"]:
         what = f"random, as many as {name}" + (f", {where}" if where == "same layers" else "")
         low, high = inference.middle95(part)
@@ -90,14 +82,11 @@ def strategies(
 
 
 def doses(answers: Answers, picked: Sets, seed: int = 0) -> pd.DataFrame:
-    """Dose and response of the neurons of each ratio, and of one random draw of as many.
-
-    Columns ratio, neurons, share, mean, low, high, what ("selected" or "random").
-    """
+    """`conditions` by ratio, of its neurons and of one random draw of as many (column `what`)."""
     random = {ratio: matched_random(neurons, seed=seed) for ratio, neurons in picked.items()}
-    tables = [conditions(answers, sets, "ratio") for sets in (picked, random)]
-    selected, drawn = tables[0].assign(what="selected"), tables[1].assign(what="random")
-    return pd.concat([selected, drawn], ignore_index=True)
+    sets = {"selected": picked, "random": random}
+    tables = [conditions(answers, s, "ratio").assign(what=what) for what, s in sets.items()]
+    return pd.concat(tables, ignore_index=True)
 
 
 def breaking_points(doses: pd.DataFrame, before: float, lost: float = 0.25) -> pd.Series:
@@ -108,15 +97,14 @@ def breaking_points(doses: pd.DataFrame, before: float, lost: float = 0.25) -> p
 
 def constants(answers: Answers, neurons: xr.DataArray, scores: xr.DataArray) -> pd.DataFrame:
     """Silenced with each constant of `deactivate`, which scores hold: constant, mean, low, high."""
-    tables = ((m, answers(neurons, mode=m, constants=scores)) for m in ("zero", "mean", "min"))
-    return pd.DataFrame([{"constant": mode, **average(table)} for mode, table in tables])
+    modes = {m: answers(neurons, mode=m, constants=scores) for m in ("zero", "mean", "min")}
+    return pd.DataFrame([{"constant": m, **average(table)} for m, table in modes.items()])
 
 
 def specificity(answers: Answers, alone: Sets, seed: int = 0) -> pd.DataFrame:
-    """One modality's neurons silenced at a time, every benchmark tested.
+    """One modality's neurons silenced at a time, and one draw of as many, on every benchmark.
 
-    Columns silenced (modality), what ("selected", or "random": one draw of as many), benchmark,
-    difference (of the score, paired), low, high.
+    Columns silenced, what ("selected" or "random"), benchmark, difference (paired), low, high.
     """
     before, parts = answers(), []
     for modality, neurons in tqdm(alone.items(), desc="modalities", leave=False):
@@ -130,11 +118,11 @@ def specificity(answers: Answers, alone: Sets, seed: int = 0) -> pd.DataFrame:
 def by_medium(specific: pd.DataFrame, media: Mapping[str, str]) -> pd.DataFrame:
     """Mean drop on the benchmarks with a modality's medium and on those without.
 
-    media holds each benchmark's medium; modalities that no benchmark has as its medium are left
-    out. Returns columns silenced, with, without, specific (the difference of the two).
+    media holds each benchmark's; modalities that none has are left out. Columns silenced, with,
+    without, specific (the difference of the two).
     """
-    own = specific[specific["what"] == "selected"]
-    own = own[own["silenced"].isin(set(media.values()) - {"text"})]
+    asked = specific["silenced"].isin(set(media.values()) - {"text"})
+    own = specific[asked & (specific["what"] == "selected")]
     where = own["benchmark"].map(media).eq(own["silenced"]).map({True: "with", False: "without"})
     drops = -own.assign(where=where).pivot_table("difference", "silenced", "where", sort=False)
     drops = drops.reindex(columns=["with", "without"]).rename_axis(columns=None).reset_index()
@@ -144,29 +132,21 @@ def by_medium(specific: pd.DataFrame, media: Mapping[str, str]) -> pd.DataFrame:
 def claims(table: pd.DataFrame, changes: pd.DataFrame, null: pd.DataFrame) -> pd.DataFrame:
     """The claim that silencing hurts more than random neurons, for each strategy and null.
 
-    table and null as `strategies` returns them; changes as `compare` does, with a column
-    strategy; p: how often, one-sided, a draw hurts as much. Returns the columns of
+    table and null as of `strategies`; changes as of `compare`, with a column strategy. Columns of
     `inference.claims_table`, then strategy, neurons, before, after, change, random draws.
     """
     at, spread, lines = table.set_index("condition"), inference.spread, []
-    start = at.loc["as it is"]
+    start, ends = at.loc["as it is"], ["mean", "low", "high"]
     for (name, where), part in null.groupby(["strategy", "null"], sort=False):
         draws, line = part["mean"].to_numpy(), at.loc[name]
         change = changes[changes["strategy"] == name].iloc[-1]
-        own = {
-            "strategy": name,
-            "neurons": int(line["neurons"]),
-            "before": spread(start["mean"], start["low"], start["high"]),
-            "after": spread(line["mean"], line["low"], line["high"]),
-            "change": spread(change["difference"], change["low"], change["high"], "+"),
-            "random draws": spread(draws.mean(), draws.min(), draws.max()),
-        }
-        claim = {
-            "claim": f"silencing {name} neurons hurts more than as many random, {where}",
-            "measured": f"{own['before']} to {own['after']}, change {own['change']}",
-            "null": own["random draws"],
-            "p": inference.rank_p(line["mean"], draws, "less"),
-            "verdict": inference.below_every_draw(line["high"], draws),
-        }
-        lines.append(claim | own)
+        own = {"strategy": name, "neurons": int(line["neurons"])}
+        own |= {"before": spread(*start[ends]), "after": spread(*line[ends])}
+        own["change"] = spread(*change[["difference", "low", "high"]], sign="+")
+        own["random draws"] = spread(draws.mean(), draws.min(), draws.max())
+        claim = f"silencing {name} neurons hurts more than as many random, {where}"
+        measured = f"{own['before']} to {own['after']}, change {own['change']}"
+        verdict = inference.beyond(line["high"], line["high"], draws.min(), greater=False)
+        p = inference.rank_p(line["mean"], draws, "less")
+        lines.append(inference.line(claim, measured, own["random draws"], verdict, p) | own)
     return inference.claims_table("I", lines).join(pd.DataFrame(lines)[list(own)])

@@ -1,7 +1,5 @@
 """Semantic telomeres as numbers with a null (finding IV), and their rivals."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -16,12 +14,10 @@ from minerlib.deactivation import deactivate
 from minerlib.findings import clouds
 from minerlib.findings.attention import attention_sinks
 from minerlib.findings.states import States, hidden_states
-from minerlib.inference import Resampling, table_row
 from minerlib.model import MLLM
 from minerlib.tasks.spec import Sample
 
-MASSIVE = 1000
-"""Largest over median coordinate from which Sun et al. (2024) speak of a massive activation."""
+MASSIVE = 1000  # largest over median coordinate from which an activation is (Sun et al. 2024)
 ENDS = ["axis_end", "low", "high"]
 
 
@@ -32,43 +28,39 @@ def telomeres(
     """Whether special tokens sit at the ends of the text and hold on to it, by layer (finding IV).
 
     Measures: `axis_end`, how far out the special tokens lie on the text cloud's principal axis,
-    as percentiles of the text tokens folded about the median (0 the middle, 1 an end, text
-    itself averages 0.5); `sequence_end`, the same along the prompt; `axis_order`, whether that
-    axis is the order of the text (absolute rank correlation with the place in the prompt);
-    `attachment`, share of the k nearest tokens of text and media that are text, over chance
-    (no row without media). Null: labels shuffled within each sample (special with text; for
-    attachment, text with media); text tokens' places shuffled.
-
-    Columns layer, measure, value, low, high, null, null_low, null_high, p.
+    as percentiles of the text tokens folded about the median (0 the middle, 1 an end; text itself
+    averages 0.5); `sequence_end`, the same along the prompt; `axis_order`, absolute rank
+    correlation of that axis with the text's order; `attachment`, share of the k nearest tokens of
+    text and media that are text, over chance (no row without media). Null: labels shuffled within
+    each sample (special with text; for attachment, text with media); text tokens' places shuffled.
+    Columns layer and those of `inference.table_row`.
     """
     part = states.of("text", "special")
-    r = Resampling(part.tokens, "special", n_boot, n_null, seed)
+    r = inference.Resampling(part.tokens, "special", n_boot, n_null, seed)
     along = (part.tokens["position"] / (part.tokens["length"] - 1)).to_numpy()
     text, kinds, of = ~r.own, states.tokens["kind"], states.tokens["sample"]
     places = inference.shuffles(clouds.standard_ranks(along[text]), r.group[text], n_null, seed)
-    sequence = r.row("sequence_end", clouds.extremity(along, r.second), r.second)
+    sequence = r.means(clouds.extremity(along, r.second), r.second)
     used, ends = of.isin(part.tokens["sample"]), kinds == "special"
     ends, anchors = used & ends, used & ~ends
     is_text = (kinds[anchors] == "text").to_numpy()
     labels = inference.shuffles(is_text, of[anchors].to_numpy(), n_null, seed)
     table = []
     for layer, x in enumerate(part.hidden):
-        z = x @ clouds.principal_axis(x[text])
-        rows = [r.row("axis_end", clouds.extremity(z, r.second), r.second), sequence]
-
-        values = np.zeros((n_null + 1, len(x)))
+        z, values = x @ clouds.principal_axis(x[text]), np.zeros((n_null + 1, len(x)))
         values[:, text] = places * clouds.standard_ranks(z[text])
-        mean = r.by_sample(values, text)
-        drawn = np.abs(inference.weighted(mean[0][:, None], r.draws)[:, 0])
-        mean = np.abs(mean.mean(1))
-        rows.append(table_row("axis_order", mean[0], drawn, mean[1:]))
-
+        found = {
+            "axis_end": r.means(clouds.extremity(z, r.second), r.second),
+            "sequence_end": sequence,
+            "axis_order": map(np.abs, r.means(values, text)),
+        }
         if not is_text.all():
             to = pairwise_distances(*(states.hidden[layer, side] for side in (ends, anchors)))
             near = np.argpartition(to, min(k, to.shape[1]) - 1, axis=1)[:, :k]
             values[:, r.own] = np.stack([row[near].mean(1) for row in labels]) / is_text.mean()
-            rows.append(r.row("attachment", values, r.own))
-        table += [{"layer": layer, **row} for row in rows]
+            found["attachment"] = r.means(values, r.own)
+        for measure, means in found.items():
+            table.append({"layer": layer, **inference.table_row(measure, *means)})
     return pd.DataFrame(table)
 
 
@@ -84,12 +76,11 @@ def against_recurring(
 ) -> pd.DataFrame:
     """`axis_end` under a stricter null, for any token that recurs has some fixed place on an axis.
 
-    Each draw of the null takes as many different tokens as the special ones, from the text tokens
-    that were drawn in at least `share` of the prompts. Returns the columns of `telomeres`, n
-    (different special tokens) and among (recurring text tokens); no rows where these are fewer.
+    A draw takes as many different tokens as the special ones, of text tokens in at least `share` of
+    the prompts. Columns of `telomeres`, n (special tokens), among (text); no rows where n > among.
     """
     part = states.of("text", "special")
-    r = Resampling(part.tokens, "special", n_boot, 0, seed)
+    r = inference.Resampling(part.tokens, "special", n_boot, 0, seed)
     ids = part.tokens["id"].to_numpy()
     prompts = part.tokens[~r.own].groupby("id")["sample"].nunique()
     recurring = prompts.index[prompts / r.size >= share].to_numpy()
@@ -100,7 +91,7 @@ def against_recurring(
     words = (rng.choice(recurring, n, replace=False) for _ in range(n_null))
     chosen = np.stack([r.own, *(np.isin(ids, draw) & ~r.own for draw in words)])
     outs = (np.broadcast_to(out, chosen.shape) for out in _outwardness(part, r.own))
-    rows = [r.row("axis_end", out, chosen) for out in outs]
+    rows = [inference.table_row("axis_end", *r.means(out, chosen)) for out in outs]
     return pd.DataFrame(rows).assign(layer=range(len(rows)), n=n, among=among)
 
 
@@ -122,11 +113,10 @@ def reversed_parts(prompt: str) -> str | None:
     return "\n".join(parts[::-1]) if len(parts) > 1 else None
 
 
-CHANGES: dict[str, Callable[[str], str | None]] = {
+CHANGES: dict[str, Callable[[str], str | None]] = {  # None leaves a prompt out
     "doubled": lambda prompt: f"{prompt}\n{prompt}",
     "reversed": reversed_parts,
 }
-"""How `changed_ends` changes a prompt; None leaves it out."""
 
 
 @computation(version=1)
@@ -135,22 +125,18 @@ def changed_ends(
 ) -> pd.DataFrame:
     """Axis ends of the special tokens before and after a change (of `CHANGES`) of the prompts.
 
-    states are those of the samples as they are, drawn as `drawn` (for `hidden_states`) says; axis
-    and percentiles are taken anew.
-
+    states are those of the samples as they are, drawn as `drawn` (for `hidden_states`) says.
     Columns condition ("as it is", the change, "change": the paired one), layer, axis_end, low,
     high, n (prompts); no rows where no prompt can be changed.
     """
     texts = (CHANGES[change](sample.prompt) for sample in samples)
     new = {i: replace(samples[i], prompt=t) for i, t in enumerate(texts) if t is not None}
-    kept = list(new)
-    if not kept:
+    if not (kept := list(new)):
         return pd.DataFrame(columns=["condition", "layer", *ENDS, "n"])
-    now = axis_ends(hidden_states(mllm, list(new.values()), **drawn))
+    now, by = axis_ends(hidden_states(mllm, list(new.values()), **drawn)), ("axis_end", ["layer"])
     now["sample"] = np.array(kept)[now["sample"]]
-    each = {"as it is": axis_ends(states.where(states.tokens["sample"].isin(kept))), change: now}
-    each["change"] = inference.paired(each["as it is"], now, "axis_end", ["layer"])
-    by = "axis_end", ["layer"]
+    before = axis_ends(states.where(states.tokens["sample"].isin(kept)))
+    each = {"as it is": before, change: now, "change": inference.paired(before, now, *by)}
     means = [inference.mean_over_samples(t, *by).assign(condition=c) for c, t in each.items()]
     return pd.concat(means, ignore_index=True)
 
@@ -159,8 +145,7 @@ def changed_ends(
 def massive_activations(states: States, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Largest over median magnitude of the hidden states, by layer and kind (Sun et al. 2024).
 
-    Columns layer, kind, ratio (mean over samples), low, high, massive (share of tokens above
-    `MASSIVE`).
+    Columns layer, kind, ratio (mean over samples), low, high, massive (tokens above `MASSIVE`).
     """
     table = []
     for layer, x in enumerate(states.hidden):
@@ -174,9 +159,8 @@ def massive_activations(states: States, n_boot: int = 2000, seed: int = 0) -> pd
 def ends_and_rivals(states: States, sinks: pd.DataFrame) -> pd.DataFrame:
     """Axis end of each prompt, and the other measures, as means over the decoder layers.
 
-    sinks is the table of `attention_sinks`. Columns sample, axis_end, and, the same in every row,
-    axis_order, attachment (NaN without media), attention on first, attention on later special,
-    largest coordinate.
+    sinks as of `attention_sinks`. Columns sample, axis_end and, the same in every row, axis_order,
+    attachment (NaN without media), attention on first and on later special, largest coordinate.
     """
     ends = axis_ends(states).query("layer > 0").groupby("sample", as_index=False)["axis_end"].mean()
     table = telomeres(states, n_boot=2, n_null=2).query("layer > 0")
@@ -200,9 +184,8 @@ def silenced_beside(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Tables of `ends_and_rivals` as the model is, silenced, and with each random draw silenced.
 
-    Returns summary: a row per measure, columns as it is, special silenced, random silenced, lowest
-    draw, highest draw; and change: of axis_end, rows special (paired over prompts, with its 95 %
-    interval) and random (mean and range of the draws), columns axis_end, low, high.
+    Returns a row per measure with a column for each, the draws' mean and range; and the change of
+    axis_end, low, high: rows special (95 % interval, paired over prompts) and random (the draws').
     """
     mean, own, *random = (t.drop(columns="sample").mean() for t in (before, after, *draws))
     each = pd.concat(random, axis=1)
@@ -216,27 +199,19 @@ def silenced_beside(
 
 
 def claims(
-    measured: pd.DataFrame,
-    recurring: pd.DataFrame,
-    without_first: pd.DataFrame,
-    changed: Mapping[str, pd.DataFrame],
-    sinks: pd.DataFrame,
-    peaks: pd.DataFrame,
-    moved: pd.DataFrame,
-    sink: float,
+    measured, recurring, without_first, changed: Mapping, sinks, peaks, moved, sink: float
 ) -> list[dict]:
-    """The lines of the closing table.
+    """The closing table's lines.
 
-    measured and without_first are tables of `telomeres`, the others those of `against_recurring`,
-    `changed_ends` by name, `attention_sinks` with layers counted from 1, `massive_activations`
-    and, the second one, `silenced_beside`.
+    measured and without_first are of `telomeres`, the others of `against_recurring`, `changed_ends`
+    by name, `attention_sinks` with layers from 1, `massive_activations` and `silenced_beside`.
     """
 
     def of(table: pd.DataFrame, column: str, name: str) -> pd.DataFrame:
         return table[(table[column] == name) & (table["layer"] > 0)]
 
     def signed(ends: pd.Series) -> str:
-        return inference.spread(ends["axis_end"], ends["low"], ends["high"], "+")
+        return inference.spread(*ends[ENDS], sign="+")
 
     ends = of(measured, "measure", "axis_end")
     at_ends, bound = inference.over_layers(ends), ends["null_high"].to_numpy()
@@ -250,30 +225,22 @@ def claims(
     lines += [inference.over_layers(table).claim(t) for t, table in nulls.items() if len(table)]
     for name, table in changed.items():
         if len(table):
-            stays = inference.over_layers(of(table, "condition", name), bound, value=ENDS[0])
-            most = of(table, "condition", "change").loc[lambda t: t[ENDS[0]].abs().idxmax()]
-            by = f"change {signed(most)} at most, layer {most['layer']}"
-            line = {
-                "claim": f"they stay at the ends when the prompt is {name}",
-                "measured": f"{by}; yes at {stays.yes.sum()} of {len(bound)}",
-                "null": f"text below {bound.max():.2f}",
-                "verdict": inference.given(at_ends.verdict, stays.verdict),
-            }
-            lines.append(line)
+            stays = inference.over_layers(of(table, "condition", name), bound, value="axis_end")
+            most = of(table, "condition", "change").loc[lambda t: t["axis_end"].abs().idxmax()]
+            claim = f"they stay at the ends when the prompt is {name}"
+            measured = f"change {signed(most)} at most, layer {most['layer']}"
+            measured += f"; yes at {stays.yes.sum()} of {len(bound)}"
+            verdict = inference.given(at_ends.verdict, stays.verdict)
+            lines.append(inference.line(claim, measured, f"text below {bound.max():.2f}", verdict))
     sets = {"first": "the first token is an attention sink"}
     sets["later special"] = "later special tokens are attention sinks"
     for name, text in sets.items():
         layers = inference.over_layers(of(sinks, "set", name), sink, value="collected")
         lines.append(layers.claim(f"rival: {text}", f"sink from {sink:.2f}", "collected"))
     layers = inference.over_layers(of(peaks, "kind", "special"), MASSIVE, value="ratio")
-    text = "rival: special tokens are massive activations"
-    lines.append(layers.claim(text, f"massive from {MASSIVE}", "ratio"))
+    claim = "rival: special tokens are massive activations"
+    lines.append(layers.claim(claim, f"massive from {MASSIVE}", "ratio"))
     own, random = moved.loc["special"], moved.loc["random"]
-    bound = min(0, random["low"])
-    line = {
-        "claim": "silencing the special neurons moves them off the ends",
-        "measured": signed(own),
-        "null": f"{signed(random)} (random neurons)",
-        "verdict": inference.beyond(own["low"], own["high"], bound, greater=False),
-    }
-    return [*lines, line]
+    claim, null = "silencing the special neurons moves them off the ends", signed(random)
+    verdict = inference.beyond(own["low"], own["high"], min(0, random["low"]), greater=False)
+    return [*lines, inference.line(claim, signed(own), f"{null} (random neurons)", verdict)]

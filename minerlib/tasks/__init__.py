@@ -5,13 +5,6 @@ from minerlib.tasks.rows import Benchmark, benchmark
 from minerlib.tasks.spec import REGISTRY, Join, Repo, Sample, Spec
 
 __all__ = [
-    "ANSWER_METRICS",
-    "REGISTRY",
-    "Benchmark",
-    "Join",
-    "Metric",
-    "Repo",
-    "Sample",
-    "Spec",
+    "ANSWER_METRICS", "REGISTRY", "Benchmark", "Join", "Metric", "Repo", "Sample", "Spec",
     "benchmark",
-]
+]  # fmt: skip

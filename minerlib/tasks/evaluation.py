@@ -7,11 +7,10 @@ with deactivate(mllm, neurons):
 compare(before, after)                           # mean change per benchmark, with intervals
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -25,13 +24,12 @@ from tqdm import tqdm
 from minerlib import inference
 from minerlib.artifacts import computation
 from minerlib.model import MLLM, RowError, starts
-from minerlib.tasks.metrics import ANSWER_METRICS, corpus_score, row_scores
-from minerlib.tasks.rows import Benchmark
-from minerlib.tasks.spec import REGISTRY, Sample
+from minerlib.tasks import REGISTRY, Benchmark, Sample, metrics
 
 KEY, AVERAGE = ["benchmark", "row"], "average"
-# Positions in the benchmark, samples, model inputs (None without any), and what was left out.
-Batch = tuple[list[int], list[Sample], Any, list[str]]
+ASKED = [*KEY, "prompt", "references"]
+MEASURES = ("score", "logprob", "logprob only")
+Batch = tuple[list[int], list[Sample], Any, list[str]]  # as of `MLLM.gather`
 
 
 class Prepared(NamedTuple):
@@ -46,9 +44,8 @@ def prepare(
 ) -> Prepared:
     """Encode a benchmark once, pictures through their tower, for many evaluations of its rows.
 
-    All model inputs stay on the model's device: at a real model's size prepare as many rows as
-    fit there (Qwen2-VL: some 19 kB per image token in float32), or let `evaluate` encode anew.
-    Errors as in `evaluate`.
+    All model inputs stay on the model's device: prepare as many rows as fit there (Qwen2-VL: some
+    19 kB per image token in float32), or let `evaluate` encode anew. Errors as in `evaluate`.
     """
     batches = _encode(mllm, bench, batch_size, on_error)
     return Prepared(bench, [(i, s, x and _encode_media(mllm, x), out) for i, s, x, out in batches])
@@ -80,13 +77,10 @@ def _length(sample: Sample) -> float:
 
 @torch.inference_mode()
 def _encode_media(mllm: MLLM, batch: Any) -> dict:
-    """The batch with pictures and clips already through their tower, which is never silenced.
-
-    Models that do not take `mm_encoder_outputs`, a transformers argument, get it back as it is.
-    """
+    """The batch with pictures and clips already through their tower, which is never silenced."""
     batch, seen = dict(batch), {}
     if "mm_encoder_outputs" not in inspect.signature(mllm.model.forward).parameters:
-        return batch
+        return batch  # a transformers argument that not all models take
     for kind in ("image", "video"):
         if tower := getattr(mllm.model.base_model, f"get_{kind}_features", None):
             given = {k: batch[k] for k in inspect.signature(tower).parameters if k in batch}
@@ -103,17 +97,24 @@ def evaluate(
     batch_size: int = 32,
     max_new_tokens: int | None = None,
     on_error: str = "raise",
+    measure: str = "score",
 ) -> pd.DataFrame:
     """Answer a benchmark greedily and score it, one row per sample in the benchmark's order.
 
-    Samples with choices are answered by the most probable choice at the last prompt token, the
-    others by generation of at most `max_new_tokens` (default: the benchmark's own number).
-    `batch_size` and `on_error` count only where `bench` is not prepared yet. Raises RowError for a
-    row that cannot be used; on_error="skip" leaves it out, warns and names it in attrs["skipped"].
+    Samples with choices are answered by the most probable of them: letters at the last prompt
+    token, texts (`Spec.options`) by their mean log-probability. The others are answered by
+    generation of at most `max_new_tokens` (default: the benchmark's own number). `measure` is
+    "score"; "logprob", which adds a column: the mean log-probability per token, in nats, of the
+    commonest reference after the prompt; or "logprob only", without answers and scores, which
+    takes one forward pass. `batch_size` and `on_error` count only where `bench` is not prepared
+    yet. Raises RowError for a row that cannot be used; on_error="skip" leaves it out, warns and
+    names it in attrs["skipped"].
 
     Columns: benchmark, row, prompt, answer, references, score (in [0, 1]) and the metric's own:
     `cider_d` for captions, `contains` for exact match.
     """
+    if measure not in MEASURES:
+        raise ValueError(f"measure={measure!r}: use one of {', '.join(MEASURES)}")
     rows, skipped = {}, []
     if isinstance(bench, Prepared):
         bench, ready = bench
@@ -124,31 +125,41 @@ def evaluate(
         skipped += left_out
         if not samples:
             continue
-        if bench.spec.choices:
-            answers = mllm.choose(batch, bench.spec.choices)
-        else:
-            answers = mllm.generate(batch, max_new_tokens or bench.max_new_tokens)
-        for position, s, answer in zip(positions, samples, answers, strict=True):
-            rows[position] = s.benchmark, s.row, s.prompt, answer, s.references
+        found: dict[str, list] = {name: [getattr(s, name) for s in samples] for name in ASKED}
+        if measure != "logprob only":
+            found["answer"] = _answers(mllm, bench, samples, batch, max_new_tokens)
+        if measure != "score":
+            usual = [Counter(s.references).most_common(1)[0][0] for s in samples]
+            found["logprob"] = mllm.logprob(batch, usual)
+        for position, *values in zip(positions, *found.values(), strict=True):
+            rows[position] = dict(zip(found, values, strict=True))
     if not rows:
         raise ValueError(f"benchmark {bench.name!r}: every row was skipped: {skipped[0]}")
     if skipped:
         warnings.warn("; ".join(["rows skipped", *skipped]), stacklevel=2)
-    columns = [*KEY, "prompt", "answer", "references"]
-    table = pd.DataFrame([rows[i] for i in sorted(rows)], columns=columns)
-    given = table["answer"].tolist(), table["references"].tolist()
-    table["score"] = row_scores(bench.metric, *given)
-    for column, rows_of in ANSWER_METRICS[bench.metric].extra.items():
-        table[column] = rows_of(*given)
+    table = pd.DataFrame([rows[i] for i in sorted(rows)])
+    if "answer" in table:
+        table.insert(3, "answer", table.pop("answer"))
+        given = table["answer"].tolist(), table["references"].tolist()
+        scores = metrics.columns(bench.metric, *given, bench.whole)
+        for place, (name, values) in enumerate(scores.items(), start=5):
+            table.insert(place, name, values)
     table.attrs["skipped"] = skipped
     return table
 
 
-def _scores(table: pd.DataFrame, column: str = "score") -> dict[str, dict[str, np.ndarray]]:
-    """Scores by benchmark, for each line of a summary: every benchmark, and their average.
+def _answers(mllm: MLLM, bench: Benchmark, samples: list[Sample], batch, longest) -> list[str]:
+    if bench.spec.choices:
+        return mllm.choose(batch, bench.spec.choices)
+    if not bench.spec.options:
+        return mllm.generate(batch, longest or bench.max_new_tokens)
+    choices = [s.choices or () for s in samples]
+    told = [mllm.logprob(batch, column) for column in zip(*choices, strict=True)]
+    return [row[i] for row, i in zip(choices, np.argmax(told, axis=0), strict=True)]
 
-    Raises ValueError for rows that are there twice or have no score.
-    """
+
+def _scores(table: pd.DataFrame, column: str = "score") -> dict[str, dict[str, np.ndarray]]:
+    """Scores by benchmark, for each line of a summary: every benchmark, and their average."""
     if (bad := table.duplicated(KEY) | table[column].isna()).any():
         name, row = table.loc[bad, KEY].iloc[0]
         raise ValueError(f"{name} row {row} is there twice or has no score ({bad.sum()} such rows)")
@@ -160,17 +171,23 @@ def _scores(table: pd.DataFrame, column: str = "score") -> dict[str, dict[str, n
 def summarise(table: pd.DataFrame, n: int = 10_000, seed: int = 0) -> pd.DataFrame:
     """Mean score with its 95 % bootstrap interval, per benchmark and averaged over benchmarks.
 
-    `corpus` is the figure that is published for a benchmark (unclipped CIDEr-D, 1 - corpus WER,
-    else the mean), over these rows; the average has none.
+    `corpus` is the figure that is published for a benchmark, see `corpus_score`, over these rows.
     """
     lines = []
     for name, scores in _scores(table).items():
         rows, corpus = table[table["benchmark"] == name], math.nan
         if name in REGISTRY and len(rows):
-            corpus = corpus_score(REGISTRY[name].metric, rows["answer"], rows["references"])
+            corpus = _published(REGISTRY[name].metric, rows)
         interval = inference.bootstrap(scores, n, seed)
         lines.append([name, sum(map(len, scores.values())), *interval, corpus])
     return pd.DataFrame(lines, columns=["benchmark", "n", "mean", "low", "high", "corpus"])
+
+
+def _published(metric: str, rows: pd.DataFrame) -> float:
+    """The figure that is published for a benchmark, over these rows."""
+    if (column := metrics.metric_of(metric).published) in rows:
+        return rows[column].mean()
+    return metrics.corpus_score(metric, rows["answer"], rows["references"])
 
 
 def compare(a: pd.DataFrame, b: pd.DataFrame, n: int = 10_000, seed: int = 0) -> pd.DataFrame:
@@ -181,20 +198,14 @@ def compare(a: pd.DataFrame, b: pd.DataFrame, n: int = 10_000, seed: int = 0) ->
     """
     for table in (a, b):
         _scores(table)
-    pairs = a.merge(b, on=KEY, suffixes=("_a", "_b"))
-    if not len(pairs) == len(a) == len(b):
-        raise ValueError(
-            f"only {len(pairs)} rows are in both tables (of {len(a)} and {len(b)}): evaluate both "
-            "conditions on the same samples"
-        )
+    pairs = inference.matched(a, b, KEY)
     for column in [c for c in ("prompt", "references") if f"{c}_a" in pairs]:
         other = pairs[f"{column}_a"].map(tuple) != pairs[f"{column}_b"].map(tuple)
         if other.any():
             name, row = pairs.loc[other, KEY].iloc[0]
-            raise ValueError(
-                f"{name} row {row}: its {column} differs between the tables ({other.sum()} such "
-                "rows), so the benchmark was changed in between: evaluate both conditions anew"
-            )
+            what = f"{name} row {row}: its {column} differs ({other.sum()} such rows)"
+            why = "the benchmark was changed in between: evaluate both conditions anew"
+            raise ValueError(f"{what}, so {why}")
     after, lines = _scores(pairs, "score_b"), []
     for name, first in _scores(pairs, "score_a").items():
         change = inference.paired_bootstrap(first, second := after[name], n, seed)

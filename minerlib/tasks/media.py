@@ -5,8 +5,6 @@ these, what a viewer does: transparency lies on white, other depths than 8 bits 
 clipped, a clip is turned and stretched as its file says. What cannot be decoded is a ValueError.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import re
@@ -73,14 +71,13 @@ def picture(value: Any) -> Image.Image:
 def clip(value: Any, frames: int = FRAMES) -> Clip:
     """At most `frames` evenly spaced frames of a video file, a decoded clip or a row's raw frames.
 
-    Files are given as for `picture`; decoded clips are arrays [frame, height, width(, channel)];
-    raw frames are uint8 `binary_frames` and their shape (as in MSVD-QA), and a rate if known.
+    Files as for `picture`; decoded clips are arrays [frame, height, width(, channel)]; raw frames
+    are uint8 `binary_frames` and their shape (as in MSVD-QA), and a rate if known.
     """
     if source := _encoded(value):
         return _sampled(source, frames)
-    array = _array(value)
-    chosen = _evenly(len(array), frames)
-    rates = [value.get(name) for name in _RATES] if isinstance(value, Mapping) else []
+    chosen = _evenly(len(array := _array(value)), frames)
+    rates = map(value.get, _RATES) if isinstance(value, Mapping) else ()
     rate = next((rate for rate in rates if rate and rate > 0), None)
     return Clip(_rgb(array[chosen], 4), chosen / rate if rate else None)
 
@@ -90,8 +87,7 @@ def clip(value: Any, frames: int = FRAMES) -> Clip:
 def sound(value: Any, sampling_rate: int = SAMPLING_RATE) -> np.ndarray:
     """Float32 [time], the mean of all channels, resampled to a rate in Hz.
 
-    From any file that soundfile reads or an {array, sampling_rate} struct; a ValueError for an
-    empty sound, one with NaN or infinite samples, and one that is cut short.
+    From what soundfile reads or {array, sampling_rate}; ValueError if empty, cut or not finite.
     """
     if source := _encoded(value):
         with soundfile.SoundFile(source) as file:
@@ -140,10 +136,7 @@ def medium(row: Mapping[str, Any], modality: str) -> Any:
 
 
 def source_bytes(value: Any) -> bytes:
-    """A file's bytes, or a decoded medium's with shape, dtype and rate; never a path.
-
-    A file is not decoded, so they are the same on another processor.
-    """
+    """A file's bytes, undecoded, or a decoded medium's with shape, dtype and rate; never a path."""
     if source := _encoded(value):
         return source.getvalue()
     if isinstance(value, Mapping):
@@ -172,10 +165,9 @@ def _array(value: Any) -> np.ndarray:
         shape = [int(value[name]) for name in _SHAPE]
         array = np.frombuffer(value["binary_frames"], np.uint8)
         if array.size != math.prod(shape):
-            raise ValueError(
-                f"binary_frames holds {array.size} bytes, but {' x '.join(_SHAPE)} = "
-                f"{' x '.join(map(str, shape))} needs {math.prod(shape)}: are they encoded?"
-            )
+            product = f"{' x '.join(_SHAPE)} = {' x '.join(map(str, shape))}"
+            what = f"{array.size} bytes, but {product} needs {math.prod(shape)}: are they encoded?"
+            raise ValueError(f"binary_frames holds {what}")
         return array.reshape(shape)
     array = np.asarray(value["array"] if isinstance(value, Mapping) else value)
     if array.dtype.kind not in "biuf":
@@ -248,17 +240,15 @@ def _shown(frame: av.VideoFrame, aspect: Any) -> np.ndarray:
 
 
 def _rgb(values: np.ndarray, axes: int) -> np.ndarray:
-    """Uint8 [..., height, width, 3], transparency over white, from any depth and channels.
-
-    White is the smallest of 1 (not for integers), 8 bits and 16 bits that holds all values, else
-    the largest of them; black is 0, or the smallest value if that is negative.
-    """
+    """Uint8 [..., height, width, 3], transparency over white, from any depth and channels."""
     shape, x = values.shape, values[..., None] if values.ndim == axes - 1 else values
     if x.ndim == axes and x.shape[-1] > 4:
         x = np.moveaxis(x, -3, -1)
     if x.ndim != axes or x.shape[-1] > 4 or not x.size or not np.isfinite(x).all():
         raise ValueError(f"an array of shape {shape} is no finite pixels [height, width, 1 to 4]")
     if x.dtype != np.uint8:
+        # White is the first of 1 (not of integers), 8 and 16 bits that holds all, else the largest
+        # value; black is 0, or the smallest value if that is negative.
         low, high = min(0.0, float(x.min())), float(x.max())
         start = 2 if x.dtype.str[1:] == "u2" else int(x.dtype.kind in "iu")
         if low == 0:

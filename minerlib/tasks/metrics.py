@@ -1,13 +1,11 @@
 """The benchmarks' official scores, per row and per corpus.
 
-    row_scores("vqa_accuracy", ["Stop."], [("stop",) * 10])    # [1.0], one number per row
-    corpus_score("wrr", ["a b"], [("A B C",)])                 # 1 - corpus WER
+row_scores("vqa_accuracy", ["Stop."], [("stop",) * 10])    # [1.0], one number per row
+corpus_score("wrr", ["a b"], [("A B C",)])                 # 1 - corpus WER
 
 All texts are compared in Unicode's NFC. Where normalising leaves nothing of a reference it is
 compared as it is written, or "An!" would be a right answer to "A".
 """
-
-from __future__ import annotations
 
 import re
 import unicodedata
@@ -19,7 +17,7 @@ from itertools import chain
 
 import jiwer
 import numpy as np
-from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.cider.cider_scorer import CiderScorer, cook_refs
 from whisper_normalizer.english import EnglishTextNormalizer
 
 from minerlib.artifacts import computation
@@ -82,9 +80,8 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`!'
 def normalise_answer(text: str) -> str:
     """The EvalAI normalisation of a short answer: case, punctuation, numbers, articles.
 
-    A punctuation mark that touches a blank anywhere in the text is deleted throughout, any other
-    becomes a blank ("t-shirt" -> "t shirt"); a full stop stays only before a digit; "'s" stands
-    apart from its word.
+    A mark that touches a blank anywhere in the text is deleted throughout, any other becomes a
+    blank ("t-shirt" -> "t shirt"); a full stop stays only before a digit; "'s" stands apart.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = re.sub(r"[\n\t]", " ", text).strip()
@@ -100,10 +97,7 @@ def _compared(text: str) -> str:
 
 @_per_row
 def vqa_accuracy(answer: str, humans: Sequence[str]) -> float:
-    """Mean over the humans i of min(1, matches among the others / 3).
-
-    Defined for ten human answers; a single reference has no others and scores 0.
-    """
+    """Mean over the humans i of min(1, matches among the others / 3); 0 of a single reference."""
     given, n = _compared(answer), len(humans)
     matches = sum(_compared(human) == given for human in humans)
     agreeing, others = min(1.0, (matches - 1) / 3), min(1.0, matches / 3)
@@ -152,26 +146,33 @@ def _penn(groups: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 @computation(version=1)
-def cider_d(answers: Answers, references: References, tokens: Callable = _tokens) -> np.ndarray:
+def cider_d(
+    answers: Answers, references: References, whole: References = (), tokens: Callable = _tokens
+) -> np.ndarray:
     """CIDEr-D per row (n-grams to 4, sigma 6), from 0 to 10, by pycocoevalcap's scorer.
 
-    Document frequencies come from the references given here: scores of a subset do not compare
-    with those of the whole set, and one row alone scores 0. Tokens are `tokenise_caption`'s.
+    Document frequencies are those of `whole`, the references of all rows of a file, so that a row's
+    score does not depend on which rows stand beside it; without it those of the references given,
+    where one row alone scores 0. Tokens are `tokenise_caption`'s.
     """
-    groups = [[answer, *refs] for answer, refs in _pairs(answers, references)]
-    if not groups:
-        return np.empty(0)
+    groups = [(answer, *refs) for answer, refs in _pairs(answers, references)]
     if empty := [i for i, group in enumerate(groups) if len(group) < 2]:
         raise ValueError(f"rows {empty[:5]} have no reference caption, and CIDEr-D needs one")
-    parts = list(enumerate(tokens(groups)))
-    truth, guess = {i: part[1:] for i, part in parts}, {i: part[:1] for i, part in parts}
-    return Cider(n=4, sigma=6.0).compute_score(truth, guess)[1]
+    others = Counter(tuple(refs) for _, refs in _pairs([""] * len(whole), whole))
+    rest = (others - Counter(group[1:] for group in groups)).elements()
+    scorer = CiderScorer(n=4, sigma=6.0)
+    for caption, *truth in tokens(groups):
+        scorer += (caption, truth)
+    # Frequencies count all references; scores are of the rows that have an answer, the first.
+    scorer.crefs += map(cook_refs, tokens([*map(list, rest)]))
+    scorer.compute_doc_freq()
+    return np.array(scorer.compute_cider(), float)
 
 
 @computation(version=1)
-def cider_d_penn(answers: Answers, references: References) -> np.ndarray:
+def cider_d_penn(answers: Answers, references: References, whole: References = ()) -> np.ndarray:
     """As `cider_d`, with the tokens of the official tokeniser, which runs Java."""
-    return cider_d(answers, references, _penn)
+    return cider_d(answers, references, whole, _penn)
 
 
 _english = cache(EnglishTextNormalizer)
@@ -228,14 +229,17 @@ class Metric:
     """A score per row, the corpus figure (the rows' mean unless given), and what to call them.
 
     `extra` holds further per-row columns of an evaluation table; `language` is the only one that
-    the metric fits, if there is one; `clip` says that rows may lie outside [0, 1] and are cut
-    there; `check` raises ValueError on references of a row that the metric cannot score.
+    the metric fits, if any; `clip` says that rows may lie outside [0, 1] and are cut there;
+    `check` raises ValueError on references of a row that the metric cannot score.
     """
 
-    rows: Rows
+    rows: Callable[..., np.ndarray]
     label: str
     corpus: Callable[[Answers, References], float] | None = None
-    extra: Mapping[str, Rows] = field(default_factory=dict)
+    extra: Mapping[str, Callable[..., np.ndarray]] = field(default_factory=dict)
+    published: str = ""
+    whole: bool = False
+    largest: float = 1.0
     language: str | None = None
     clip: bool = False
     check: Callable[[Sequence[str]], object] | None = None
@@ -247,13 +251,13 @@ class Metric:
 
 
 _english_only = partial(Metric, language="en")
+_captions = partial(_english_only, published="cider_d", whole=True, largest=10.0)
 
 ANSWER_METRICS: dict[str, Metric] = {
     "vqa_accuracy": _english_only(vqa_accuracy, "VQA accuracy"),
-    "cider_d": _english_only(cider_d, "CIDEr-D (regex tokens; rows clipped at 1)", clip=True,
-                             extra={"cider_d": cider_d}),
-    "cider_d_penn": _english_only(cider_d_penn, "CIDEr-D (Penn tokens; rows clipped at 1)",
-                                  clip=True, extra={"cider_d": cider_d_penn}),
+    "cider_d": _captions(cider_d, "CIDEr-D / 10 (regex tokens)", extra={"cider_d": cider_d}),
+    "cider_d_penn": _captions(cider_d_penn, "CIDEr-D / 10 (Penn tokens)",
+                              extra={"cider_d": cider_d_penn}),
     "exact_match": _english_only(
         exact_match, "exact match (no LLM judge: not comparable with judged scores)",
         extra={"contains": contains},
@@ -270,10 +274,9 @@ ANSWER_METRICS: dict[str, Metric] = {
 def metric_of(name: str) -> Metric:
     """The entry of `ANSWER_METRICS`; ValueError names what there is."""
     if name not in ANSWER_METRICS:
-        raise ValueError(
-            f"unknown metric {name!r}; there are {', '.join(ANSWER_METRICS)}. "
-            "Add your own with ANSWER_METRICS[name] = Metric(...)"
-        )
+        known = f"there are {', '.join(ANSWER_METRICS)}"
+        way_out = "Add your own with ANSWER_METRICS[name] = Metric(...)"
+        raise ValueError(f"unknown metric {name!r}; {known}. {way_out}")
     return ANSWER_METRICS[name]
 
 
@@ -288,33 +291,52 @@ def misfit(metric: str, references: References, language: str = "en") -> str:
     return told if fits and why else ""
 
 
-def _values(metric: str, answers: Answers, references: References, corpus: bool) -> np.ndarray:
-    """Unclipped scores [row] of a metric, or its corpus figure; ValueError names what is wrong."""
-    pairs, entry = _pairs(answers, references), metric_of(metric)
-    figure = entry.corpus if corpus else None
-    given = [answer for answer, _ in pairs], [refs for _, refs in pairs]
-    values = np.asarray((figure or entry.rows)(*given), dtype=float)
-    if not figure and values.shape != (len(pairs),):
+def _values(
+    metric: str, answers: Answers, references: References, rows: Callable, each: bool = True
+) -> np.ndarray:
+    """Unclipped scores of each row, or else a corpus figure; ValueError names what is wrong."""
+    pairs = _pairs(answers, references)
+    values = np.asarray(rows([answer for answer, _ in pairs], [refs for _, refs in pairs]), float)
+    if each and values.shape != (len(pairs),):
         raise ValueError(f"metric {metric!r} gives {values.shape} scores for {len(pairs)} rows")
     for row in np.flatnonzero(~np.isfinite(values)):
-        place = "all rows" if figure else f"row {row}: {pairs[row]}"
+        place = f"row {row}: {pairs[row]}" if values.ndim else "all rows"
         raise ValueError(f"metric {metric!r} gives {values.flat[row]} for {place}")
     return values
 
 
-def row_scores(metric: str, answers: Answers, references: References) -> list[float]:
-    """Each row's score in [0, 1], so that it can enter an average over benchmarks."""
-    values = _values(metric, answers, references, False)
-    if not metric_of(metric).clip and (far := np.abs(values - 0.5) > 0.5 + 1e-9).any():
+def columns(
+    metric: str, answers: Answers, references: References, whole: References = ()
+) -> dict[str, list[float]]:
+    """Each row's score in [0, 1], as "score", and the metric's further columns.
+
+    `whole` are the references of all rows of the file; a metric whose scores hang on them takes
+    those given here where it is empty.
+    """
+    entry = metric_of(metric)
+    more = {"whole": whole} if entry.whole else {}
+    values = _values(metric, answers, references, partial(entry.rows, **more)) / entry.largest
+    if not entry.clip and (far := np.abs(values - 0.5) > 0.5 + 1e-9).any():
         raise ValueError(
             f"metric {metric!r} gives {values[far][0]:g} for row {np.argmax(far)}; scores lie in "
             "[0, 1]: divide by the largest, or have them cut by Metric(..., clip=True)"
         )
-    return np.clip(values, 0.0, 1.0).tolist()
+    extra = {name: _values(metric, answers, references, partial(rows, **more)).tolist()
+             for name, rows in entry.extra.items()}  # fmt: skip
+    return {"score": np.clip(values, 0.0, 1.0).tolist()} | extra
 
 
-def corpus_score(metric: str, answers: Answers, references: References) -> float:
-    """The figure that is published for the whole set: unclipped CIDEr-D, 1 - corpus WER, means."""
+def row_scores(metric: str, answers: Answers, references: References, whole=()) -> list[float]:
+    """Each row's score in [0, 1], so that it can enter an average over benchmarks."""
+    return columns(metric, answers, references, whole)["score"]
+
+
+def corpus_score(metric: str, answers: Answers, references: References, whole=()) -> float:
+    """The figure that is published for the whole set: CIDEr-D, 1 - corpus WER, else the mean."""
     if not len(answers):
         raise ValueError(f"metric {metric!r}: no answers, so no figure")
-    return float(_values(metric, answers, references, True).mean())
+    entry = metric_of(metric)
+    rows = entry.corpus or entry.extra.get(entry.published, entry.rows)
+    more = {"whole": whole} if entry.whole else {}
+    each = entry.corpus is None
+    return float(_values(metric, answers, references, partial(rows, **more), each).mean())

@@ -1,19 +1,18 @@
 """Where the rows of a benchmark come from: the hub, or a folder."""
 
-from __future__ import annotations
-
 import itertools
 import logging
+import math
 import os
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,17 +21,11 @@ from minerlib.families import RowError
 from minerlib.tasks import media, metrics
 from minerlib.tasks.spec import REGISTRY, Repo, Sample, blamed
 
-if TYPE_CHECKING:
-    import datasets
-
 log = logging.getLogger(__name__)
 
 
 def _parquet_files(folder: Path, repo: Repo) -> list[Path]:
-    """Parquet files of a split, all its shards: the split is a folder, or a part of the name.
-
-    Covers `data/test-00000-of-00002.parquet`, `all/test-*.parquet`, `clean/test/0000.parquet`.
-    """
+    """Parquet files of a split, all its shards: `all/test-*.parquet`, `clean/test/0.parquet`."""
     found, shards = [], defaultdict(set)
     for file in sorted(folder.rglob("*.parquet")):
         folders = file.relative_to(folder).parts[:-1]
@@ -49,10 +42,7 @@ def _parquet_files(folder: Path, repo: Repo) -> list[Path]:
 
 
 def _download(repo: Repo) -> Path | None:
-    """A hub repository's folder with the files of its split; None if there is no such repository.
-
-    FileNotFoundError for any other failure.
-    """
+    """A hub repository's folder with the files of its split; None if there is none."""
     from huggingface_hub import constants, errors, snapshot_download
 
     inside = f"{repo.config}/*" if repo.config else "*"
@@ -68,25 +58,21 @@ def _download(repo: Repo) -> Path | None:
         elif constants.HF_HUB_OFFLINE:
             way_out = "HF_HUB_OFFLINE=1 allows cached files only: unset it once to download"
         cause = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-        raise FileNotFoundError(
-            f"{repo.name} on the hub failed: {cause}; {way_out}, or give source=, a folder"
-        ) from error
+        text = f"{repo.name} on the hub failed: {cause}; {way_out}, or give source=, a folder"
+        raise FileNotFoundError(text) from error
 
 
 def _locate(
     name: str, candidates: Sequence[Repo], source: Any, split: str | None = None, *alias: str
 ) -> tuple[list[Path], dict[str, Any]]:
-    """Files of a split from the first candidate that exists, and where they come from.
-
-    `split` is another than the candidates', `alias` what it may also be called in `NAME/`.
-    """
+    """Files of a split from the first candidate that exists, and where they come from."""
+    # split: another than the candidates'; alias: what it may also be called in NAME/.
     base = None if source is None else Path(source)
     if base and not base.is_dir():
-        raise FileNotFoundError(
-            f"source {str(source)!r} is not a folder; give one with {name}/*.parquet, or none"
-        )
+        way_out = f"give one with {name}/*.parquet, or none"
+        raise FileNotFoundError(f"source {str(source)!r} is not a folder; {way_out}")
+    splits = [split] if split else [*(c.split for c in candidates[:1]), *alias]
     if own := base is not None and (base / name).is_dir():
-        splits = [split] if split else [candidates[0].split, *alias]
         candidates = [Repo(name, each) for each in dict.fromkeys(splits)]
     tried = []
     for repo in candidates:
@@ -104,14 +90,13 @@ def _locate(
             tried[-1] += ": no parquet file of this split"
             break
     where = f"in {str(source)!r}" if base else "on the hub (a private one needs HF_TOKEN)"
-    raise FileNotFoundError(
-        f"no rows for {name!r} {where}. Tried: {'; '.join(tried)}. Give source=, a folder with "
-        f"{name}/{candidates[0].split}-*.parquet, or check the split"
-    )
+    way_out = f"Give source=, a folder with {name}/{splits[0]}-*.parquet, or check the split"
+    sought = "; ".join(tried) or "none is known"
+    raise FileNotFoundError(f"no rows for {name!r} {where}. Tried: {sought}. {way_out}")
 
 
-def _read(name: str, files: Sequence[Path], columns: Sequence[str]) -> datasets.Dataset:
-    """Memory-mapped rows of parquet files; media columns stay undecoded."""
+def _read(name: str, files: Sequence[Path], columns: Sequence[str]) -> Any:
+    """Memory-mapped rows of parquet files, a `datasets.Dataset`; media columns stay undecoded."""
     import datasets as hf
 
     bars = not hf.are_progress_bars_disabled()
@@ -123,10 +108,9 @@ def _read(name: str, files: Sequence[Path], columns: Sequence[str]) -> datasets.
             hf.enable_progress_bars()
     have = set(rows.column_names)
     if missing := [c for c in columns if not have & set(c.split("|"))]:
-        raise ValueError(
-            f"{name}: column {', '.join(map(repr, missing))} is missing in {files[0].name}; found "
-            f"{sorted(have)}. Rename the column, or change `columns` of REGISTRY[{name!r}]"
-        )
+        what = f"column {', '.join(map(repr, missing))} is missing in {files[0].name}"
+        way_out = f"Rename the column, or change `columns` of REGISTRY[{name!r}]"
+        raise ValueError(f"{name}: {what}; found {sorted(have)}. {way_out}")
     for column, feature in rows.features.items():
         if isinstance(feature, hf.Audio | hf.Image | hf.Video):
             rows = rows.cast_column(column, type(feature)(decode=False))
@@ -134,11 +118,7 @@ def _read(name: str, files: Sequence[Path], columns: Sequence[str]) -> datasets.
 
 
 class _Rows:
-    """The rows of a split, those joined to them, and the samples that they hold, by number.
-
-    `kept` are the numbers of the samples that can be used; `references` has those of all, and
-    `places` their row and the element of its `each` column.
-    """
+    """The rows of a split, those joined to them, and the samples that they hold, by number."""
 
     def __init__(self, name: str, source: Any, split: str | None, on_error: str, **how: int):
         self.name, self.how, self.spec = name, how, (spec := REGISTRY[name])
@@ -153,7 +133,7 @@ class _Rows:
             for i, key in enumerate(self.joined[self.join.theirs]):
                 self.joined_at[key].append(i)
         self.notices: list[str] = []
-        self.places: list[tuple[int, int]] = []
+        self.places: list[tuple[int, int]] = []  # a sample's row, and element of its `each` column
         self.references: list[tuple[str, ...]] = []
         self._raw = lru_cache(1)(self.rows.__getitem__)  # one clip, many questions
         self.made_of = cache(self._made_of)
@@ -162,8 +142,7 @@ class _Rows:
 
     def _check(self, on_error: str) -> None:
         """Find all that can be known before a medium is decoded: faults, lengths, numbers."""
-        name, spec, most = self.name, self.spec, self.spec.max_seconds or 0
-        faults: dict[int, RowError] = {}
+        name, spec, faults = self.name, self.spec, dict[int, RowError]()
 
         def attempt(step: Callable, number: int, *given) -> Any:
             try:
@@ -185,8 +164,9 @@ class _Rows:
             self.note(f"{name}: {text}: scores may not compare", warnings.warn)
         if odd := metrics.misfit(spec.metric, self.references, spec.language):
             self.note(f"{name}: {odd}", warnings.warn)
-        sound = [number for number in range(total) if most and number not in faults]
-        if long := [number for number in sound if (attempt(self._seconds, number) or 0) > most]:
+        most = spec.max_seconds or math.inf
+        sounds = [n for n in range(total) if n not in faults] if spec.max_seconds else []
+        if long := [n for n in sounds if (attempt(self._seconds, n) or 0) > most]:
             text = f"skipped {len(long)} of {total} clips longer than {most:g} s"
             self.note(f"{name}: {text}, which the audio encoder would cut")
         if faults:
@@ -248,15 +228,17 @@ class _Rows:
         return sample
 
     def _made_of(self, number: int) -> tuple[str, str]:
-        """Hashes of a sample's prompt and of its medium as it is stored (text: of the prompt)."""
+        """Hashes of what is asked and of the medium as it is stored (text: of the prompt)."""
         # For a row that cannot be used its name: whoever reads that row is told why.
         prompt = source = f"row {number}"
         index, modality = self.places[number][0], self.spec.modality
         with suppress(ValueError, OSError):
             row, raw = self._completed(number), self._raw(index)
-            prompt = digest(self.spec.asked(row, (self.name, number)))
+            prompt = asked = digest(self.spec.asked(row, (self.name, number)))
+            if self.spec.options:
+                prompt = digest([asked, *self.spec.options(row)])
             if modality == "text":
-                return prompt, prompt
+                return prompt, asked
             # Hashed once a clip, unless it is joined, added or one element of a list.
             own = all(row.get(c) is raw.get(c) for c in media.MEDIA_COLUMNS)
             if (key := index if own else -1 - number) not in self._sources:
@@ -279,10 +261,9 @@ class _Rows:
 class Benchmark(Sequence):
     """Samples of one benchmark, decoded when asked for; a slice is a benchmark again.
 
-    `name` and `spec` are the registry's, `metric` and `max_new_tokens` the spec's; `numbers` are
-    the samples' in the whole split. `notices` say what a reader of results must know: rows left
-    out, counts and clips that are not right. `origin` says where the rows are from: repo and
-    revision (None for a folder), split, config, files, rows, and `joined`, the same of that set.
+    `numbers` are the samples' in the whole split. `notices` say what a reader of results must
+    know: rows left out, counts and clips that are not right. `origin` says where the rows are
+    from: repo and revision (None for a folder), split, config, files, rows, and what is `joined`.
     """
 
     def __init__(self, rows: _Rows, numbers: np.ndarray) -> None:
@@ -299,12 +280,8 @@ class Benchmark(Sequence):
         return len(self.numbers)
 
     def __getitem__(self, which: int | slice | Sequence[int]) -> Any:
-        if isinstance(which, int | np.integer):
-            return self._rows.sample(int(self.numbers[which]))
-        return Benchmark(self._rows, self.numbers[which])
-
-    def __iter__(self) -> Iterator[Sample]:
-        return map(self._rows.sample, self.numbers.tolist())
+        numbers = self.numbers[which]
+        return Benchmark(self._rows, numbers) if numbers.ndim else self._rows.sample(int(numbers))
 
     def __repr__(self) -> str:
         total = len(self._rows.references)
@@ -315,28 +292,33 @@ class Benchmark(Sequence):
         """The reference answers of every sample."""
         return [self._rows.references[number] for number in self.numbers]
 
+    @property
+    def whole(self) -> list[tuple[str, ...]]:
+        """The reference answers of all samples of the split, which some metrics count in."""
+        return self._rows.references
+
     def score(self, answers: Sequence[str]) -> list[float]:
         """The metric of each sample, in [0, 1]."""
-        return metrics.row_scores(self.metric, answers, self.references)
+        return metrics.row_scores(self.metric, answers, self.references, self.whole)
 
     def corpus_score(self, answers: Sequence[str]) -> float:
         """The benchmark's own figure over all samples, as it is published."""
-        return metrics.corpus_score(self.metric, answers, self.references)
+        return metrics.corpus_score(self.metric, answers, self.references, self.whole)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of these samples: rows, prompts, references, media as they are stored and how
-        they are decoded, choices, answer's length, metric. The same on another processor.
-        """
+        """A hash of all that makes these samples and their scores; alike on every processor."""
         spec, numbers = self.spec, self.numbers.tolist()
         decoded = {
             "image": [media.picture],
             "video": [media.clip, self._rows.how["frames"]],
             "audio": [media.sound, self._rows.how["sampling_rate"], spec.max_seconds],
         }.get(spec.modality)
-        metric = [self.metric, *map(identity, metrics.metric_of(self.metric).functions)]
+        entry = metrics.metric_of(self.metric)
+        metric = [self.metric, *map(identity, entry.functions)]
+        counted = [self.whole] if entry.whole else []
         asked = [self.name, spec.choices, spec.max_new_tokens, *map(self._rows.made_of, numbers)]
-        return digest([numbers, asked, self.references, decoded, metric])
+        return digest([numbers, asked, self.references, decoded, [*metric, *counted]])
 
 
 def benchmark(
@@ -351,8 +333,6 @@ def benchmark(
 ) -> Benchmark:
     """Load a benchmark by its name in `REGISTRY`, from the hub or from a folder.
 
-    Parameters
-    ----------
     source : None is the hub (only the files of one split are downloaded); a folder holds
         `NAME/*.parquet` with the same columns, or hub repositories as `owner/name/...`.
     split : "test" is the split that is evaluated, whatever the set itself calls it.
@@ -364,10 +344,8 @@ def benchmark(
         or "skip" such rows, which `notices` then lists.
     """
     if name not in REGISTRY:
-        raise ValueError(
-            f"unknown benchmark {name!r}; there are {', '.join(REGISTRY)}. "
-            "Add your own with REGISTRY[name] = Spec(...)"
-        )
+        known = f"there are {', '.join(REGISTRY)}. Add your own with REGISTRY[name] = Spec(...)"
+        raise ValueError(f"unknown benchmark {name!r}; {known}")
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error={on_error!r}: use raise or skip")
     how = {"frames": frames, "sampling_rate": sampling_rate}
@@ -379,8 +357,7 @@ def benchmark(
 def split(bench: Benchmark, limit: int, eval_limit: int) -> tuple[Benchmark, Benchmark]:
     """Rows for mining and for evaluation: the first `limit`, and `eval_limit` from the end.
 
-    No medium (for text: no prompt) is in both, whatever the source and the order. ValueError says
-    how many rows there are.
+    No medium (for text: no prompt) is in both; ValueError says how many rows there are.
     """
     _positive(limit=limit, eval_limit=eval_limit)
     mining, late = bench[:limit], reversed(range(limit, len(bench)))
@@ -388,10 +365,9 @@ def split(bench: Benchmark, limit: int, eval_limit: int) -> tuple[Benchmark, Ben
     others = (i for i in late if mined.isdisjoint(bench[i : i + 1].media))
     last = list(itertools.islice(others, eval_limit))
     if len(mining) < limit or len(last) < eval_limit:
-        raise ValueError(
-            f"limit={limit} and eval_limit={eval_limit}: {bench.name} has {len(bench)} rows, and "
-            f"after the first {limit} there are {len(last)} about other media; lower one of them"
-        )
+        what = f"limit={limit} and eval_limit={eval_limit}: {bench.name} has {len(bench)} rows"
+        left = f"after the first {limit} there are {len(last)} about other media"
+        raise ValueError(f"{what}, and {left}; lower one of them")
     return mining, bench[last[::-1]]
 
 

@@ -1,20 +1,17 @@
 """What a benchmark is: samples, specifications and the registry."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from string import Formatter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from PIL.Image import Image
 
 from minerlib.families import RowError
 from minerlib.tasks import media, metrics
-
-if TYPE_CHECKING:
-    from PIL import Image
+from minerlib.tasks.media import FRAMES, SAMPLING_RATE
 
 SHORT_ANSWER = "{question}\nAnswer the question using a single word or phrase."
 
@@ -24,22 +21,21 @@ class Sample:
     """One prompt with its media and its reference answers.
 
     `image` is an RGB picture, `video` uint8 [frame, height, width, channel] with `times` in
-    seconds [frame] (None: unknown), `audio` float32 [time], mono at `sampling_rate` Hz. `choices`
-    are answers to be ranked by their probability as the next token; without them the model
-    generates. `row` is the sample's number in the whole split and survives slicing; `notice` says
-    what its medium lacks, if anything.
+    seconds [frame] if known, `audio` float32 [time], mono at `sampling_rate` Hz. `choices` are
+    answers to be ranked as the next token, instead of generation. `row` is the sample's number in
+    the whole split, `notice` what its medium lacks.
     """
 
     prompt: str
     references: tuple[str, ...]
-    image: Image.Image | None = None
+    image: Image | None = None
     video: np.ndarray | None = None
     audio: np.ndarray | None = None
     choices: tuple[str, ...] | None = None
     benchmark: str = ""
     row: int = 0
     times: np.ndarray | None = None
-    sampling_rate: int = media.SAMPLING_RATE
+    sampling_rate: int = SAMPLING_RATE
     notice: str | None = None
 
 
@@ -56,8 +52,7 @@ class Repo:
 class Join:
     """Rows of a second set that belong to a row: those whose `theirs` equals the row's `ours`.
 
-    They are looked up only when the columns in `provides` are missing from the rows themselves.
-    With `many` several rows may belong to one.
+    Looked up only if a column in `provides` is missing; with `many` there may be several.
     """
 
     hub: tuple[Repo, ...]
@@ -72,8 +67,6 @@ class Join:
 class Spec:
     """All that the loader knows of a benchmark; the pure step from a row to a `Sample`.
 
-    Parameters
-    ----------
     hub : candidates in the order in which they are tried (owners move their sets).
     columns : what every row must have; "a|b" stands for either.
     prompt : a template, filled with the row's columns and with what `fields` returns.
@@ -82,6 +75,8 @@ class Spec:
     metric : a name in `metrics.ANSWER_METRICS`.
     max_new_tokens : budget of a generated answer; 1 where `choices` are ranked instead.
     rows : samples in the published split; a different number is reported.
+    options : row -> texts of which one is the answer, ranked by their mean log-probability after
+        the prompt (cloze); `references` gives the text of the right one.
     fields : (row, joined rows) -> further fields for the template. For the references alone it
         gets the row without media and no joined rows.
     each : a list column of which every element is a sample of its own.
@@ -98,6 +93,7 @@ class Spec:
     max_new_tokens: int = 16
     rows: int | None = None
     choices: tuple[str, ...] | None = None
+    options: Callable[[dict], Sequence[str]] | None = None
     fields: Callable[[dict, list[dict]], dict] | None = None
     join: Join | None = None
     each: str | None = None
@@ -112,24 +108,17 @@ class Spec:
         metrics.metric_of(self.metric)
 
     def sample(
-        self,
-        row: Mapping[str, Any],
-        joined: Sequence[dict] = (),
-        *,
-        frames: int = media.FRAMES,
-        sampling_rate: int = media.SAMPLING_RATE,
-        benchmark: str = "",
-        number: int = 0,
+        self, row, joined=(), *, frames=FRAMES, sampling_rate=SAMPLING_RATE, benchmark="", number=0
     ) -> Sample:
         """The `Sample` of a row (for `each`: with one element of that list); raises RowError."""
-        at, decoded = (benchmark, number), dict[str, Any]()
-        row = self.completed(row, joined, at)
+        at, row = (benchmark, number), self.completed(row, joined, (benchmark, number))
+        choices = tuple(self.options(dict(row))) if self.options else self.choices
+        known: dict[str, Any] = {"choices": choices, "benchmark": benchmark, "row": number}
         if self.modality != "text":
             with blamed(*at, self.modality):
                 value = media.medium(row, self.modality)
-                decoded = media.DECODE[self.modality](value, frames, sampling_rate)
-        known: dict[str, Any] = {"choices": self.choices, "benchmark": benchmark, "row": number}
-        return Sample(self.asked(row, at), self.answers(row, at), **known, **decoded)
+                known |= media.DECODE[self.modality](value, frames, sampling_rate)
+        return Sample(self.asked(row, at), self.answers(row, at), **known)
 
     def completed(self, row: Mapping, joined: Sequence[dict], at: tuple[str, int]) -> dict:
         """A row with what `fields` adds; `at` names benchmark and row in a RowError."""
@@ -206,27 +195,20 @@ REGISTRY: dict[str, Spec] = {
         columns=("image", "question", "answers"),
         prompt=SHORT_ANSWER,
         references=lambda row: row["answers"],
-        modality="image",
-        metric="vqa_accuracy",
-        rows=5000,
+        modality="image", metric="vqa_accuracy", rows=5000,
     ),
     "coco_caption": Spec(
         hub=(Repo("yerevann/coco-karpathy", "test"),),
         columns=("filename", "sentences|answer"),
         prompt="Describe the image in one sentence.",
         references=lambda row: row["sentences"] if "sentences" in row else row["answer"],
-        modality="image",
-        metric="cider_d",
-        max_new_tokens=48,
-        rows=5000,
+        modality="image", metric="cider_d", max_new_tokens=48, rows=5000,
         fields=lambda row, joined: {"image": joined[0]["image"]} if joined else {},
         # The Karpathy test rows name their pictures; the pictures are in the COCO 2014 val set.
         join=Join(
             hub=tuple(Repo(f"{owner}/COCO-Caption", "val") for owner in _OWNERS),
-            ours="filename",
-            theirs="file_name",
-            columns=("image", "file_name"),
-            provides=("image",),
+            ours="filename", theirs="file_name",
+            columns=("image", "file_name"), provides=("image",),
         ),
     ),
     "mmlu": Spec(
@@ -235,29 +217,33 @@ REGISTRY: dict[str, Spec] = {
         prompt="The following are multiple choice questions (with answers) about {topic}.\n\n"
         "{shots}{item}",
         references=lambda row: _LETTERS[row["answer"]],
+        modality="text", metric="choice_accuracy", max_new_tokens=1, rows=14042,
+        choices=("A", "B", "C", "D"),
+        fields=_mmlu_fields,
+        join=Join(  # many: five of them are shown
+            hub=(Repo("cais/mmlu", "dev", "all"),),
+            ours="subject", theirs="subject", many=True,
+            columns=("question", "subject", "choices", "answer"), provides=("shots",),
+        ),
+    ),
+    # Everyday facts that a small language model partly knows; shipped, in MMLU's schema.
+    "common_knowledge": Spec(
+        hub=(),
+        columns=("question", "subject", "choices", "answer"),
+        prompt="{question}",
+        references=lambda row: row["choices"][row["answer"]],
         modality="text",
         metric="choice_accuracy",
         max_new_tokens=1,
-        rows=14042,
-        choices=("A", "B", "C", "D"),
-        fields=_mmlu_fields,
-        join=Join(
-            hub=(Repo("cais/mmlu", "dev", "all"),),
-            ours="subject",
-            theirs="subject",
-            columns=("question", "subject", "choices", "answer"),
-            provides=("shots",),
-            many=True,  # five of them are shown
-        ),
+        rows=544,
+        options=lambda row: row["choices"],
     ),
     "msvd_qa": Spec(
         hub=(Repo("morpheushoc/msvd-qa", "test"),),
         columns=("qa", "binary_frames", "num_frames", "height", "width", "channels"),
         prompt=SHORT_ANSWER,
         references=lambda row: row["answer"],
-        modality="video",
-        metric="exact_match",
-        rows=13157,
+        modality="video", metric="exact_match", rows=13157,
         fields=lambda row, _: {"question": row["qa"][0], "answer": row["qa"][1]},
         each="qa",
     ),
@@ -266,24 +252,18 @@ REGISTRY: dict[str, Spec] = {
         columns=("audio", "text"),
         prompt="Recognize the speech and output only the transcript.",
         references=lambda row: row["text"],
-        modality="audio",
-        metric="wrr",
-        max_new_tokens=128,
-        rows=2620,
-        # Qwen2-Audio's encoder hears 30 s and drops the rest without a word.
-        max_seconds=30.0,
+        modality="audio", metric="wrr", max_new_tokens=128, rows=2620,
+        max_seconds=30.0,  # Qwen2-Audio's encoder hears 30 s and drops the rest without a word
     ),
     "vocal_sound": Spec(
         hub=(
-            Repo("lmms-lab-audio/vocalsound", "test"),
-            Repo("lmms-lab/vocalsound", "test"),
+            *(Repo(f"{owner}/vocalsound", "test") for owner in ("lmms-lab-audio", "lmms-lab")),
             Repo("flozi00/VocalSound_audio_16k", "train"),
         ),
         columns=("audio", "answer"),
         prompt="Which vocal sound is this: Laughter, Sniff, Throat clearing, Cough, Sigh or "
         "Sneeze? Answer with one name.",
         references=lambda row: row["answer"],
-        modality="audio",
-        metric="vocal_sound",
+        modality="audio", metric="vocal_sound",
     ),
-}
+}  # fmt: skip

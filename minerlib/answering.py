@@ -1,0 +1,66 @@
+"""What a model answers: greedy text, one of some letters, how probable an answer is.
+
+Each is a method of `model.MLLM` and takes one encoded batch, padded on the left.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+_GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+_GREEDY |= {"no_repeat_ngram_size": 0, "temperature": None, "top_p": None, "top_k": None}
+
+
+@torch.inference_mode()
+def generate(mllm, batch, max_new_tokens: int = 32) -> list[str]:
+    """Greedy answers, stripped; settings are explicit so a checkpoint's own do not leak in."""
+    # A part of a larger model (Omni's thinker) has no generation settings of its own.
+    end = mllm.model.generation_config.eos_token_id or mllm.tokenizer.eos_token_id
+    ends = {"pad_token_id": mllm.tokenizer.pad_token_id, "eos_token_id": end}
+    tokens = mllm.model.generate(**batch, max_new_tokens=max_new_tokens, **_GREEDY, **ends)
+    new = tokens[:, batch["input_ids"].shape[1] :]
+    return [t.strip() for t in mllm.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+@torch.inference_mode()
+def choose(mllm, batch, choices: Sequence[str]) -> list[str]:
+    """The most probable choice at the last prompt token, per row; "A" and " A" both count."""
+    probs = mllm.forward(batch).logits[:, -1].float().softmax(-1)
+    totals = []
+    for choice in choices:
+        forms = [_ids(mllm, text) for text in (choice, f" {choice}")]
+        if not (ids := sorted({form[0] for form in forms if len(form) == 1})):
+            raise ValueError(f"{mllm.name}: the choice {choice!r} is not a single token")
+        totals.append(probs[:, ids].sum(-1))
+    return [choices[i] for i in torch.stack(totals).argmax(0).tolist()]
+
+
+@torch.inference_mode()
+def logprob(mllm, batch, answers: Sequence[str]) -> list[float]:
+    """Mean log-probability per token, in nats, of each row's answer right after its prompt.
+
+    One forward pass: answers are padded on the right, where causal attention does not look. After
+    a prompt that ends in a special token or blank space an answer starts as it is, else with " ".
+    """
+    last, shape = batch["input_ids"][0, -1:], batch["input_ids"].shape
+    met = last.item() in mllm.family.special() or mllm.tokenizer.decode(last)[-1:].isspace()
+    rows = [torch.tensor(_ids(mllm, text if met else f" {text}")) for text in answers]
+    if empty := [text for text, row in zip(answers, rows, strict=True) if not len(row)]:
+        raise ValueError(f"{mllm.name}: the answer {empty[0]!r} has no token to be probable")
+    new = pad_sequence(rows, batch_first=True, padding_value=mllm.tokenizer.pad_token_id)
+    told = torch.arange(new.shape[1]) < torch.tensor([[len(row)] for row in rows])
+    more, whole = {"input_ids": new, "attention_mask": told}, dict(batch)
+    for name, value in batch.items():
+        if getattr(value, "shape", None) == shape:  # of what is per token, nothing else applies
+            more_of_it = more.get(name, torch.zeros_like(new)).to(value)
+            whole[name] = torch.cat([value, more_of_it], 1)
+    keep = new.shape[1] + 1
+    logits = mllm.forward(whole, keep).logits[:, -keep:-1].float()
+    probs = logits.log_softmax(-1).cpu().gather(-1, new[..., None])[..., 0]
+    return ((probs * told).sum(1) / told.sum(1)).tolist()
+
+
+def _ids(mllm, text: str) -> list[int]:
+    return mllm.tokenizer.encode(text, add_special_tokens=False)
