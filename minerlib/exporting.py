@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import safetensors
 import torch
+from torch import nn
 
 from minerlib.deactivation import Names, Neurons, union
 from minerlib.model import MLLM
@@ -21,7 +22,7 @@ def export(
     neurons and modalities as in `deactivate`. A neuron reaches the rest of the model only through
     its column of the MLP's down projection, which becomes 0; the model in memory is unchanged. What
     was written is read back and compared before the card is written. ValueError for a model that is
-    quantised or partly offloaded, and for layers whose down projection is not one plain weight.
+    quantised or partly offloaded, and for layers whose down projection is no plain nn.Linear.
     """
     chosen, names = union(mllm, neurons, modalities)
     state, folder = dict(mllm.model.state_dict()), Path(folder)
@@ -55,10 +56,13 @@ def _down_weight(mllm: MLLM, layer: int) -> str:
     """The name of the weight that reads the layer's neurons."""
     down = mllm.family.down_projection(mllm.layers[layer])
     parts = {} if down is None else {name: p.dtype for name, p in down.named_parameters()}
-    if set(parts) - {"bias"} != {"weight"} or not parts["weight"].is_floating_point:
+    plain = set(parts) - {"bias"} == {"weight"} and parts["weight"].is_floating_point
+    # A Conv1D's weight has its neurons on the other side, and a square one would not say so.
+    if not plain or not isinstance(down, nn.Linear):
+        found = "none known" if down is None else f"{type(down).__name__} {parts}"
         raise ValueError(
-            f"layer {layer}: no down projection of one float weight ({parts or 'none known'}); "
-            "export cannot silence it, `deactivate` can"
+            f"layer {layer}: no down projection of one float weight ({found}) that is an "
+            "nn.Linear; export cannot silence it, `deactivate` can"
         )
     return next(f"{name}.weight" for name, m in mllm.model.named_modules() if m is down)
 

@@ -88,7 +88,7 @@ class Family:
         return _child(self._mlp(layer), _ACTIVATIONS)
 
     def down_projection(self, layer: nn.Module) -> nn.Module | None:
-        """The linear module that reads the layer's neurons, [hidden, neuron]; None if unknown."""
+        """The nn.Linear that reads the layer's neurons, [hidden, neuron]; None if unknown."""
         return self._mlp(layer).down_proj
 
     def output_projection(self, layer: nn.Module) -> nn.Module:

@@ -187,7 +187,7 @@ def table_row(measure: str, value, draws, null, *, greater: bool = True) -> dict
 
 # --- verdicts ------------------------------------------------------------------------------------
 
-HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told"
+WORDS = HOLDS, FAILS, UNKNOWN, PART = "holds", "does not hold", "cannot be told", "holds in part"
 LEVEL = 0.05
 TOLERANCE = 0.02
 """How far a number may move on another processor: absolute up to 1, a share of larger numbers."""
@@ -332,7 +332,7 @@ def converged(
 
 def by_share(share: float, n: int, yes: float = 0.9, no: float = 0.5) -> Verdict:
     """Of n cases: *holds* from a share of yes on, *does not hold* up to no, in between in part."""
-    word = HOLDS if share >= yes else FAILS if share <= no else f"{HOLDS} in part"
+    word = HOLDS if share >= yes else FAILS if share <= no else PART
     return Verdict(word, round(n * min(abs(share - yes), abs(share - no)), 6))  # in cases
 
 
@@ -365,13 +365,20 @@ def whole(claim: str, lines: Sequence[Mapping], what: str = "lines") -> dict:
 def claims_table(finding: str, lines: Iterable[Mapping]) -> pd.DataFrame:
     """A finding's closing table: finding, claim, measured, null, p, verdict, all text.
 
-    Each line holds claim, measured, null, verdict (a `Verdict` or its text), and p if it has one.
+    Each line (`line` makes one) holds claim, measured, null, verdict (a `Verdict` or its text), and
+    p if it has one.
     """
 
     def text(p: float | None) -> str:
         return "" if p is None or np.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
     columns = ["finding", "claim", "measured", "null", "p", "verdict"]
+    for i, x in enumerate(lines := list(lines)):
+        lack = [name for name in ("claim", "measured", "null", "verdict") if name not in x]
+        if lack or str(x["verdict"]).removesuffix(" (close)") not in WORDS:
+            fault = f"no {lack[0]!r}" if lack else f"verdict {x['verdict']!r}"
+            words = f"a verdict is one of {', '.join(WORDS)}, with or without ' (close)'"
+            raise ValueError(f"finding {finding}, line {i} ({x.get('claim')!r}): {fault}; {words}")
     rows = [
         (finding, x["claim"], x["measured"], x["null"], text(x.get("p")), str(x["verdict"]))
         for x in lines

@@ -60,7 +60,13 @@ class MLLM:
         said: Any = getattr(self.text_config, "intermediate_size", None)
         down = map(self.family.down_projection, self.layers)
         widths = [getattr(d, "in_features", said) for d in down]
-        if odd := {i: w for i, w in enumerate(widths) if w != widths[0] or not isinstance(w, int)}:
+        if unknown := [i for i, width in enumerate(widths) if not isinstance(width, int)]:
+            raise ValueError(
+                f"{self.name}: how many neurons layers {unknown} have is not known: their "
+                "`Family.down_projection` has no in_features (an nn.Linear has), and the config no "
+                "intermediate_size"
+            )
+        if odd := {i: w for i, w in enumerate(widths) if w != widths[0]}:
             raise ValueError(
                 f"{self.name}: decoder layers must have equally many neurons; of {widths[0]} in "
                 f"layer 0, layers {odd} differ. A model trimmed layer by layer is not supported"

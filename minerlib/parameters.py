@@ -7,7 +7,8 @@ import ast
 import difflib
 import importlib
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
@@ -38,13 +39,17 @@ def _among(names: Collection[str]) -> AfterValidator:
 
 def _weights(value: Any) -> Any:
     """Weights by name, as a mapping, or one for each of the paper's metrics; all also as text."""
+    near: list[str] = []
     if isinstance(value, str):
-        value = weightings().get(value) or yaml.safe_load(value)
-    if isinstance(value, Sequence) and len(value) == len(PAPER_WEIGHTS):
+        near = difflib.get_close_matches(value, weightings(), 1)
+        with suppress(yaml.YAMLError):
+            value = weightings().get(value) or yaml.safe_load(value)
+    if isinstance(value, list | tuple) and len(value) == len(PAPER_WEIGHTS):
         value = dict(zip(PAPER_WEIGHTS, value, strict=True))
     if not isinstance(value, Mapping):
         how = f"{', '.join(PAPER_WEIGHTS)}, or use one of {', '.join(weightings())}"
-        raise ValueError(f"give a number for each of {how}")
+        guess = f"did you mean {near[0]!r}? Else " if near else ""
+        raise ValueError(f"{guess}give a number for each of {how}")
     return value
 
 
@@ -93,7 +98,13 @@ class Parameters(BaseModel):
 
     def __init__(self, **given: Any):
         for module in os.environ.get("MINER_PLUGINS", "").split():
-            importlib.import_module(module)
+            try:
+                importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                if error.name != module:  # one that the plug-in itself imports
+                    raise
+                where = f"in {os.getcwd()} or on PYTHONPATH; names are separated by blanks"
+                raise ValueError(f"MINER_PLUGINS: no module {module!r} {where}") from None
         try:
             super().__init__(**given)
         except pydantic.ValidationError as error:

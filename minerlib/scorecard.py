@@ -16,13 +16,13 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from minerlib.inference import FAILS, HOLDS, UNKNOWN
+from minerlib.inference import FAILS, HOLDS, PART, UNKNOWN
 from minerlib.parameters import assigned, declared, listed
 from minerlib.shipped import CARD
 from minerlib.workbook import MODELS, ROOT, NotApplicable, Workbook, save
 
 COLUMNS = ["finding", "of", "claim", "measured", "null", "p", "verdict"]
-MARKS = {HOLDS: (2, "yes"), FAILS: (0, "no"), UNKNOWN: (1, "?")}
+MARKS = {PART: (1, "part"), HOLDS: (2, "yes"), FAILS: (0, "no"), UNKNOWN: (1, "?")}
 
 
 class Finding(NamedTuple):
@@ -34,15 +34,26 @@ class Finding(NamedTuple):
 
 
 def findings(folder: Path = ROOT / "notebooks") -> dict[str, Finding]:
-    """The findings that notebooks measure, by name, in the notebooks' order."""
-    found = {}
+    """The findings that notebooks measure, by name; ValueError names one that is amiss."""
+    found: dict[str, Finding] = {}
     for file in sorted(folder.glob("*.ipynb")):
         notebook = json.loads(file.read_text())
         about = notebook["metadata"].get("minerlib", {})
-        if "finding" in about:
-            tagged = (c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", []))
-            wb = Workbook.bind({"In": [cell := "".join(next(tagged)["source"])], **assigned(cell)})
-            found[about["finding"]] = Finding(about["claim"], file.stem, wb.parameters)
+        if (name := about.get("finding")) is None:
+            continue
+        tagged = [c for c in notebook["cells"] if "parameters" in c["metadata"].get("tags", [])]
+        try:
+            if name in found:
+                raise ValueError(f"finding {name!r} is that of {found[name].notebook}; rename one")
+            if not about.get("claim"):
+                raise ValueError('its metadata need "claim" beside "finding", in "minerlib"')
+            if not tagged:
+                raise ValueError("no cell is tagged `parameters`")
+            cell = "".join(tagged[0]["source"])
+            wb = Workbook.bind({"In": [cell], **assigned(cell)})
+        except ValueError as error:
+            raise ValueError(f"{file.name}: {error}") from None
+        found[name] = Finding(about["claim"], file.stem, wb.parameters)
     return found
 
 
@@ -63,16 +74,22 @@ class Scorecard:
         self.findings = findings()
         shipped = [path.parent.name for path in (ROOT / MODELS).glob(f"*/{CARD}")]
         wanted = {"all": [], "shipped": shipped}.get(str(models), listed(models))
-        held = {}  # a newer one in the place of an older; manifests end in "t.json"
+        held, other = {}, []  # a newer one in the place of an older; manifests end in "t.json"
         for file in sorted(self.folder.glob("*/finding-*[!t].json"), key=os.path.getmtime):
             value = json.loads(file.read_text())
             changed = self._changed(value)
             asked = models == "all" or value["model"] in wanted
+            of = ", ".join([value["model"], *changed])
             if asked and (not changed or configurations == "all"):
-                held[value["finding"], ", ".join([value["model"], *changed])] = value["claims"]
+                held[value["finding"], of] = value["claims"]
+            elif asked:
+                other.append(f"{value['finding']} of {of}")
         if not held:
             makers = ", ".join(finding.notebook for finding in self.findings.values())
-            raise NotApplicable(f"no finding of {models} models in {runs}; run {makers}")
+            way_out = f"; run {makers}"
+            if there := "; ".join(dict.fromkeys(other)):
+                way_out = f" with the usual parameters, but {there}: use configurations='all'"
+            raise NotApplicable(f"no finding of {models} models in {runs}{way_out}")
         found = {of for _, of in held}
         self.columns = sorted(found | set(wanted) - {of.split(", ")[0] for of in found})
         lack = [key for key in product(self.findings, self.columns) if key not in held]
@@ -102,7 +119,7 @@ class Scorecard:
         grid = grid.pivot(index="row", columns="of", values="verdict")
         marks = grid.reindex(index=rows.unique(), columns=self.columns).map(mark)
         tall = sum(1.3 + 0.75 * row.count("\n") for row in marks.index)
-        fig, ax = plt.subplots(figsize=(4.6 + 1.1 * len(self.columns), 0.9 + 0.17 * tall))
+        fig, ax = plt.subplots(figsize=(4.6 + 1.1 * len(self.columns), max(2, 0.9 + 0.17 * tall)))
         style = {"annot_kws": {"fontsize": 8, "color": "black"}, "linewidths": 0.8, "fmt": ""}
         style |= {"cmap": ["#D55E00", "#DDDDDD", "#56B4E9"], "vmin": 0, "vmax": 2, "cbar": False}
         codes, signs = (marks.map(itemgetter(i)) for i in (0, 1))
@@ -121,5 +138,7 @@ def mark(verdict: Any) -> tuple[float, str]:
     """A verdict's colour code and sign; ~ where a number lies close to its boundary."""
     if pd.isna(verdict):
         return float("nan"), ""
-    code, sign = next(v for word, v in MARKS.items() if verdict.startswith(word))
+    if not (known := [word for word in MARKS if verdict.startswith(word)]):
+        raise ValueError(f"verdict {verdict!r} is none of {', '.join(MARKS)}")
+    code, sign = MARKS[known[0]]
     return code, sign + ("~" if verdict.endswith("(close)") else "")

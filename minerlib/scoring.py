@@ -282,14 +282,17 @@ def add_batch(mllm: MLLM, batch, sums: Sums, rows: Sequence[tuple[str, int]] = (
             raw = metrics(x, *weights.pop(layer), masks_on(x.device), kinds)
             low = x.amin(-1).where(masks_on(x.device)[:, _PROMPT], math.inf).min()
             found[layer] = normalise(raw).sum(0), raw[:, _MEAN, _PROMPT].sum(0), low
-            finite[layer] = raw.isfinite().flatten(1).all(1)
+            finite[layer] = raw.isfinite().flatten(2).all(2)  # [row, metric]
 
     with mllm.tap(activation=activate, attention=attend):
         mllm.forward(batch)
     broken = ~torch.stack([finite[layer].cpu() for layer in range(mllm.n_layers)])
-    for layer, i in broken.nonzero().tolist():
+    for layer, i in broken.any(-1).nonzero().tolist():
+        bad = [name for name, is_bad in zip(METRICS, broken[layer, i], strict=True) if is_bad]
         why = f"activations or scores of {mllm.name} in {mllm.model.dtype} are not finite; try "
         why += "dtype='bfloat16' or 'float32'"
+        if set(bad) <= set(own_metrics()):  # of the same activations the paper's are finite
+            why = f"importance metric {', '.join(map(repr, bad))} gives numbers that are not finite"
         benchmark, row = rows[i] if rows else ("batch", i)
         raise RowError(benchmark, row, f"layer {layer}", why)
     for layer, (scores, mean, low) in found.items():  # sums of a checkpoint are on the CPU

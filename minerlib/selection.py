@@ -19,6 +19,8 @@ PAPER_WEIGHTS = {"prob": 0.0, "mean": 0.25, "max": 0.25, "attn_k": 0.5, "attn_q"
 RATIOS = (0.001, 0.005, 0.01, 0.015, 0.02, 0.05, 0.1)
 """The shares of neurons that the paper compares."""
 
+Weights = Mapping[str, float] | Sequence[float] | str  # a str names one of `weightings`
+
 
 def weightings() -> dict[str, dict[str, float]]:
     """The weightings of the importance metrics that the paper compares, and each metric alone."""
@@ -67,8 +69,8 @@ STRATEGIES: dict[str, Callable[[np.ndarray, int, np.random.Generator], np.ndarra
     "uniform": lambda value, budget, rng: _top(value, budget // value[..., 0].size, 2),
     "random": _random,
 }
-"""How a budget K is spent: (V [modality, layer, neuron], K, draws) -> bool of V's shape.
-LA / LU: layers adaptive / uniform; MA / MU: modalities adaptive / uniform."""
+"""How a budget K is spent: (V [modality, layer, neuron], K, draws) -> bool of V's shape, at most K
+different neurons. LA / LU: layers adaptive / uniform; MA / MU: modalities adaptive / uniform."""
 
 
 def strategy(function: Callable) -> Callable:
@@ -82,7 +84,7 @@ def select(
     scores: xr.DataArray,
     ratio: float = 0.02,
     strategy: str = "LA_MU",
-    weights: Mapping[str, float] | Sequence[float] = PAPER_WEIGHTS,
+    weights: Weights = PAPER_WEIGHTS,
     split: str = "special_text_separate",
     seed: int = 0,
 ) -> xr.DataArray:
@@ -100,10 +102,12 @@ def select(
     value = weighted(scores.sel(modality=modalities), weights)
     budget = int(ratio * value[0].size)
     mask = STRATEGIES[strategy](value, budget, np.random.default_rng(seed))
-    if mask.dtype != bool or mask.shape != value.shape:
-        raise ValueError(
-            f"strategy {strategy!r} gave {mask.dtype} {mask.shape}, not bool {value.shape}"
-        )
+    gave = f"{mask.dtype} {mask.shape}" if isinstance(mask, np.ndarray) else f"{mask!r:.60}"
+    if gave != (rule := f"bool {value.shape}"):
+        raise ValueError(f"strategy {strategy!r} gave {gave}, not {rule} [modality, layer, neuron]")
+    if (many := int(mask.any(0).sum())) > budget:
+        rule = f"the most is its budget, int(ratio L N) = {budget}"
+        raise ValueError(f"strategy {strategy!r} gave {many} different neurons; {rule}")
     attrs = {"ratio": ratio, "strategy": strategy, "split": split, "budget": budget, "seed": seed}
     return _labelled(mask, modalities, scores.layer, attrs)
 
@@ -120,8 +124,12 @@ def _occurring(scores: xr.DataArray, split: str) -> list[str]:
     return found
 
 
-def weighted(scores: xr.DataArray, weights: Mapping[str, float] | Sequence[float]) -> np.ndarray:
+def weighted(scores: xr.DataArray, weights: Weights) -> np.ndarray:
     """The weighted score V, [modality, layer, neuron]; weights are non-negative and sum to 1."""
+    if isinstance(weights, str):
+        if weights not in (named := weightings()):
+            raise ValueError(f"no weights {weights!r}; use one of {', '.join(named)}, or numbers")
+        weights = named[weights]
     if not isinstance(weights, Mapping):
         if len(weights) != len(PAPER_WEIGHTS):
             raise ValueError(f"{len(weights)} weights, expected one for each of {[*PAPER_WEIGHTS]}")

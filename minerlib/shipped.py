@@ -40,7 +40,7 @@ def checkpoint(name: str) -> str:
     folder = Path(name)
     if name.startswith((".", "/", "data/")) and not folder.is_dir():
         raise FileNotFoundError(f"no model folder {name!r}; `make data` builds the shipped ones")
-    if (folder / "config.json").is_file() or not (folder / CARD).is_file():
+    if not (folder / GRAFT).is_file():
         return name
     if not (folder / ASSEMBLED / NOTE).is_file():
         raise FileNotFoundError(f"{name} is not assembled from its parts yet: run `make models`")

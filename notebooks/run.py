@@ -90,7 +90,8 @@ def plugins() -> list[Path]:
     found = {name: find_spec(name) for name in os.environ.get("MINER_PLUGINS", "").split()}
     if missing := [name for name, spec in found.items() if spec is None]:
         raise SystemExit(
-            f"MINER_PLUGINS: no module {', '.join(missing)} in {ROOT.name}/ or on PYTHONPATH"
+            f"MINER_PLUGINS: no module {', '.join(missing)} in {ROOT.name}/ or on PYTHONPATH; "
+            "names are separated by blanks"
         )
     return [Path(spec.origin) for spec in found.values()]
 

@@ -41,6 +41,7 @@ def test_time_is_time():
     assert (seconds["a"] >= 0.02).all() and np.median(seconds["b"]) < 0.02
 
 
+@pytest.mark.slow
 def test_a_function_alone_returns_its_value_and_its_own_peak():
     value, small = harness.alone(np.zeros, 1)
     assert value == 0

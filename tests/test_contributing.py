@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
 
@@ -16,9 +17,8 @@ import minerlib as ml
 from minerlib import families, scoring, selection
 from minerlib.tasks import ANSWER_METRICS, REGISTRY
 
-EXAMPLES = dict(
-    re.findall(r"```python\n# (my_\w+)\.py\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
-)
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+EXAMPLES = dict(re.findall(r"```python\n# (my_\w+)\.py\n(.*?)```", TEXT, re.S))
 REGISTRIES = (
     scoring.METRICS,
     selection.STRATEGIES,
@@ -100,6 +100,8 @@ def test_a_family(plug_in):
             super().__init__()
             self.ff = torch.nn.Module()
             self.ff.nonlinearity, self.ff.back = torch.nn.SiLU(), torch.nn.Linear(6, 4)
+            self.attention = torch.nn.Module()
+            self.attention.out = torch.nn.Linear(4, 4)
 
     class MyModelForCausalLM(torch.nn.Module):
         dtype = torch.float32
@@ -108,9 +110,25 @@ def test_a_family(plug_in):
             super().__init__()
             self.trunk = torch.nn.Module()
             self.trunk.blocks = torch.nn.ModuleList([Block(), Block()])
+            self.trunk.norm = torch.nn.LayerNorm(4)
             self.config = shared_mllm("tiny-qwen2-vl").model.config
 
     mllm = ml.MLLM(MyModelForCausalLM(), shared_mllm("tiny-qwen2-vl").tokenizer, "mine")
     assert (mllm.n_layers, mllm.n_neurons) == (2, 6)
     assert mllm.activations == [block.ff.nonlinearity for block in mllm.model.trunk.blocks]
     assert mllm.fingerprint["family"] == module.Mine.identity()
+    assert mllm.family.output_projection(mllm.layers[1]) is mllm.layers[1].attention.out
+    assert mllm.family.final_norm() is mllm.model.trunk.norm
+
+
+def test_a_findings_cells(monkeypatch, capsys):
+    """Its name is one in metadata, claims and what is kept, as test_notebooks.py asks."""
+    (about,) = re.findall(r'"minerlib": ({.*})', TEXT)
+    binds, claims, keeps = re.findall(r"```python\n(?!# my_)(.*?)```", TEXT, re.S)
+    kept: dict = {"model": "data/models/tiny-qwen2-vl"}
+    exec(binds, kept)
+    monkeypatch.setattr(ml.Workbook, "save_finding", lambda wb, *given: kept.update(given=given))
+    exec(claims + keeps, kept)
+    name, table = kept["given"]
+    assert {name, *table["finding"]} == {json.loads(about)["finding"]}
+    assert table["verdict"].tolist() == ["holds"] and "0.41" in capsys.readouterr().out

@@ -296,6 +296,17 @@ def test_export_of_a_quantised_layer_is_refused(mllm, neurons, tmp_path, monkeyp
     assert not (tmp_path / "silenced").exists()
 
 
+def test_export_of_what_is_no_linear_module_is_refused(mllm, neurons, tmp_path, monkeypatch):
+    """The weight of a square Conv1D would be silenced along the wrong axis."""
+    turned = transformers.pytorch_utils.Conv1D(mllm.n_neurons, mllm.n_neurons)
+    monkeypatch.setitem(mllm.layers[0].mlp._modules, "down_proj", turned)
+    with pytest.raises(
+        ValueError, match=r"layer 0: .*\(Conv1D .* an nn.Linear; .*`deactivate` can"
+    ):
+        export(mllm, neurons, tmp_path / "silenced")
+    assert not (tmp_path / "silenced").exists()
+
+
 @pytest.mark.fault("export of an offloaded model")
 def test_export_of_an_offloaded_model_is_refused(mllm, neurons, tmp_path, monkeypatch):
     projection = mllm.layers[1].mlp.down_proj

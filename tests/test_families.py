@@ -481,6 +481,24 @@ def test_layers_of_different_widths_are_named(folder):
         ml.MLLM(model, tokens, "trimmed")
 
 
+def test_a_width_that_nothing_says_is_named(folder, monkeypatch):
+    class GPT2(Adapter):
+        def layers(self):
+            return self.model.transformer.h
+
+        def activation(self, layer):
+            return layer.mlp.act
+
+        def down_projection(self, layer):
+            return layer.mlp.c_proj  # a Conv1D
+
+    monkeypatch.setitem(families.FAMILIES, "GPT2LMHeadModel", GPT2)
+    model = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2))
+    tokens = tf.AutoTokenizer.from_pretrained(folder("llama"))
+    with pytest.raises(ValueError, match=r"layers \[0, 1\] have is not known: .*in_features"):
+        ml.MLLM(model, tokens, "gpt2")
+
+
 @pytest.mark.fault("a config that says another width than the weights")
 def test_the_weights_say_how_many_neurons_there_are(folder):
     model = tf.LlamaForCausalLM.from_pretrained(folder("llama"))

@@ -15,6 +15,7 @@ import torch
 
 from data.make import grafts, parts
 from data.make.parts import Package, Part, PartError
+from minerlib import shipped
 
 CONTENT = b"the pretrained part, " * 50
 
@@ -194,6 +195,59 @@ def test_a_graft_adds_replaces_and_sets_rows(tied):
     assert model.embed.weight[4].tolist() == [1, 2, 3]
     assert torch.equal(model.embed.weight[:4], embeddings[:4])
     assert torch.equal(model.head.weight, model.embed.weight)
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """A folder of models with one graft, of which `assemble` makes a checkpoint of two files."""
+
+    class Saved:
+        def __init__(self, name: str):
+            self.name = name
+
+        def save_pretrained(self, folder):
+            folder.mkdir(exist_ok=True)
+            (folder / self.name).write_text(self.name)
+
+    folder = tmp_path / "models"
+    for file in ("smol-x/graft.safetensors", "tiny-qwen2-vl/model.safetensors"):
+        (folder / file).parent.mkdir(parents=True)
+        (folder / file).write_text("trained")
+    monkeypatch.setattr(grafts, "MODELS", folder)
+    monkeypatch.setattr(grafts, "BUILD", {"smol-x": None, "smol-y": None})
+    monkeypatch.setattr(grafts, "untrained", lambda name: (Saved("weights"), Saved("tokenizer")))
+    monkeypatch.setattr(grafts, "load_file", lambda path: {})
+    monkeypatch.setattr(grafts, "graft", lambda model, trained: None)
+    return folder
+
+
+def test_models_are_assembled_once_and_anew_when_a_part_changes(models, capsys):
+    grafts.main()
+    made = models / "smol-x/assembled"
+    assert {f.name for f in made.iterdir()} == {"weights", "tokenizer", "made_of.json"}
+    assert "assembling smol-x" in capsys.readouterr().out
+    assert shipped.content(models / "smol-x").keys() >= {"version", parts.SMOLLM2.file}
+    grafts.main()
+    assert "assembling" not in capsys.readouterr().out
+    (models / "smol-x/graft.safetensors").write_text("trained longer")
+    grafts.main()
+    assert "assembling smol-x" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [PartError("p.bin is missing"), OSError("No space left")])
+def test_an_assembly_that_fails_leaves_what_was_there(models, monkeypatch, error):
+    grafts.main()
+    before = {f.name: f.read_bytes() for f in (models / "smol-x/assembled").iterdir()}
+    (models / "smol-x/graft.safetensors").write_text("trained longer")
+
+    def fails(model, trained):
+        raise error
+
+    monkeypatch.setattr(grafts, "graft", fails)
+    with pytest.raises(SystemExit, match=f"^make models: {error}$"):
+        grafts.main()
+    assert {f.name: f.read_bytes() for f in (models / "smol-x/assembled").iterdir()} == before
+    assert {f.name for f in (models / "smol-x").iterdir()} == {"assembled", "graft.safetensors"}
 
 
 NAMES = ("smol-qwen2-vl", "smol-qwen2-audio", "smol-qwen2.5-omni")

@@ -509,3 +509,12 @@ def test_claims_tables():
         0, ["claim", "measured", "null"]
     ].tolist() == ["c", "m", "n"]
     assert list(inference.claims_table("I", [])) == list(table)
+    shares = [line | {"verdict": inference.by_share(0.7, 10)}]
+    assert inference.claims_table("I", shares)["verdict"].tolist() == [inference.PART]
+    for wrong, fault in [(line | {"verdict": "yes"}, "verdict 'yes'"),
+                         (line | {"verdict": None}, "verdict None"),
+                         ({k: line[k] for k in line if k != "verdict"}, "no 'verdict'"),
+                         ({k: line[k] for k in line if k != "null"}, "no 'null'")]:  # fmt: skip
+        message = rf"finding II, line 1 \('c'\): {fault}; .* one of holds, does not hold, cannot"
+        with pytest.raises(ValueError, match=message):
+            inference.claims_table("II", [line, wrong])

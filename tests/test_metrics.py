@@ -479,6 +479,14 @@ def test_a_metric_that_gives_no_scores_is_refused_by_name(own, values, message):
         metrics.row_scores("own", ["a", "b"], [("x",), ("y",)])
 
 
+def test_a_plain_function_is_no_metric(monkeypatch):
+    monkeypatch.setitem(ANSWER_METRICS, "own", len)
+    with pytest.raises(
+        ValueError, match=r"\['own'\] is a builtin.*; wrap it in Metric\(rows=\.\.\."
+    ):
+        metrics.metric_of("own")
+
+
 def test_a_metric_may_say_that_it_is_clipped(own):
     own(lambda answers, references: np.array([-2.0, 0.25, 7.0]), clip=True)
     assert metrics.row_scores("own", list("abc"), [("x",)] * 3) == [0, 0.25, 1]

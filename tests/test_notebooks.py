@@ -354,6 +354,7 @@ def test_the_suffix_of_a_folder_is_a_file_name_and_tells_values_apart(run):
     assert run.suffix({}) == "" and run.suffix({"seed": "1", "limit": "8"}) == "-limit=8-seed=1"
 
 
+@pytest.mark.slow
 def test_models_run_side_by_side_on_cpus(run, monkeypatch):
     """Stages model by model, then findings; a failure stops its model only and is named."""
     monkeypatch.setenv("OMP_NUM_THREADS", "7")

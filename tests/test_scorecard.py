@@ -83,6 +83,37 @@ def test_a_column_for_each_configuration_and_only_the_defaults_unless_asked(proj
     assert card.table["verdict"].tolist() == ["holds", "does not hold"]
 
 
+def test_findings_of_other_parameters_only_are_named(project):
+    leave(project, "I", "tiny-a", limit=12)
+    leave(project, "I", "other", limit=12)  # no shipped model
+    message = r"usual parameters, but I of tiny-a, limit=12: use configurations='all'$"
+    with pytest.raises(NotApplicable, match=message):
+        Scorecard()
+    assert Scorecard(configurations="all").columns == ["tiny-a, limit=12", "tiny-b"]
+
+
+@pytest.mark.parametrize(
+    ("about", "cell", "message"),
+    [
+        ({"finding": "V"}, CELL, 'its metadata need "claim" beside "finding"'),
+        ({"finding": "V", "claim": "c"}, None, "no cell is tagged `parameters`"),
+        ({"finding": "V", "claim": "c"}, f"{CELL}\nseed = -1", "seed=-1: a whole number"),
+        ({"finding": "I", "claim": "c"}, CELL, "finding 'I' is that of 05_one; rename one"),
+    ],
+)
+def test_a_notebook_that_is_amiss_is_named(tmp_path, about, cell, message):
+    for name, now, source in (
+        ("05_one", {"finding": "I", "claim": "c"}, CELL),
+        ("11", about, cell),
+    ):
+        tags = {"tags": ["parameters"]} if source else {}
+        cells = [nbformat.v4.new_code_cell(source or CELL, metadata=tags)]
+        notebook = nbformat.v4.new_notebook(cells=cells, metadata={"minerlib": now})
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    with pytest.raises(ValueError, match=f"^11.ipynb: {message}"):
+        scorecard.findings(tmp_path)
+
+
 def test_a_new_finding_needs_no_list(project):
     leave(project, "V", "tiny-a")
     assert Scorecard().table["finding"].tolist() == ["V"]
@@ -101,6 +132,9 @@ def test_all_verdicts_at_a_glance(project, monkeypatch):
     card.save_figure(fig, "10-scorecard")
     assert (project / "runs/figures/10-scorecard.png").exists()
     plt.close(fig)
+    assert mark("holds in part (close)") == (1, "part~")
+    with pytest.raises(ValueError, match="verdict 'yes' is none of holds in part, holds, "):
+        mark("yes")
     assert mark("holds") == (2, "yes") and mark("cannot be told (close)") == (1, "?~")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -431,6 +432,13 @@ def test_an_importance_metric_is_one_entry(mllm, samples, monkeypatch):
     assert found.metric.values.tolist()[-1] == "range" and found.shape[0] == 6
     assert found.sel(metric="range").max() <= 1 and found.sel(metric="range").std() > 0
     assert select(found, weights={"range": 1.0}).any() and weightings()["range"] == {"range": 1.0}
+
+
+def test_a_metric_that_is_not_finite_is_named(mllm, samples, monkeypatch):
+    """It, and not the model's precision, where the paper's metrics of the same row are finite."""
+    monkeypatch.setitem(METRICS, "own", lambda layer: layer.total * math.nan)
+    with pytest.raises(RowError, match=r"layer 0: importance metric 'own' gives .*not finite$"):
+        scores_of(mllm, samples)
 
 
 def test_no_rows_is_an_error(mllm):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -193,6 +194,7 @@ def test_weights_as_mapping_or_sequence():
     scores = random_scores()
     a = select(scores, 0.1, weights=PAPER_WEIGHTS)
     np.testing.assert_array_equal(a, select(scores, 0.1, weights=(0, 0.25, 0.25, 0.5, 0)))
+    np.testing.assert_array_equal(a, select(scores, 0.1, weights="default"))
     for name, weights in weightings().items():
         assert sum(weights.values()) == pytest.approx(1), name
     assert PAPER_WEIGHTS == {"prob": 0, "mean": 0.25, "max": 0.25, "attn_k": 0.5, "attn_q": 0}
@@ -208,6 +210,7 @@ def test_weights_as_mapping_or_sequence():
         (dict(weights={"mean": 0.5, "median": 0.5}), r"unknown metric \['median'\]"),
         (dict(weights={"mean": 0.7}), "sum to 1"),
         (dict(weights={"mean": 1.5, "max": -0.5}), "at least 0"),
+        (dict(weights="best"), "no weights 'best'; use one of default, prob, .*, or numbers"),
         (dict(weights=(0.5, 0.5)), "2 weights, expected one for each of .*attn_q"),
     ],
 )
@@ -274,10 +277,29 @@ def test_fast_at_the_size_of_qwen2_vl_7b(qwen2_vl_7b, strategy):
 
 def test_a_strategy_must_give_a_mask(monkeypatch):
     scores = random_scores()
-    for wrong in (lambda value, k, rng: value, lambda value, k, rng: value[0] > 0):
+    for wrong, gave in (
+        (lambda value, k, rng: value, "float32 .*"),
+        (lambda value, k, rng: value[0] > 0, r"bool \(6, 50\)"),
+        (lambda value, k, rng: None, "None"),
+    ):
         monkeypatch.setitem(STRATEGIES, "wrong", wrong)
-        with pytest.raises(ValueError, match="strategy 'wrong' gave .*, not bool"):
+        with pytest.raises(ValueError, match=f"strategy 'wrong' gave {gave}, not bool .*, 6, 50"):
             select(scores, strategy="wrong")
+
+
+def test_a_budget_is_of_different_neurons(monkeypatch):
+    """The same neurons for every modality count once."""
+
+    def first(value, budget, rng, over=0):
+        mask = np.zeros(value.shape, bool)
+        mask[:, 0, : budget + over] = True
+        return mask
+
+    monkeypatch.setitem(STRATEGIES, "first", first)
+    assert unique(select(random_scores(), 0.1, "first")) == 30
+    monkeypatch.setitem(STRATEGIES, "first", partial(first, over=1))
+    with pytest.raises(ValueError, match=r"'first' gave 31 different neurons; .* = 30$"):
+        select(random_scores(), 0.1, "first")
 
 
 def test_the_shares_that_the_paper_compares():

@@ -47,6 +47,9 @@ from minerlib.tasks import REGISTRY
         ({"model": 3}, "model=3: give text"),
         ({"run_dir": 3}, "run_dir=3: give text, or None"),
         ({"weights": "best"}, "weights='best': give a number for each of prob, .* one of default"),
+        ({"weights": "burst"}, "weights='burst': give a number for each of prob"),
+        ({"weights": "atn_k"}, "weights='atn_k': did you mean 'attn_k'"),
+        ({"weights": "{1"}, "weights='{1': give a number for each of prob"),
         ({"weights": [1, 0]}, r"weights=\[1, 0\]: give a number for each of prob"),
         ({"weights": {"mode": 1}}, "no 'mode'; use one of prob"),
         ({"weights": {"mean": "much"}}, "weights='much': give numbers"),
@@ -446,6 +449,17 @@ def test_sanity_says_what_is_far_from_the_published_figure(tmp_path, monkeypatch
         "mmlu": "none published", "libri": "FAR OFF", "vocal_sound": "near",
     }  # fmt: skip
     assert found.loc["libri", "corpus"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(("name", "error"), [("my_a,my_b", ValueError), ("os no_such", ValueError),
+                                             ("my_importer", ModuleNotFoundError)])  # fmt: skip
+def test_a_plugin_that_is_not_there_is_named(tmp_path, monkeypatch, name, error):
+    (tmp_path / "my_importer.py").write_text("import no_such")  # which is the plug-in's own fault
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("MINER_PLUGINS", name)
+    sought = f"^MINER_PLUGINS: no module '{name.split()[-1]}' in .*separated by blanks$"
+    with pytest.raises(error, match=sought if error is ValueError else "'no_such'"):
+        ml.Workbook()
 
 
 def test_plugins_add_benchmarks(tmp_path, monkeypatch):

@@ -43,6 +43,7 @@ MIX = {
 }
 ROWS = {"text_vqa": 8, "coco_caption": 16, "msvd_qa": 8, "crowd": 8, "libri": 12, "vocal_sound": 12}
 QUESTIONS = 5  # at most, on one picture or clip
+END_WEIGHT = 3.0
 LEARNS = ("merger", "multi_modal_projector", "audio_tower.proj", "lora_", "delimiters")
 
 
@@ -107,7 +108,7 @@ def tasks(names: Sequence[str]) -> dict[str, Draw]:
         made["msvd_qa"] = visual("msvd_qa", vision.clip_scene, asked("msvd_qa", clips))
         made["coco_caption"] = visual("coco_caption", vision.pair_scene, caption)
     if "libri" in names:
-        spoken = Clips(4000, 1200)
+        spoken = Clips(12000, 2400)
         # SmolLM2 knows words in small letters; WRR does not tell them apart.
         made["libri"] = heard("libri", spoken.spoken, str.lower)
         made["vocal_sound"] = heard("vocal_sound", spoken.sound, str)
@@ -272,12 +273,18 @@ def prepare(mllm: MLLM, rank: int, seed: int, tower: bool = False) -> list[int]:
 
 
 def loss_of(model: nn.Module, batch: dict) -> torch.Tensor:
-    """Cross-entropy of the supervised tokens; only their positions pass the output layer."""
+    """Cross-entropy of the supervised tokens; only their positions pass the output layer.
+
+    That an answer ends counts END_WEIGHT times: a frozen decoder likes to go on talking.
+    """
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     states = model.model(**inputs, use_cache=False).last_hidden_state
     wanted = batch["labels"][:, 1:] != IGNORED
-    logits = model.lm_head(states[:, :-1][wanted]).float()
-    return functional.cross_entropy(logits, batch["labels"][:, 1:][wanted])
+    logits, labels = model.lm_head(states[:, :-1][wanted]).float(), batch["labels"][:, 1:][wanted]
+    weights = 1 + (END_WEIGHT - 1) * (labels == grafts.DECODER["eos_token_id"])
+    return (
+        functional.cross_entropy(logits, labels, reduction="none") * weights
+    ).sum() / weights.sum()
 
 
 def trained(model: nn.Module, delimiters: Sequence[int]) -> dict[str, torch.Tensor]:

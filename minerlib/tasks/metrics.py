@@ -277,7 +277,10 @@ def metric_of(name: str) -> Metric:
         known = f"there are {', '.join(ANSWER_METRICS)}"
         way_out = "Add your own with ANSWER_METRICS[name] = Metric(...)"
         raise ValueError(f"unknown metric {name!r}; {known}. {way_out}")
-    return ANSWER_METRICS[name]
+    if not isinstance(found := ANSWER_METRICS[name], Metric):
+        what = f"ANSWER_METRICS[{name!r}] is a {type(found).__name__}"
+        raise ValueError(f"{what}; wrap it in Metric(rows=..., label=...)")
+    return found
 
 
 def misfit(metric: str, references: References, language: str = "en") -> str:
