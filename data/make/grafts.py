@@ -54,7 +54,12 @@ EARS = {
     "encoder_ffn_dim": 2048,
     "max_source_positions": 50 * SECONDS,
 }
-RANK, SCALE = 8, 2.0
+AUDIO_TOKENS = {
+    "audio_token": "<|AUDIO|>",
+    "audio_bos_token": "<|audio_bos|>",
+    "audio_eos_token": "<|audio_eos|>",
+}
+SCALE = 2.0  # of the low-rank additions
 
 
 def template(media: Mapping[str, str]) -> str:
@@ -120,9 +125,7 @@ def qwen2_vl():
 
 def qwen2_audio():
     """Untrained smol-qwen2-audio: its tower is Whisper base's encoder."""
-    tokens = parts.tokenizer(
-        audio_token="<|AUDIO|>", audio_bos_token="<|audio_bos|>", audio_eos_token="<|audio_eos|>"
-    )
+    tokens = parts.tokenizer(**AUDIO_TOKENS)
     media = {"audio": "Audio 1: <|audio_bos|><|AUDIO|><|audio_eos|>\n"}
     processor = tf.Qwen2AudioProcessor(ears(), tokens, chat_template=template(media))
     untied = {"vocab_size": len(tokens), "tie_word_embeddings": False}

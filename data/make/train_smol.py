@@ -3,22 +3,25 @@
     python -m data.make.train_smol smol-qwen2-audio [--seed 1]
 
 SmolLM2's embeddings, norms and MLPs and Whisper's encoder are frozen. What learns is the layer that
-carries a tower's features to the decoder, the delimiters' embeddings and, where RANK is above 0,
-adapters of the decoder's attention. Rows are asked as minerlib asks them: `MLLM.encode` makes the
-prompts, in the model's own chat template; further questions on the same medium follow as turns.
+carries a tower's features to the decoder, the delimiters' embeddings and, where a recipe has a
+rank, adapters of the decoder's attention. Rows are asked as minerlib asks them: `MLLM.encode` makes
+the prompts, in the model's own chat template; further questions on the same medium follow as turns.
+Before that, as towers come pretrained with captions, the layer behind a vision tower learns to say
+of each cell of a picture what it shows, in SmolLM2's own embeddings.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -28,18 +31,40 @@ from minerlib.tasks import REGISTRY, Sample, benchmark
 
 from . import grafts, vision
 from .train_audio import Clips
-from .training import IGNORED, schedule, train
+from .train_vl import MAKERS, Eye, Pupil, reading_batch, reading_loss
+from .training import IGNORED, initialise, train
 
 BENCHMARKS = grafts.parts.ROOT / "data/benchmarks"
 Turn = tuple[str, str]  # a question and its answer
 Drawn = tuple[list[Sample], list[list[Turn]]]  # samples, and what is asked on each
 Draw = Callable[[np.random.Generator], Drawn]
 
-MIX = {
-    "smol-qwen2-vl": {"text_vqa": 0.4, "coco_caption": 0.15, "msvd_qa": 0.3, "crowd": 0.15},
-    "smol-qwen2-audio": {"libri": 0.8, "vocal_sound": 0.2},
-    "smol-qwen2.5-omni": {"text_vqa": 0.28, "coco_caption": 0.1, "msvd_qa": 0.2, "crowd": 0.1}
-    | {"libri": 0.25, "vocal_sound": 0.07},
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a graft is trained: shares of the tasks, steps of each phase, rate, rank of adapters.
+
+    A tower is trained here where it has steps; `start` is a graft that hears as this one does.
+    """
+
+    mix: Mapping[str, float]
+    steps: int
+    lr: float
+    rank: int = 0
+    align: int = 0
+    tower: int = 0
+    start: str = ""
+
+
+SEEN = {"text_vqa": 0.4, "coco_caption": 0.15, "msvd_qa": 0.3, "crowd": 0.15}
+HEARD = {"libri": 0.8, "vocal_sound": 0.2}
+BOTH = {k: 0.75 * v for k, v in SEEN.items()} | {k: 0.25 * v for k, v in HEARD.items()}
+RECIPES = {
+    "smol-qwen2-audio": Recipe(HEARD, 2400, 3e-3),
+    "smol-qwen2-vl": Recipe(SEEN, 900, 2e-3, rank=8, align=1500),
+    "smol-qwen2.5-omni": Recipe(
+        BOTH, 1200, 2e-3, rank=8, align=1500, tower=2800, start="smol-qwen2-audio"
+    ),
 }
 ROWS = {"text_vqa": 8, "coco_caption": 16, "msvd_qa": 8, "crowd": 8, "libri": 12, "vocal_sound": 12}
 QUESTIONS = 5  # at most, on one picture or clip
@@ -185,46 +210,59 @@ def told(targets: dict[str, torch.Tensor], named: dict[str, torch.Tensor]) -> to
     return total / count.clip(1)
 
 
-def align(mllm: MLLM, steps: int, seed: int) -> float:
-    """Teach the merger to say of each cell what it shows; returns the variance explained at last.
+def looks(processor) -> Callable[[int, np.random.Generator], tuple[str, dict]]:
+    """Batches of pictures and clips, and what each of their cells shows."""
+    eye, held_out = Eye(processor), vision.held_out()
 
-    As towers come pretrained with captions: the decoder, which stays frozen, then meets tokens that
-    are near its own words.
-    """
-    visual, processor, named = mllm.model.model.visual, mllm.processor, names(mllm)
-    merger = [weight for weight in visual.merger.parameters()]
-    optimizer = torch.optim.AdamW(merger, lr=2e-3, betas=(0.9, 0.98))
-    makers = {"text_vqa": vision.sign_scene, "coco_caption": vision.pair_scene}
-    makers |= {"msvd_qa": vision.clip_scene, "crowd": vision.crowd_scene}
-    held_out, explained = vision.held_out(), 0.0
-    for step in tqdm(range(steps), desc="align", mininterval=5):
-        rng = np.random.default_rng([seed, 7, step])
-        name = str(rng.choice(list(makers), p=(0.5, 0.1, 0.25, 0.15)))
-        scenes = [vision.fresh(makers[name], rng, held_out) for _ in range(16)]
-        size = (vision.CLIP_SIDE, vision.FRAMES) if name == "msvd_qa" else (vision.SIDE, 1)
-        frames = torch.from_numpy(np.stack([vision.render(s, *size) for s in scenes]))
-        frames = frames.movedim(-1, 2)
-        if name == "msvd_qa":
-            seen = processor.video_processor(list(frames), return_tensors="pt")
-        else:
-            seen = processor.image_processor(list(frames[:, 0]), return_tensors="pt")
-        patches, grids = list(seen.values())[:2]
-        found = [vision.targets(scene, *size) for scene in scenes]
-        wanted = {h: torch.from_numpy(np.concatenate([f[h] for f in found])) for h in named}
-        known = wanted["what"] >= 0
-        goal = told(wanted, named)[known]
-        cells = visual(patches, grid_thw=grids).pooler_output[known]
-        loss = functional.mse_loss(cells, goal) / goal.var(0).mean()
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * schedule(step, steps)
-        nn.utils.clip_grad_norm_(merger, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        explained = 0.98 * explained + 0.02 * (1 - loss.item())
-        if (step + 1) % 100 == 0:
-            tqdm.write(f"align {step + 1}: {explained:.3f} of the variance")
-    return explained
+    def batch_at(step: int, rng: np.random.Generator) -> tuple[str, dict]:
+        # Reading takes longest to learn.
+        name = str(rng.choice(list(MAKERS), p=(0.5, 0.1, 0.25, 0.15)))
+        scenes = [vision.fresh(MAKERS[name], rng, held_out) for _ in range(16)]
+        return name, reading_batch(eye, name, scenes)
+
+    return batch_at
+
+
+def naming_loss(named: dict[str, torch.Tensor]) -> Callable[[nn.Module, dict], torch.Tensor]:
+    """The share of the variance of what is `told` that a tower's cells leave unexplained."""
+
+    def loss(tower: nn.Module, batch: dict) -> torch.Tensor:
+        known = batch["what"] >= 0
+        goal = told(batch, named)[known]
+        cells = tower(batch["patches"], grid_thw=batch["grids"]).pooler_output[known]
+        return functional.mse_loss(cells.float(), goal) / goal.var(0).mean()
+
+    return loss
+
+
+def teach_to_see(mllm: MLLM, recipe: Recipe, name: str, how: dict) -> float:
+    """The phases before the decoder: the tower, where it is new, and the layer behind it."""
+    tower, spent, batch_at = mllm.model.model.visual, 0.0, looks(mllm.processor)
+    if recipe.tower:
+        pupil = Pupil(tower, grafts.HIDDEN)
+        initialise(pupil, how["seed"])
+        pupil.requires_grad_(True)
+        spent += train(pupil, batch_at, steps=recipe.tower, lr=1.5e-3, loss_of=reading_loss,
+                       name=f"{name}-tower", **how)  # fmt: skip
+    tower.requires_grad_(False)
+    tower.merger.requires_grad_(True)
+    return spent + train(tower, batch_at, steps=recipe.align, lr=2e-3, name=f"{name}-align",
+                         loss_of=naming_loss(names(mllm)), **how)  # fmt: skip
+
+
+@torch.no_grad()
+def hear_as(mllm: MLLM, start: str) -> None:
+    """Take the projector and the audio delimiters of a graft that was trained before."""
+    file = grafts.MODELS / start / grafts.GRAFT
+    if not file.exists():
+        raise SystemExit(f"{grafts.parts.shown(file)} is not there: train {start} first")
+    heard, linear = load_file(file), mllm.model.model.audio_tower.proj
+    linear.weight.copy_(heard["model.multi_modal_projector.linear.weight"])
+    linear.bias.copy_(heard["model.multi_modal_projector.linear.bias"])
+    theirs = grafts.parts.tokenizer(**grafts.AUDIO_TOKENS).get_vocab()
+    for token in ("<|audio_bos|>", "<|audio_eos|>"):
+        row = heard[f"embedding.{theirs[token]}"]
+        mllm.model.get_input_embeddings().weight[mllm.tokenizer.get_vocab()[token]] = row.float()
 
 
 # --- what learns ---------------------------------------------------------------------------------
@@ -245,7 +283,7 @@ class Adapted(nn.Module):
         return self.base(x) + grafts.SCALE * low
 
 
-def prepare(mllm: MLLM, rank: int, seed: int, tower: bool = False) -> list[int]:
+def prepare(mllm: MLLM, rank: int, seed: int) -> list[int]:
     """Set free what learns, draw it anew, and return the delimiters' token ids."""
     model = mllm.model
     torch.manual_seed(seed)
@@ -287,10 +325,13 @@ def loss_of(model: nn.Module, batch: dict) -> torch.Tensor:
     ).sum() / weights.sum()
 
 
-def trained(model: nn.Module, delimiters: Sequence[int]) -> dict[str, torch.Tensor]:
-    """What a graft file holds, float16: see `grafts.graft`."""
+def trained(
+    model: nn.Module, delimiters: Sequence[int], tower: bool = False
+) -> dict[str, torch.Tensor]:
+    """What a graft file holds, float16: see `grafts.graft`; with the vision tower if it is new."""
     embeddings = model.get_input_embeddings().weight
-    found = {n: w.detach() for n, w in model.named_parameters() if w.requires_grad}
+    found = {n: w.detach() for n, w in model.named_parameters()
+             if w.requires_grad or tower and n.startswith("model.visual.")}  # fmt: skip
     moved = found.pop("delimiters")
     found |= {f"embedding.{t}": embeddings[t] + moved[i] for i, t in enumerate(delimiters)}
     return {name: weight.half().contiguous() for name, weight in found.items()}
@@ -298,22 +339,18 @@ def trained(model: nn.Module, delimiters: Sequence[int]) -> dict[str, torch.Tens
 
 @torch.no_grad()
 def held_out(mllm: MLLM, names: Sequence[str], limit: int) -> dict[str, float]:
-    """Mean score of each benchmark's first rows."""
-    free, scores = [w for w in mllm.model.parameters() if w.requires_grad], {}
+    """Usual figure of each benchmark's first rows; captions also by what they say."""
+    scores = {}
     for name in names:
         bench, answers = benchmark(name, BENCHMARKS, limit=limit), []
         for i in range(0, limit, 24):
             answers += mllm.generate(mllm.encode(bench[i : i + 24]), 16)
         scores[name] = float(bench.corpus_score(answers))
-        print(
-            name, list(zip(answers, [r[0] for r in bench.references], strict=True))[:4], flush=True
-        )
+        pairs = list(zip(answers, [refs[0] for refs in bench.references], strict=True))
+        tqdm.write(f"{name}: {pairs[:4]}")
         if name == "coco_caption":
-            facts = [vision.caption_facts(a) == vision.caption_facts(r[0])
-                     for a, r in zip(answers, bench.references, strict=True)]  # fmt: skip
-            scores["caption facts"] = float(np.mean(facts))
-    for weight in free:
-        weight.requires_grad_(True)
+            right = [vision.caption_facts(a) == vision.caption_facts(r) for a, r in pairs]
+            scores["caption facts"] = float(np.mean(right))
     return scores
 
 
@@ -322,41 +359,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", choices=list(grafts.BUILD))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--rank", type=int, default=0)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--report-every", type=int, default=100)
-    parser.add_argument("--limit", type=int, default=24)
+    parser.add_argument("--rank", type=int, help="of adapters; default: the recipe's")
+    parser.add_argument("--steps", type=int, help="of the last phase; default: the recipe's")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--limit", type=int, default=24, help="test rows in a report")
     parser.add_argument("--runs", type=Path, default=grafts.parts.ROOT / "runs/train")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--align", type=int, default=1500)
-    parser.add_argument("--stop-at", type=int)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    given = {k: v for k in ("rank", "steps") if (v := getattr(args, k)) is not None}
+    recipe = replace(RECIPES[args.model], **given)
+    name = f"{args.model}-{args.seed}-rank{recipe.rank}"
+    how = {"folder": args.runs, "seed": args.seed}
     mllm = MLLM(*grafts.untrained(args.model), args.model)
-    delimiters = prepare(mllm, args.rank, args.seed)
-    mix = MIX[args.model]
-    made, shares = tasks(list(mix)), list(mix.values())
+    spent = teach_to_see(mllm, recipe, name, how) if recipe.align else 0.0
+    if recipe.start:
+        hear_as(mllm, recipe.start)
+    delimiters = prepare(mllm, recipe.rank, args.seed)
+    made, shares = tasks(list(recipe.mix)), list(recipe.mix.values())
 
     def batch_at(step: int, rng: np.random.Generator) -> tuple[str, dict]:
-        name = str(rng.choice(list(mix), p=shares))
-        return name, batch_of(mllm, *made[name](rng))
+        task = str(rng.choice(list(recipe.mix), p=shares))
+        return task, batch_of(mllm, *made[task](rng))
 
-    started = (args.runs / f"{args.model}-{args.seed}-r{args.rank}.pt").exists()
-    if "text_vqa" in mix and not started:
-        align(mllm, args.align, args.seed)
-    asked_for = [name for name in mix if name in REGISTRY]
-    spent = train(
-        mllm.model, batch_at, steps=args.steps, lr=args.lr, folder=args.runs,
-        name=f"{args.model}-{args.seed}-r{args.rank}", seed=args.seed, loss_of=loss_of,
-        report=lambda step: held_out(mllm, asked_for, args.limit),
-        report_every=args.report_every, save_every=50, stop_at=args.stop_at,
+    benchmarks = [task for task in recipe.mix if task in REGISTRY]
+    spent += train(
+        mllm.model, batch_at, steps=recipe.steps, lr=recipe.lr, name=name, loss_of=loss_of,
+        report=lambda step: held_out(mllm, benchmarks, args.limit),
+        report_every=100, save_every=50, **how,
     )  # fmt: skip
-    out = args.out or grafts.MODELS / args.model / grafts.GRAFT
+    file = f"graft-{args.seed}.safetensors" if args.seed else grafts.GRAFT
+    out = args.out or grafts.MODELS / args.model / file
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(trained(mllm.model, delimiters), out)
-    print(f"{out}: trained in {spent:.0f} s")
+    save_file(trained(mllm.model, delimiters, bool(recipe.tower)), out)
+    print(f"{grafts.parts.shown(out)}: trained in {spent:.0f} s")
 
 
 if __name__ == "__main__":

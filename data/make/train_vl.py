@@ -239,10 +239,10 @@ class Eye:
 class Pupil(nn.Module):
     """The vision tower with one linear reader per kind of fact about a cell."""
 
-    def __init__(self, tower: nn.Module) -> None:
+    def __init__(self, tower: nn.Module, width: int = HIDDEN) -> None:
         super().__init__()
         self.tower = tower
-        self.readers = nn.ModuleDict({k: nn.Linear(HIDDEN, n) for k, n in vision.HEADS.items()})
+        self.readers = nn.ModuleDict({k: nn.Linear(width, n) for k, n in vision.HEADS.items()})
 
     def read(self, patches: torch.Tensor, grids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Logits [cell, class] of every head."""
