@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 # Average score before and after silencing 2 % with the default strategy, as committed.
 EXPECTED = {
-    "tiny-qwen2-vl": {"baseline": 0.977, "LA_MU": 0.979},
+    "tiny-qwen2-vl": {"baseline": 0.864, "LA_MU": 0.868},
     "tiny-qwen2-audio": {"baseline": 0.980, "LA_MU": 0.980},
 }
 
