@@ -27,14 +27,15 @@ def generate(mllm, batch, max_new_tokens: int = 32) -> list[str]:
 @torch.inference_mode()
 def choose(mllm, batch, choices: Sequence[str]) -> list[str]:
     """The most probable choice at the last prompt token, per row; "A" and " A" both count."""
-    probs = mllm.forward(batch).logits[:, -1].float().softmax(-1)
-    totals = []
+    ids = []
     for choice in choices:
         forms = [_ids(mllm, text) for text in (choice, f" {choice}")]
-        if not (ids := sorted({form[0] for form in forms if len(form) == 1})):
+        ids.append(sorted({form[0] for form in forms if len(form) == 1}))
+        if not ids[-1]:
             raise ValueError(f"{mllm.name}: the choice {choice!r} is not a single token")
-        totals.append(probs[:, ids].sum(-1))
-    return [choices[i] for i in torch.stack(totals).argmax(0).tolist()]
+    probs = mllm.forward(batch).logits[:, -1].float().softmax(-1)
+    best = torch.stack([probs[:, i].sum(-1) for i in ids]).argmax(0)
+    return [choices[i] for i in best.tolist()]
 
 
 @torch.inference_mode()
@@ -54,8 +55,8 @@ def logprob(mllm, batch, answers: Sequence[str]) -> list[float]:
     more, whole = {"input_ids": new, "attention_mask": told}, dict(batch)
     for name, value in batch.items():
         if getattr(value, "shape", None) == shape:  # of what is per token, nothing else applies
-            more_of_it = more.get(name, torch.zeros_like(new)).to(value)
-            whole[name] = torch.cat([value, more_of_it], 1)
+            added = more.get(name, torch.zeros_like(new)).to(value)
+            whole[name] = torch.cat([value, added], 1)
     keep = new.shape[1] + 1
     logits = mllm.forward(whole, keep).logits[:, -keep:-1].float()
     probs = logits.log_softmax(-1).cpu().gather(-1, new[..., None])[..., 0]

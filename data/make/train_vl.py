@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +28,14 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
     Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
 )
 
 from minerlib.model import MLLM, load
 from minerlib.tasks import REGISTRY, benchmark
 
 from . import knowledge, vision
+from .grafts import PATCH, eyes
 from .training import Pieces, Row, Task, chat, collate, encode, initialise, train
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +45,7 @@ BATCH, HIDDEN = 64, 192
 # Rows of a step of each task: the longer the row, and the more answers in it, the fewer.
 ROWS = {"text_vqa": 32, "crowd": 32, "coco_caption": 64, "msvd_qa": 28, "open": 64, "one_list": 64,
         "few_shot": 32}  # fmt: skip
-PATCH, MERGE = 4, 2
+MERGE = 2
 SPECIAL = """
 <|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|vision_pad|>
 <|image_pad|> <|video_pad|>
@@ -124,14 +123,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
     """The real processor class, with patches of 4 pixels; larger pictures are scaled down."""
-    size = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
-    kwargs = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2, "size": size}
-    return Qwen2VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**kwargs),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(cap_pixels_per_frame=False, **kwargs),
-        chat_template=TEMPLATE,
-    )
+    return Qwen2VLProcessor(tokenizer=tokenizer, chat_template=TEMPLATE, **eyes())
 
 
 def build_model(tokenizer: Qwen2Tokenizer, seed: int = 0) -> Qwen2VLForConditionalGeneration:
@@ -313,6 +305,19 @@ def teach_tower(model, eye: Eye, args: argparse.Namespace) -> float:
 # --- phase 2: the language model -----------------------------------------------------------------
 
 
+def asked(name: str, questions_of: Callable) -> Callable:
+    """A benchmark's questions on a scene as turns (prompt, answer)."""
+    return lambda scene, rng: [
+        (prompt(name, question=q.text), q.answer) for q in questions_of(scene, rng)
+    ]
+
+
+def caption(scene: vision.Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """One caption; the first wording is the commonest, so the greedy answer is sure of its way."""
+    wording = vision.captions(scene)[rng.choice(5, p=[0.6, 0.1, 0.1, 0.1, 0.1])]
+    return [(prompt("coco_caption"), wording)]
+
+
 def make_tasks(eye: Eye) -> dict[str, Task]:
     """What the language model practises; every task returns the rows of one batch."""
     tokenizer, held_out, facts = eye.processor.tokenizer, vision.held_out(), knowledge.Questions()
@@ -326,11 +331,6 @@ def make_tasks(eye: Eye) -> dict[str, Task]:
             return eye.rows(pixels, [turns_of(scene, rng)[:questions] for scene in scenes])
 
         return task
-
-    def asked(name: str, questions_of):
-        return lambda scene, rng: [
-            (prompt(name, question=q.text), q.answer) for q in questions_of(scene, rng)
-        ]
 
     def by_colour(name: str, questions_of):
         """The shape of every colour, then questions that name a colour."""
@@ -348,11 +348,6 @@ def make_tasks(eye: Eye) -> dict[str, Task]:
             return [("Name the shape of each color.", told), *questions]
 
         return turns
-
-    def caption(scene: vision.Scene, rng: np.random.Generator) -> list[tuple[str, str]]:
-        # The first wording is the commonest, so that the greedy answer is sure of its way.
-        wording = vision.captions(scene)[rng.choice(5, p=[0.6, 0.1, 0.1, 0.1, 0.1])]
-        return [(prompt("coco_caption"), wording)]
 
     def letters(parts: list[tuple[str, str]]) -> Row:
         """A prompt whose earlier items' letters are learnt as well as the answer."""

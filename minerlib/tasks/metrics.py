@@ -295,12 +295,14 @@ def misfit(metric: str, references: References, language: str = "en") -> str:
 
 
 def _values(
-    metric: str, answers: Answers, references: References, rows: Callable, each: bool = True
+    metric: str, answers: Answers, references: References, whole: References, rows: Callable
 ) -> np.ndarray:
-    """Unclipped scores of each row, or else a corpus figure; ValueError names what is wrong."""
-    pairs = _pairs(answers, references)
-    values = np.asarray(rows([answer for answer, _ in pairs], [refs for _, refs in pairs]), float)
-    if each and values.shape != (len(pairs),):
+    """Unclipped scores of each row, or a corpus figure; ValueError names what is wrong."""
+    pairs, entry = _pairs(answers, references), metric_of(metric)
+    more = {"whole": whole} if entry.whole else {}
+    given = [answer for answer, _ in pairs], [refs for _, refs in pairs]
+    values = np.asarray(rows(*given, **more), dtype=float)
+    if rows is not entry.corpus and values.shape != (len(pairs),):
         raise ValueError(f"metric {metric!r} gives {values.shape} scores for {len(pairs)} rows")
     for row in np.flatnonzero(~np.isfinite(values)):
         place = f"row {row}: {pairs[row]}" if values.ndim else "all rows"
@@ -316,15 +318,15 @@ def columns(
     `whole` are the references of all rows of the file; a metric whose scores hang on them takes
     those given here where it is empty.
     """
-    entry = metric_of(metric)
-    more = {"whole": whole} if entry.whole else {}
-    values = _values(metric, answers, references, partial(entry.rows, **more)) / entry.largest
+    entry, told = metric_of(metric), partial(_values, metric, answers, references, whole)
+    raw = told(entry.rows)
+    values = raw / entry.largest
     if not entry.clip and (far := np.abs(values - 0.5) > 0.5 + 1e-9).any():
         raise ValueError(
             f"metric {metric!r} gives {values[far][0]:g} for row {np.argmax(far)}; scores lie in "
             "[0, 1]: divide by the largest, or have them cut by Metric(..., clip=True)"
         )
-    extra = {name: _values(metric, answers, references, partial(rows, **more)).tolist()
+    extra = {name: (raw if rows is entry.rows else told(rows)).tolist()
              for name, rows in entry.extra.items()}  # fmt: skip
     return {"score": np.clip(values, 0.0, 1.0).tolist()} | extra
 
@@ -339,7 +341,4 @@ def corpus_score(metric: str, answers: Answers, references: References, whole=()
     if not len(answers):
         raise ValueError(f"metric {metric!r}: no answers, so no figure")
     entry = metric_of(metric)
-    rows = entry.corpus or entry.extra.get(entry.published, entry.rows)
-    more = {"whole": whole} if entry.whole else {}
-    each = entry.corpus is None
-    return float(_values(metric, answers, references, partial(rows, **more), each).mean())
+    return float(_values(metric, answers, references, whole, entry.corpus or entry.rows).mean())
