@@ -1,28 +1,25 @@
 """Intervals, nulls, multiplicity and verdicts: one set of rules for every claim.
 
-Intervals are 95 % percentile bootstraps over samples (Efron and Tibshirani 1993, chapter 13), from
-one matrix of counts for a whole table, where `scipy.stats.bootstrap` would gather every resample;
-p-values are ranks among draws from a null (Phipson and Smyth 2010).
+Scores are averaged by `estimate`, whose 95 % intervals keep their coverage near 0 and 1 and count
+rows about one medium together; intervals of other measures are percentile bootstraps over samples
+(Efron and Tibshirani 1993, chapter 13), from one matrix of counts for a whole table. p-values are
+ranks among draws from a null (Phipson and Smyth 2010). `decide` is the rule of verdicts.
 """
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import yaml
 from numpy.typing import ArrayLike
+from scipy import stats
 
 # --- intervals -----------------------------------------------------------------------------------
-
-
-class Interval(NamedTuple):
-    """A mean with the ends of its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @lru_cache(maxsize=8)
@@ -68,35 +65,84 @@ def interval(values: np.ndarray, n: int = 2000, seed: int = 0) -> tuple[np.ndarr
     return weighted(values, np.ones((1, len(values))))[0], *middle95(draws)
 
 
+class Estimate(NamedTuple):
+    """A mean over rows, the ends of its 95 % and 90 % intervals, and its standard error."""
+
+    mean: float
+    low: float
+    high: float
+    low90: float
+    high90: float
+    error: float
+
+
 Scores = ArrayLike | Mapping[str, ArrayLike]
 
 
-def bootstrap(values: Scores, n: int = 10_000, seed: int = 0) -> Interval:
-    """The mean with its 95 % interval over `n` resamplings of the rows; NaN if a value is.
-
-    Of {benchmark: values} the mean of their means, with rows resampled within each benchmark.
-    """
+def _strata(values: Scores) -> dict[str, np.ndarray]:
+    """Values by benchmark, of which every one must have rows."""
     named = values if isinstance(values, Mapping) else {"": values}
-    groups = [np.asarray(group, float) for group in named.values()]
-    if not groups or any(group.size == 0 for group in groups):
-        raise ValueError("nothing to resample: every benchmark needs at least one row")
-    means = np.zeros(n)
-    for i, group in enumerate(groups):
-        step = max(1, 2_000_000 // group.size)  # keeps a matrix of counts below some 16 MB
-        for start in range(0, n, step):
-            part = means[start : start + step]
-            part += resamples(group.size, part.size, (seed, i, start)) @ group / group.size
-    low, high = middle95(means / len(groups))
-    return Interval(float(np.mean([group.mean() for group in groups])), float(low), float(high))
+    strata = {name: np.asarray(group, float) for name, group in named.items()}
+    if not strata or not all(group.size for group in strata.values()):
+        raise ValueError("nothing to average: every benchmark needs at least one row")
+    return strata
 
 
-def paired_bootstrap(a: Scores, b: Scores, n: int = 10_000, seed: int = 0) -> Interval:
-    """The mean of b - a over the same rows, with its 95 % interval; mappings as in `bootstrap`."""
-    first, second = (x if isinstance(x, Mapping) else {"": x} for x in (a, b))
-    if [(k, np.size(v)) for k, v in first.items()] != [(k, np.size(v)) for k, v in second.items()]:
+def estimate(
+    values: Scores,
+    media: Mapping[str, ArrayLike] | ArrayLike | None = None,
+    ends: tuple[float, float] = (0.0, 1.0),
+    added: float = 2.0,
+    extra: float = 0.0,
+) -> Estimate:
+    """The mean of bounded values with a t interval that keeps its coverage near the bounds.
+
+    values : [row], or {benchmark: [row]} for the mean of the benchmarks' means.
+    media : what each row is about, likewise; rows about one medium vary together (none: no two).
+    ends : the least and the greatest value there can be. `added` rows at either end, shared among
+        the benchmarks, move the interval inwards and keep it open where all rows agree: 2 for
+        scores (Agresti and Coull 1998), 1 for paired differences (Agresti and Min 2005).
+    extra : further variance of the mean, such as that of the draws it is compared with.
+
+    The error is the clusters' (Taylor linearisation of a ratio; Cochran 1977, 6.8 and 9A); its
+    degrees of freedom are Satterthwaite's. NaN if a value is.
+    """
+    strata = _strata(values)
+    about = media if isinstance(media, Mapping) else dict.fromkeys(strata, media)
+    added /= len(strata)
+    middles, variances, freedom = [], [], []
+    for name, group in strata.items():
+        of = about[name]
+        of = np.arange(group.size) if of is None else np.asarray(of)
+        cluster = np.unique(of, return_inverse=True)[1]
+        sizes, n = np.bincount(cluster), group.size + 2 * added
+        middle = (group.sum() + added * sum(ends)) / n
+        off = np.bincount(cluster, group) - sizes * middle
+        squares = (off**2).sum() + added * sum((end - middle) ** 2 for end in ends)
+        count = len(sizes) + 2 * added
+        middles.append(middle)
+        variances.append(squares * count / (count - 1) / n**2)
+        freedom.append(max(len(sizes) - 1, 1))
+    mean = np.mean([group.mean() for group in strata.values()])
+    parts = np.array(variances) / len(strata) ** 2
+    variance = parts.sum() + extra
+    df = variance**2 / (parts**2 / freedom).sum()
+    error, middle = np.sqrt(variance), np.mean(middles)
+    least, most = min(ends[0], mean), max(ends[1], mean)
+    found = []
+    for quantile in stats.t.ppf([0.975, 0.95], df):
+        low, high = middle - quantile * error, middle + quantile * error
+        found += [np.clip(low, least, mean), np.clip(high, mean, most)]
+    return Estimate(*map(float, (mean, *found, error)))
+
+
+def change(a: Scores, b: Scores, media=None, extra: float = 0.0) -> Estimate:
+    """The mean of b - a over the same rows, scores in [0, 1]; arguments as in `estimate`."""
+    first, second = _strata(a), _strata(b)
+    if [(k, v.size) for k, v in first.items()] != [(k, v.size) for k, v in second.items()]:
         raise ValueError("paired values must come from the same benchmarks and rows")
-    changes = {k: np.subtract(second[k], first[k], dtype=float) for k in first}
-    return bootstrap(changes, n, seed)
+    changes = {k: second[k] - first[k] for k in first}
+    return estimate(changes, media, (-1.0, 1.0), 1.0, extra)
 
 
 def mean_over_samples(table: pd.DataFrame, value: str, by=("layer", "set")) -> pd.DataFrame:
@@ -185,12 +231,32 @@ def table_row(measure: str, value, draws, null, *, greater: bool = True) -> dict
     return row | {"p": rank_p(value, null, "greater" if greater else "less")}
 
 
-# --- verdicts ------------------------------------------------------------------------------------
+# --- claims and verdicts --------------------------------------------------------------------------
 
 WORDS = HOLDS, FAILS, UNKNOWN, PART = "holds", "does not hold", "cannot be told", "holds in part"
 LEVEL = 0.05
 TOLERANCE = 0.02
 """How far a number may move on another processor: absolute up to 1, a share of larger numbers."""
+
+
+class Claim(NamedTuple):
+    """A claim of the paper as it is tested: its words, headline measure, smallest effect of
+    interest with the reason for it, and what it is against; stated before it was measured."""
+
+    text: str
+    measure: str
+    smallest: float
+    why: str
+    against: str
+
+
+@cache
+def claim(name: str) -> Claim:
+    """The claim of a finding, such as "I"."""
+    stated = yaml.safe_load(Path(__file__).with_name("claims.yml").read_text())
+    if name not in stated:
+        raise ValueError(f"no claim {name!r} in claims.yml; there are {', '.join(stated)}")
+    return Claim(**stated[name])
 
 
 class Verdict(NamedTuple):
@@ -263,6 +329,35 @@ def change_against_draws(
     within = min(more(value, least, equal=True), more(most, value, equal=True))
     clear = max(more(low, most), more(least, high))
     return _verdict(min(-spans, -within, clear), min(-spans, within))
+
+
+def decide(effect: Estimate, smallest: float, p: float | None = None) -> Verdict:
+    """The rule for every claim that an effect is greater than the smallest one of interest.
+
+    *Holds* if its 95 % interval lies beyond it and p, where there is one, is below 0.05. *Does not
+    hold* if its 90 % interval ends before it (Schuirmann 1987: equivalence at 5 %). Else it *cannot
+    be told*: `settles` says what would.
+    """
+    holds = _more(effect.low, smallest)
+    if p is not None:
+        holds = min(holds, _more(LEVEL, p, LEVEL / 10))
+    return _verdict(holds, _more(smallest, effect.high90))
+
+
+POWER = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)
+"""Standard errors between an effect and a bound from which on 80 % of intervals are clear of it."""
+
+
+def power(error: float, smallest: float, effect: float | None = None) -> float:
+    """How often a claim *holds* whose effect (default: twice the smallest) has this error."""
+    beyond = (2 * smallest if effect is None else effect) - smallest
+    return float(stats.norm.cdf(beyond / error - stats.norm.ppf(0.975)))
+
+
+def settles(effect: Estimate, smallest: float, rows: int) -> float:
+    """The rows, in place of so many, that would tell an effect of this size from the smallest."""
+    away = abs(effect.mean - smallest)
+    return math.inf if away == 0 else math.ceil(rows * (POWER * effect.error / away) ** 2)
 
 
 def by_p(p: float, level: float = LEVEL) -> Verdict:

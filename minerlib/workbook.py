@@ -9,7 +9,7 @@ wb.answers(neurons)                             # one row per sample, cached
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ import pandas as pd
 import transformers
 import xarray as xr
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from minerlib import shipped
 from minerlib.aggregation import aggregate
-from minerlib.artifacts import Run, atomically, digest
+from minerlib.artifacts import Checkpoint, Run, atomically, digest
 from minerlib.deactivation import deactivate
 from minerlib.model import MLLM, load, starts
 from minerlib.parameters import Parameters, at_least
@@ -89,6 +90,11 @@ class Workbook(Parameters):
     def choice(self) -> dict[str, Any]:
         """The parameters of stage 4."""
         return self.model_dump(include={"ratio", "strategy", "weights", "split", "seed"})
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """The parameters of `selection.first`: those of stage 4 without the ratio."""
+        return {name: value for name, value in self.choice.items() if name != "ratio"}
 
     @property
     def label(self) -> str:
@@ -243,6 +249,34 @@ class Workbook(Parameters):
         whole = pd.concat(tables, ignore_index=True)
         whole.attrs = {"skipped": [line for t in tables for line in t.attrs.get("skipped", [])]}
         return whole
+
+    def logprobs(self, sets: Sequence[xr.DataArray], rows: int) -> pd.DataFrame:
+        """Log-probabilities of the references, each set of neurons silenced in turn, done once.
+
+        On each benchmark's first `rows` evaluation rows; interrupted, it continues. Columns set
+        (its place in `sets`), benchmark, row, medium, logprob (mean per token, in nats).
+        """
+        few = {name: bench[:rows] for name, bench in self.evaluation.items()}
+        silenced = [digest(np.asarray(neurons).any(0)) for neurons in sets]
+        key: dict[str, Any] = {"of": (evaluate, deactivate), "rows": _prints(few)}
+        key |= {"silenced": silenced, "on_error": self.on_error}
+
+        def compute() -> pd.DataFrame:
+            part = Checkpoint(self.folder / "logprobs", key | {"model": self.mllm.fingerprint})
+            done = (part.load() or {"logprob": []})["logprob"]
+            ready = [prepare(self.mllm, b, self.batch_size, self.on_error) for b in few.values()]
+            for neurons in tqdm(sets[len(done) :], "random draws", initial=len(done), leave=False):
+                with deactivate(self.mllm, neurons):
+                    tables = [evaluate(self.mllm, x, measure="logprob only") for x in ready]
+                table = pd.concat(tables, ignore_index=True)
+                done.append(table["logprob"].tolist())
+                part.save({"logprob": done})
+            own = table[["benchmark", "row", "medium"]]
+            found = [own.assign(logprob=values).assign(set=i) for i, values in enumerate(done)]
+            part.done()
+            return pd.concat(found, ignore_index=True)
+
+        return self.run.cached("logprobs", compute, **key)
 
     @property
     def _longest(self) -> int | None:

@@ -345,12 +345,14 @@ def claims(before: pd.DataFrame, changed: pd.DataFrame, chance: pd.DataFrame) ->
     for modality, (measure, what) in product(changed["silenced"].unique(), _CLAIMS.items()):
         source = "answer" if measure == "lens" else modality
         values, null = change[modality, measure, source], draws[measure, source].to_numpy()
-        size, was = inference.bootstrap(values), start[measure, source].mean()
+        mean, low, high = map(float, inference.interval(values.to_numpy()))
+        was = start[measure, source].mean()
         claim = f"{modality} neurons change {what.format(modality)}"
-        measured = f"{was:z.1f} %, change {inference.spread(*size, sign='+', digits=1)}"
+        measured = f"{was:z.1f} %, change {inference.spread(mean, low, high, sign='+', digits=1)}"
         drawn = f"random: {null.min():+z.1f} to {null.max():+z.1f}"
-        verdict = inference.change_against_draws(*size, null, len(values), tolerance=0.1)
-        p = inference.rank_p(size.mean, null, "two-sided")
+        ends = mean, low, high
+        verdict = inference.change_against_draws(*ends, null, len(values), tolerance=0.1)
+        p = inference.rank_p(mean, null, "two-sided")
         lines.append(inference.line(claim, measured, drawn, verdict, p))
     claim = "modality-specific neurons influence how key information of each modality "
     whole = inference.whole(claim + "reaches the last token", lines)
