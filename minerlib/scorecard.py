@@ -19,7 +19,7 @@ import seaborn as sns
 from minerlib.inference import FAILS, HOLDS, PART, UNKNOWN
 from minerlib.parameters import assigned, declared, listed
 from minerlib.shipped import CARD
-from minerlib.workbook import MODELS, ROOT, NotApplicable, Workbook, save
+from minerlib.workbook import MODELS, RESULTS, ROOT, NotApplicable, Workbook, save
 
 COLUMNS = ["finding", "of", "claim", "measured", "null", "p", "verdict"]
 MARKS = {PART: (1, "part"), HOLDS: (2, "yes"), FAILS: (0, "no"), UNKNOWN: (1, "?")}
@@ -60,14 +60,14 @@ def findings(folder: Path = ROOT / "notebooks") -> dict[str, Finding]:
 class Scorecard:
     """What run folders hold of the findings, in `table`; what they lack, in `missing`.
 
-    runs             folder of run folders
+    runs             folder of run folders, beside what is published
     models           "shipped", "all", or models' names, as a list or with commas
     configurations   "default": runs with the notebooks' own parameters; "all": any, a column each
     """
 
     def __init__(self, runs: str = "runs", models="shipped", configurations: str = "default"):
-        self.folder = ROOT / runs
-        if not self.folder.is_dir():
+        self.folder, published = ROOT / runs, ROOT / RESULTS
+        if not self.folder.is_dir() and not published.is_dir():
             raise ValueError(f"runs={runs!r}: no such folder; run `make workbook` first")
         if configurations not in ("default", "all"):
             raise ValueError(f"configurations={configurations!r}: use default or all")
@@ -75,7 +75,9 @@ class Scorecard:
         shipped = [path.parent.name for path in (ROOT / MODELS).glob(f"*/{CARD}")]
         wanted = {"all": [], "shipped": shipped}.get(str(models), listed(models))
         held, other = {}, []  # a newer one in the place of an older; manifests end in "t.json"
-        for file in sorted(self.folder.glob("*/finding-*[!t].json"), key=os.path.getmtime):
+        files = [*published.glob(kept := "*/finding-*[!t].json")]
+        files += sorted(self.folder.glob(kept), key=os.path.getmtime)
+        for file in files:
             value = json.loads(file.read_text())
             changed = self._changed(value)
             asked = models == "all" or value["model"] in wanted

@@ -40,8 +40,9 @@ ROOT = Path(__file__).parents[1]
 if not ((ROOT / "notebooks").is_dir() and (ROOT / "data").is_dir()):
     ROOT = Path.cwd()
 """Where relative paths start: the checkout that minerlib lies in, else the current folder."""
-MODELS, ROWS = "data/models", "data/benchmarks"
-"""What is shipped; a model of the repository is one that has a card."""
+MODELS, ROWS, RESULTS = "data/models", "data/benchmarks", "data/results"
+"""What is shipped; a model of the repository is one that has a card. Results are what the committed
+notebooks rest on, found unless MINER_FRESH is set; with MINER_PUBLISH a run goes there."""
 
 PAPER_BENCHMARKS = ("text_vqa", "coco_caption", "mmlu", "msvd_qa", "libri", "vocal_sound")
 """What the paper asks Qwen2-VL and Qwen2-Audio: each what its media allow."""
@@ -109,7 +110,8 @@ class Workbook(Parameters):
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return ROOT / (self.run_dir or f"runs/{self.label}")
+        usual = RESULTS if os.environ.get("MINER_PUBLISH") else "runs"
+        return ROOT / (self.run_dir or f"{usual}/{self.label}")
 
     @cached_property
     def mllm(self) -> MLLM:
@@ -123,7 +125,8 @@ class Workbook(Parameters):
 
     @cached_property
     def run(self) -> Run:
-        return Run(self.folder, self.mllm)
+        fresh = os.environ.get("MINER_FRESH")
+        return Run(self.folder, self.mllm, () if fresh else (ROOT / RESULTS / self.label,))
 
     @cached_property
     def names(self) -> list[str]:
@@ -187,22 +190,27 @@ class Workbook(Parameters):
         found = {}
         for name, bench in self.mining.items():
             part = self.folder / f"scores-{name}"
-            compute = partial(score, self.mllm, bench, checkpoint=part, **how)
+            compute = partial(self._scored, bench, checkpoint=part, **how)
             found[name] = self.cached(part.name, compute, of=score, rows=bench, made_by=made_by)
         return found
+
+    def _scored(self, bench: Benchmark, **how: Any) -> xr.DataArray:
+        """Scores that are kept in 16 bits, steps of 1 / 65535."""
+        scores = score(self.mllm, bench, **how)
+        scores.encoding = {"dtype": "uint16", "scale_factor": 1 / 65535, "zlib": True}
+        return scores
 
     def scores(self) -> dict[str, xr.DataArray]:
         """Stage 2 per benchmark, as notebook 02 left it."""
         return self.mine("02_importance_scores")
 
-    def aggregate(self, made_by: str = "") -> xr.DataArray:
-        """Stage 3, computed from notebook 02's artefacts or read."""
-        key = {"of": (score, aggregate), "rows": self.mining, "made_by": made_by}
-        return self.cached("total", lambda: aggregate(self.scores().values()), **key)
-
     def total(self) -> xr.DataArray:
-        """Stage 3, as notebook 03 left it."""
-        return self.aggregate("03_score_aggregation")
+        """Stage 3, from what notebook 02 left."""
+        return self._total
+
+    @cached_property
+    def _total(self) -> xr.DataArray:
+        return aggregate(self.scores().values())
 
     @property
     def _plugged(self) -> list[Callable]:
