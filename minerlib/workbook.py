@@ -24,6 +24,7 @@ from tqdm import tqdm
 from minerlib import shipped
 from minerlib.aggregation import aggregate
 from minerlib.artifacts import Checkpoint, Run, atomically, digest
+from minerlib.controls import CONTROLS, permuted, untrained
 from minerlib.deactivation import deactivate
 from minerlib.model import MLLM, load, starts
 from minerlib.parameters import Parameters, at_least
@@ -183,6 +184,17 @@ class Workbook(Parameters):
         if made_by:
             return self.run.load(name, made_by, **config)
         return self.run.cached(name, compute, **config)
+
+    def controls(
+        self, name: str, compute: Callable[[MLLM], pd.DataFrame], *, of, **config: Any
+    ) -> pd.DataFrame:
+        """The tables that `compute` makes of the untrained controls, in one; column `control`."""
+        of, tables = [*([of] if callable(of) else of), untrained, permuted], []
+        for control, make in tqdm(CONTROLS.items(), "untrained controls", leave=False):
+            config["control"] = control
+            table = self.cached(name, lambda make=make: compute(make(self.mllm)), of=of, **config)
+            tables.append(table.assign(control=control))
+        return pd.concat(tables, ignore_index=True)
 
     def mine(self, made_by: str = "") -> dict[str, xr.DataArray]:
         """Stage 2 per benchmark, computed or read; interrupted mining continues."""
