@@ -91,17 +91,18 @@ def _strata(values: Scores) -> dict[str, np.ndarray]:
 def estimate(
     values: Scores,
     media: Mapping[str, ArrayLike] | ArrayLike | None = None,
-    ends: tuple[float, float] = (0.0, 1.0),
+    ends: tuple[float, float] | None = (0.0, 1.0),
     added: float = 2.0,
     extra: float = 0.0,
 ) -> Estimate:
-    """The mean of bounded values with a t interval that keeps its coverage near the bounds.
+    """The mean of values with a t interval that keeps its coverage near bounds.
 
     values : [row], or {benchmark: [row]} for the mean of the benchmarks' means.
     media : what each row is about, likewise; rows about one medium vary together (none: no two).
     ends : the least and the greatest value there can be. `added` rows at either end, shared among
         the benchmarks, move the interval inwards and keep it open where all rows agree: 2 for
-        scores (Agresti and Coull 1998), 1 for paired differences (Agresti and Min 2005).
+        scores (Agresti and Coull 1998), 1 for paired differences (Agresti and Min 2005). None:
+        unbounded, and nothing is added.
     extra : further variance of the mean, such as that of the draws it is compared with.
 
     The error is the clusters' (Taylor linearisation of a ratio; Cochran 1977, 6.8 and 9A); its
@@ -109,16 +110,17 @@ def estimate(
     """
     strata = _strata(values)
     about = media if isinstance(media, Mapping) else dict.fromkeys(strata, media)
-    added /= len(strata)
+    added = 0.0 if ends is None else added / len(strata)
+    least, most = ends or (0.0, 0.0)
     middles, variances, freedom = [], [], []
     for name, group in strata.items():
         of = about[name]
         of = np.arange(group.size) if of is None else np.asarray(of)
         cluster = np.unique(of, return_inverse=True)[1]
         sizes, n = np.bincount(cluster), group.size + 2 * added
-        middle = (group.sum() + added * sum(ends)) / n
+        middle = (group.sum() + added * (least + most)) / n
         off = np.bincount(cluster, group) - sizes * middle
-        squares = (off**2).sum() + added * sum((end - middle) ** 2 for end in ends)
+        squares = (off**2).sum() + added * ((least - middle) ** 2 + (most - middle) ** 2)
         count = len(sizes) + 2 * added
         middles.append(middle)
         variances.append(squares * count / (count - 1) / n**2)
@@ -128,12 +130,19 @@ def estimate(
     variance = parts.sum() + extra
     df = variance**2 / (parts**2 / freedom).sum()
     error, middle = np.sqrt(variance), np.mean(middles)
-    least, most = min(ends[0], mean), max(ends[1], mean)
+    least, most = (-np.inf, np.inf) if ends is None else (min(least, mean), max(most, mean))
     found = []
     for quantile in stats.t.ppf([0.975, 0.95], df):
         low, high = middle - quantile * error, middle + quantile * error
         found += [np.clip(low, least, mean), np.clip(high, mean, most)]
     return Estimate(*map(float, (mean, *found, error)))
+
+
+def from_draws(value: float, draws: ArrayLike) -> Estimate:
+    """The estimate of any statistic: percentiles of its values under resamplings of the prompts."""
+    draws = _draws(draws)
+    ends = np.nanquantile(draws, [0.025, 0.975, 0.05, 0.95])
+    return Estimate(*map(float, (value, *ends, np.nanstd(draws))))
 
 
 def change(a: Scores, b: Scores, media=None, extra: float = 0.0) -> Estimate:
@@ -182,6 +191,17 @@ def shuffles(labels: np.ndarray, groups: np.ndarray, n: int, seed: int = 0) -> n
     out = np.tile(labels, (n + 1, 1))
     out[1:, slots] = labels[drawn]
     return out
+
+
+def exchanged(second: np.ndarray, groups: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
+    """The labels bool [token], and n times with the two kinds exchanged in a random half of groups.
+
+    Tokens of one prompt are not exchangeable, but under the null that kinds mean nothing a prompt's
+    two kinds are: [n + 1, token].
+    """
+    group = np.unique(groups, return_inverse=True)[1]
+    flips = np.random.default_rng(seed).random((n, group.max() + 1)) < 0.5
+    return np.vstack([second, second ^ flips[:, group]])
 
 
 def rank_p(value: float, draws: ArrayLike, tail: str) -> float:
@@ -251,12 +271,48 @@ class Claim(NamedTuple):
 
 
 @cache
-def claim(name: str) -> Claim:
-    """The claim of a finding, such as "I"."""
+def claims() -> dict[str, Claim]:
+    """What is tested, by name: "I" is finding I's headline, "I any layer" another of its lines."""
     stated = yaml.safe_load(Path(__file__).with_name("claims.yml").read_text())
-    if name not in stated:
-        raise ValueError(f"no claim {name!r} in claims.yml; there are {', '.join(stated)}")
-    return Claim(**stated[name])
+    return {name: Claim(**what) for name, what in stated.items()}
+
+
+def claim(name: str) -> Claim:
+    """The claim of this name; ValueError lists them."""
+    if name not in (known := claims()):
+        raise ValueError(f"no claim {name!r} in claims.yml; there are {', '.join(known)}")
+    return known[name]
+
+
+def judge(name: str, effect: Estimate, null: str, p: float | None = None, rows: int = 0) -> dict:
+    """The line of a claim by `decide`; null says in words what the effect is against.
+
+    Beside the columns of a `claims_table`: name, effect, low, high (its 95 % interval), smallest,
+    and settles, the `rows` that would tell (none asked: NaN).
+    """
+    of = claim(name)
+    own = {"name": name, "effect": effect.mean, "low": effect.low, "high": effect.high}
+    own |= {"smallest": of.smallest, "settles": settles(effect, of.smallest, rows or math.nan)}
+    measured = spread(*effect[:3], sign="+")
+    return line(of.text, measured, null, decide(effect, of.smallest, p), p) | own
+
+
+def discoveries(lines: Sequence[dict]) -> list[dict]:
+    """The lines of a finding, with false discovery rates as the p of all but the first, the headline.
+
+    Benjamini and Hochberg 1995; what *holds* by its own p and not by its rate cannot be told.
+    """
+    tested = [x for x in lines[1:] if x["p"] is not None and not math.isnan(x["p"])]
+    rates = stats.false_discovery_control([x["p"] for x in tested]) if tested else []
+    at = {id(x): float(q) for x, q in zip(tested, rates, strict=True)}
+    out = []
+    for x in lines:
+        q = at.get(id(x), x["p"])
+        verdict = x["verdict"]
+        if id(x) in at and verdict.word == HOLDS and q >= LEVEL:
+            verdict = Verdict(UNKNOWN, verdict.margin)
+        out.append(x | {"p": q, "verdict": verdict})
+    return out
 
 
 class Verdict(NamedTuple):
@@ -354,10 +410,11 @@ def power(error: float, smallest: float, effect: float | None = None) -> float:
     return float(stats.norm.cdf(beyond / error - stats.norm.ppf(0.975)))
 
 
-def settles(effect: Estimate, smallest: float, rows: int) -> float:
+def settles(effect: Estimate, smallest: float, rows: float) -> float:
     """The rows, in place of so many, that would tell an effect of this size from the smallest."""
     away = abs(effect.mean - smallest)
-    return math.inf if away == 0 else math.ceil(rows * (POWER * effect.error / away) ** 2)
+    need = rows * (POWER * effect.error / away) ** 2 if away else math.inf
+    return float(np.ceil(need))
 
 
 def by_p(p: float, level: float = LEVEL) -> Verdict:

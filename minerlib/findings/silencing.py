@@ -16,8 +16,7 @@ from tqdm import tqdm
 from minerlib import inference
 from minerlib.inference import Claim, Estimate
 from minerlib.selection import unique
-from minerlib.tasks import REGISTRY
-from minerlib.tasks.evaluation import AVERAGE, KEY, by_benchmark, compare, paired, summarise
+from minerlib.tasks.evaluation import AVERAGE, KEY, by_benchmark, chance, compare, paired, summarise
 
 Answers = Callable[..., pd.DataFrame]
 Sets = Mapping[Any, xr.DataArray]
@@ -55,8 +54,7 @@ def beyond_draws(
     """
     scores = [paired(before, table).set_index(KEY)["score_b"] for table in (after, *drawn)]
     rows = before.set_index(KEY)
-    chance = rows.index.get_level_values("benchmark").map(_chance)
-    rows["above"] = rows["score"] - chance
+    rows["above"] = rows["score"] - rows.index.get_level_values("benchmark").map(chance)
     rows["lost"] = pd.concat(scores[1:], axis=1).mean(axis=1) - scores[0]
     rows = rows.reset_index()
     lost, above = rows.groupby("benchmark")[["lost", "above"]].mean().mean()
@@ -68,10 +66,6 @@ def beyond_draws(
     extra = np.var(means, ddof=1) / len(means) / above**2 if len(means) > 1 else 0.0
     strata, media = by_benchmark(rows, "share"), by_benchmark(rows, "medium")
     return inference.estimate(strata, media, (-1.0, 1.0), 1.0, extra)
-
-
-def _chance(name: str) -> float:
-    return REGISTRY[name].chance if name in REGISTRY else 0.0
 
 
 def nats(told: pd.DataFrame) -> np.ndarray:

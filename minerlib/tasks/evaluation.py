@@ -195,6 +195,16 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["benchmark", "n", "mean", "low", "high", "corpus"])
 
 
+def chance(benchmark: str) -> float:
+    """The mean score of blind guesses."""
+    return REGISTRY[benchmark].chance if benchmark in REGISTRY else 0.0
+
+
+def above_chance(table: pd.DataFrame) -> float:
+    """The mean over benchmarks of the mean score less that of blind guesses."""
+    return float(np.mean([v.mean() - chance(k) for k, v in by_benchmark(table, "score").items()]))
+
+
 def _published(metric: str, rows: pd.DataFrame) -> float:
     """The figure that is published for a benchmark, over these rows."""
     if (column := metrics.metric_of(metric).published) in rows:
