@@ -28,6 +28,7 @@ _OWN = "minerlib.adapters"
 _ACTIVATIONS = ("act_fn", "activation_fn", "act")
 _OUTPUTS = ("o_proj", "out_proj")
 _NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+_INPUT_NORMS = ("input_layernorm", "attention_norm", "ln_1", "norm1")
 
 
 class RowError(ValueError):
@@ -97,6 +98,10 @@ class Family:
             if projection := _child(module, _OUTPUTS):
                 return projection
         raise self._missing(f"an attention output projection, one of {_OUTPUTS}", layer)
+
+    def input_norm(self, layer: nn.Module) -> nn.Module | None:
+        """The norm that a layer's input passes first; None where it passes none."""
+        return _child(layer, _INPUT_NORMS)
 
     def final_norm(self) -> nn.Module:
         """The norm between the last decoder layer and the output embeddings."""

@@ -298,7 +298,7 @@ def judge(name: str, effect: Estimate, null: str, p: float | None = None, rows: 
 
 
 def discoveries(lines: Sequence[dict]) -> list[dict]:
-    """The lines of a finding, with false discovery rates as the p of all but the first, the headline.
+    """A finding's lines, with false discovery rates as the p of all but the first, the headline.
 
     Benjamini and Hochberg 1995; what *holds* by its own p and not by its rate cannot be told.
     """

@@ -272,7 +272,8 @@ class Workbook(Parameters):
         return [matched_random(neurons, self.seed + i, by_layer) for i in range(n)]
 
     def answers(self, neurons=None, mode="zero", constants=None, rows=None) -> pd.DataFrame:
-        """`evaluate` with neurons silenced (None: as it is), done once; rows: those to evaluate on."""
+        """`evaluate` with neurons silenced (None: as it is), done once; rows: by default the
+        evaluation rows."""
         key: dict[str, Any] = {"max_new_tokens": self._longest, "on_error": self.on_error}
         key["of"] = (evaluate, deactivate)
         if neurons is not None:
