@@ -193,6 +193,13 @@ def shuffles(labels: np.ndarray, groups: np.ndarray, n: int, seed: int = 0) -> n
     return out
 
 
+def less(a: Estimate, b: Estimate) -> Estimate:
+    """The difference a - b of two estimates from rows that are not the same."""
+    mean, error = a.mean - b.mean, math.hypot(a.error, b.error)
+    wide, narrow = stats.norm.ppf([0.975, 0.95]) * error
+    return Estimate(mean, mean - wide, mean + wide, mean - narrow, mean + narrow, error)
+
+
 def exchanged(second: np.ndarray, groups: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
     """The labels bool [token], and n times with the two kinds exchanged in a random half of groups.
 
@@ -284,13 +291,18 @@ def claim(name: str) -> Claim:
     return known[name]
 
 
-def judge(name: str, effect: Estimate, null: str, p: float | None = None, rows: int = 0) -> dict:
-    """The line of a claim by `decide`; null says in words what the effect is against.
+def judge(
+    name: str, effect: Estimate, null: str | ArrayLike, p: float | None = None, rows: int = 0
+) -> dict:
+    """The line of a claim by `decide`.
 
-    Beside the columns of a `claims_table`: name, effect, low, high (its 95 % interval), smallest,
-    and settles, the `rows` that would tell (none asked: NaN).
+    null holds draws of the effect where there is none, whose rank is p, or says in words what the
+    effect is against. Beside the columns of a `claims_table`: name, effect, low, high (its 95 %
+    interval), smallest, and settles, the `rows` that would tell (none given: NaN).
     """
     of = claim(name)
+    if not isinstance(null, str):
+        p, null = rank_p(effect.mean, null, "greater"), range_of(null)
     own = {"name": name, "effect": effect.mean, "low": effect.low, "high": effect.high}
     own |= {"smallest": of.smallest, "settles": settles(effect, of.smallest, rows or math.nan)}
     measured = spread(*effect[:3], sign="+")
@@ -500,6 +512,12 @@ def majority(verdicts: Sequence[Verdict]) -> Verdict:
 def spread(mean: float, low: float, high: float, *, sign: str = "", digits: int = 2) -> str:
     """A mean with its interval as text, "0.98 [0.96, 0.99]"; sign="+" shows it, -0.00 never."""
     return "{} [{}, {}]".format(*(f"{x:{sign}z.{digits}f}" for x in (mean, low, high)))
+
+
+def range_of(draws: ArrayLike) -> str:
+    """A null as text: its mean and the middle 95 % of its draws."""
+    low, high = map(float, middle95(draws))
+    return spread(float(np.mean(_draws(draws))), low, high, sign="+")
 
 
 def line(claim: str, measured: str, null: str, verdict: Verdict, p: float | None = None) -> dict:

@@ -23,7 +23,7 @@ class Sample:
     `image` is an RGB picture, `video` uint8 [frame, height, width, channel] with `times` in
     seconds [frame] if known, `audio` float32 [time], mono at `sampling_rate` Hz. `choices` are
     answers to be ranked as the next token, instead of generation. `row` is the sample's number in
-    the whole split, `notice` what its medium lacks.
+    the whole split, `notice` what its medium lacks. `behind`: the medium comes after the prompt.
     """
 
     prompt: str
@@ -37,6 +37,7 @@ class Sample:
     times: np.ndarray | None = None
     sampling_rate: int = SAMPLING_RATE
     notice: str | None = None
+    behind: bool = False
 
 
 @dataclass(frozen=True)
