@@ -532,11 +532,14 @@ def whole(claim: str, lines: Sequence[Mapping], what: str = "lines") -> dict:
     return line(claim, f"{held} of {len(lines)} {what} hold", "the lines below", majority(verdicts))
 
 
+MEASURED = ["name", "effect", "low", "high", "smallest", "settles"]
+
+
 def claims_table(finding: str, lines: Iterable[Mapping]) -> pd.DataFrame:
     """A finding's closing table: finding, claim, measured, null, p, verdict, all text.
 
-    Each line (`line` makes one) holds claim, measured, null, verdict (a `Verdict` or its text), and
-    p if it has one.
+    Each line (`judge` or `line` makes one) holds claim, measured, null, verdict (a `Verdict` or its
+    text), and p if it has one. What `judge` measured follows in the columns `MEASURED`.
     """
 
     def text(p: float | None) -> str:
@@ -553,4 +556,6 @@ def claims_table(finding: str, lines: Iterable[Mapping]) -> pd.DataFrame:
         (finding, x["claim"], x["measured"], x["null"], text(x.get("p")), str(x["verdict"]))
         for x in lines
     ]
-    return pd.DataFrame(rows, columns=columns)
+    table = pd.DataFrame(rows, columns=columns)
+    numbers = pd.DataFrame(lines).reindex(columns=MEASURED)
+    return table.join(numbers) if any("name" in x for x in lines) else table

@@ -163,7 +163,7 @@ def main(arguments: Sequence[str]) -> None:
     if not failed:
         names = [Path(model).name for model in models]
         everything = {**parameters, "runs": runs.as_posix(), "models": names}
-        everything["configurations"] = "all" if parameters or size else "default"
+        everything["configurations"] = "newest" if parameters or size else "default"
         found = [*shared, *runs.glob("*/finding-*.json")]
         text = execute(Task(last, runs / folder, everything, found, "over all models"))
         failed = [text] if text else []

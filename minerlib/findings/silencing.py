@@ -14,7 +14,7 @@ import xarray as xr
 from tqdm import tqdm
 
 from minerlib import inference
-from minerlib.inference import Claim, Estimate
+from minerlib.inference import Estimate
 from minerlib.selection import unique
 from minerlib.tasks.evaluation import AVERAGE, KEY, by_benchmark, chance, compare, paired, summarise
 
@@ -75,31 +75,24 @@ def nats(told: pd.DataFrame) -> np.ndarray:
 
 
 def judged(
-    claim: Claim,
+    name: str,
     before: pd.DataFrame,
     after: pd.DataFrame,
     drawn: Sequence[pd.DataFrame],
     told: pd.DataFrame,
 ) -> dict:
-    """The line of a claims table: the effect in scores, its rank among draws in log-probability.
+    """The line of a claim (`inference.judge`): the effect in scores, its rank in log-probability.
 
     before, after and drawn hold answers; told the references' log-probabilities with the selected
-    neurons silenced (set 0) and each draw, as of `Workbook.logprobs`. Further keys: before, after,
-    effect, half (of its interval) and settles, the rows a benchmark that would tell.
+    neurons silenced (set 0) and each draw, as of `Workbook.logprobs`.
     """
-    effect = beyond_draws(before, after, drawn)
-    selected, *null_nats = nats(told)
+    effect, (selected, *null_nats) = beyond_draws(before, after, drawn), nats(told)
     p = inference.rank_p(selected, null_nats, "less")
-    verdict = inference.decide(effect, claim.smallest, p)
-    start, end = (inference.spread(*average(t).values()) for t in (before, after))
+    start, end = (inference.spread(*average(table).values()) for table in (before, after))
     means = [average(table)["mean"] for table in drawn]
     null = f"{np.mean(means):.2f} ({len(means)} draws: {min(means):.2f} to {max(means):.2f})"
-    share = inference.spread(*effect[:3])
-    rows = before.groupby("benchmark").size().max()
-    line = inference.line(claim.text, f"{start} to {end}; {share} lost", null, verdict, p)
-    own = {"before": start, "after": end, "effect": effect.mean}
-    own |= {"half": (effect.high - effect.low) / 2}
-    return line | own | {"settles": inference.settles(effect, claim.smallest, rows)}
+    line = inference.judge(name, effect, null, p, before.groupby("benchmark").size().max())
+    return line | {"measured": f"{start} to {end}; {line['measured']} of it lost"}
 
 
 # --- how answers fail ----------------------------------------------------------------------------
