@@ -216,13 +216,11 @@ def test_distances_with_neurons_silenced_in_pairs(mllm, samples):
 def test_silencing_beside_random_draws():
     """Changes of +2 and -1 at layers 1 and 2, over a start of 4, do not cancel."""
     base = [9, 4, 3, 2]
-    before = curves_of([base] * 3, [[0, 2, 2, 2]] * 3)
-    after = {"image": curves_of([[9, 6, 2, 2]] * 3), "video": curves_of([[0, 2, 2, 2]] * 3)}
-    after["video"] = after["video"].assign_coords(kind=["video"])
-    drawn = {
-        "image": [curves_of([[9, 4, 3, 2 + x]]) for x in (0.4, -0.8)],
-        "video": [curves_of([[0, 2, 2, 2]]).assign_coords(kind=["video"])] * 2,
-    }
+    still = curves_of([[0, 2, 2, 2]] * 3)
+    before = {"image": curves_of([base] * 3), "video": still}
+    after = {"image": curves_of([[9, 6, 2, 2]] * 3), "video": still}
+    image = [curves_of([[9, 4, 3, 2 + x]]) for x in (0.4, -0.8)]
+    drawn = {"image": image, "video": [still] * 2}
     effect, null, steps = room.moved(before, after, drawn)
     draws = np.array([0.4 / 3 / 4, 0.8 / 3 / 4]) / 2
     assert effect[:3] == pytest.approx(((3 / 3 / 4) / 2 - draws.mean(),) * 3)
@@ -236,6 +234,6 @@ def test_silencing_beside_random_draws():
 def test_intervals_resample_in_pairs():
     """Draws that differ widely, and change alike: the interval of the change is a point."""
     wide = np.stack([np.array([1, 4, 2, 1.0])] * 4) + np.arange(4)[:, None] * [0, 0, 9, 5]
-    before, after = curves_of(wide), {"image": curves_of(wide + [0, 0, 1, 0])}
+    before, after = {"image": curves_of(wide)}, {"image": curves_of(wide + [0, 0, 1, 0])}
     effect, *_ = room.moved(before, after, {"image": [curves_of(wide[:1])] * 20})
     assert effect[:3] == pytest.approx((1 / 3 / 4,) * 3)

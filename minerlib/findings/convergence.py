@@ -201,24 +201,28 @@ def low(sits: pd.DataFrame, size: int, n: int = 9999, seed: int = 0) -> tuple[Es
     rng = np.random.default_rng(seed)
     draws = rng.hypergeometric(inside, size - inside, counts, (n, len(counts))) / counts
     beyond = float((sits["lower"] - sits["chance"]).mean())
-    return Estimate(beyond, beyond, beyond, beyond, beyond, 0.0), draws.mean(1) - sits["chance"].mean()
+    return Estimate(beyond, beyond, beyond, beyond, beyond, 0.0), draws.mean(1) - sits[
+        "chance"
+    ].mean()
 
 
 def moved(
-    before: xr.DataArray, after: Mapping[str, xr.DataArray], drawn: Mapping[str, Sequence]
+    before: Mapping[str, xr.DataArray],
+    after: Mapping[str, xr.DataArray],
+    drawn: Mapping[str, Sequence],
 ) -> tuple[Estimate, np.ndarray, pd.DataFrame]:
     """How far silencing each medium's own neurons moves it, more than as many random ones.
 
-    before, after {kind} and drawn {kind: tables} are of `distances`, with resamplings in before and
-    after. The change of the distance in magnitude, averaged over layers from 1 on, over the first;
+    before and after {kind: table} and drawn {kind: tables} are of `distances` of that kind, with
+    resamplings in before and after. The change of the distance in magnitude, averaged over layers from 1 on, over the first;
     averaged over the media. Returns the effect, its null (each draw less the draws' mean), and the
     steps: kind, what ("own", "random"), layer, value, low, high (of the draws: their range).
     """
     own, null, steps = [], [], []
     for kind, table in after.items():
-        base = before.sel(kind=kind).values
-        first, change = base[:, 1:2], table.sel(kind=kind).values - base
-        random = np.stack([t.sel(kind=kind).values[0] - base[0] for t in drawn[kind]])
+        base = before[kind].values[0]
+        first, change = base[:, 1:2], table.values[0] - base
+        random = np.stack([t.values[0, 0] - base[0] for t in drawn[kind]])
         own.append((np.abs(change[:, 1:]) / first).mean(1))
         null.append((np.abs(random[:, 1:]) / first[0]).mean(1))
         for what, x, ends in (
