@@ -4,6 +4,9 @@ A neuron writes its down-projection input times its column of the down projectio
 activation takes loud neurons; whether it finds more than loudness shows only beside others as loud.
 """
 
+from collections.abc import Iterable
+from itertools import chain
+
 import numpy as np
 import pandas as pd
 import torch
@@ -18,10 +21,10 @@ STATISTICS = ("mean", "max")
 
 @computation(version=1)
 @torch.inference_mode()
-def loudness(mllm: MLLM, bench, *, batch_size: int = 8) -> xr.DataArray:
+def loudness(mllm: MLLM, benches: Iterable, *, batch_size: int = 8) -> xr.DataArray:
     """How much each neuron writes: |down-projection input| x norm of its column.
 
-    Mean and maximum over all tokens of a set in the benchmark's prompts: DataArray [statistic,
+    Mean and maximum over all tokens of a set in the benchmarks' prompts: DataArray [statistic,
     modality, layer, neuron] float32, 0 where a set does not occur.
     """
     shape = len(SETS), mllm.n_layers, mllm.n_neurons
@@ -29,7 +32,8 @@ def loudness(mllm: MLLM, bench, *, batch_size: int = 8) -> xr.DataArray:
     tokens = torch.zeros(len(SETS))
     down = [mllm.family.down_projection(layer).weight for layer in mllm.layers]
     norms = [weight.float().norm(dim=0) for weight in down]
-    for _, batch in mllm.batches(bench, batch_size, "what neurons write"):
+    parts = (mllm.batches(bench, batch_size, "what neurons write") for bench in benches)
+    for _, batch in chain.from_iterable(parts):
         masks = stack(separate(mllm, batch))
 
         def write(layer, x, masks=masks):

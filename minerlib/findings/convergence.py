@@ -214,9 +214,10 @@ def moved(
     """How far silencing each medium's own neurons moves it, more than as many random ones.
 
     before and after {kind: table} and drawn {kind: tables} are of `distances` of that kind, with
-    resamplings in before and after. The change of the distance in magnitude, averaged over layers from 1 on, over the first;
-    averaged over the media. Returns the effect, its null (each draw less the draws' mean), and the
-    steps: kind, what ("own", "random"), layer, value, low, high (of the draws: their range).
+    resamplings in before and after. The change of the distance in magnitude, averaged over layers
+    from 1 on, over the first; averaged over the media. Returns the effect, its null (each draw less
+    the draws' mean), and the steps: kind, what ("own", "random"), layer, value, low, high (of the
+    draws: their range).
     """
     own, null, steps = [], [], []
     for kind, table in after.items():

@@ -22,6 +22,7 @@ from sklearn.manifold import TSNE
 from minerlib.artifacts import computation
 from minerlib.model import MLLM
 from minerlib.separation import separate
+from minerlib.tasks.rows import Benchmark
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class States:
         """The tokens under a bool mask [token]."""
         keep = np.asarray(keep, bool)
         return States(self.hidden[:, keep], self.tokens[keep].reset_index(drop=True))
+
+
+def one_per_medium(bench: Benchmark) -> Benchmark:
+    """The first prompt about each medium: a medium's tokens are the same in all of its prompts."""
+    return bench[sorted(np.unique(bench.media, return_index=True)[1].tolist())]
 
 
 @computation(version=1)
