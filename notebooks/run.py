@@ -44,6 +44,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = "data/models/tiny-qwen2-vl data/models/tiny-qwen2-audio"
 FLAGS = ("quick", "full", "fresh")
+SIZES = Path(__file__).with_name("sizes.yml")
 
 
 def value(text: str) -> Any:
@@ -123,7 +124,7 @@ def main(arguments: Sequence[str]) -> None:
     run = given.get("run", "")
     runs = Path("runs", run) if Path(run).name == run else Path(run)
     flags = {name: bool(value(given.get(name, "0"))) for name in FLAGS}
-    sizes = yaml.safe_load(Path(__file__).with_name("sizes.yml").read_text())
+    sizes = yaml.safe_load(SIZES.read_text())
     size = {} if flags["full"] else sizes["quick" if flags["quick"] else "default"]
     if flags["fresh"] or not flags["full"]:
         os.environ["MINER_FRESH"] = "1"

@@ -49,7 +49,7 @@ def by_layer(found: xr.DataArray) -> pd.DataFrame:
     """Draws [..., layer, draw] as a table: the dimensions, value, low, high, null and its ends."""
     flat = found.stack(row=found.dims[:-1]).transpose("row", "draw")
     value, drawn, null = parts(flat)
-    null = null if null.size else np.full_like(value, np.nan)
+    null = null if null.size else value * np.nan
     rows = [inference.table_row("", *of) for of in zip(value[:, 0], drawn, null, strict=True)]
     table = pd.DataFrame(rows).drop(columns=["measure", "p"])
     return flat.indexes["row"].to_frame(index=False).join(table)
