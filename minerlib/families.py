@@ -75,7 +75,8 @@ class Family:
             raise self._missing("decoder layers in get_decoder().layers", decoder)
         return layers
 
-    def _mlp(self, layer: nn.Module) -> Any:
+    def mlp(self, layer: nn.Module) -> Any:
+        """A layer's gated MLP."""
         found = [m for m in layer.modules() if hasattr(m, "down_proj") and _child(m, _ACTIVATIONS)]
         # Experts fused into one module hold their projections as bare parameters.
         if len(found) != 1 or not isinstance(found[0].down_proj, nn.Module):
@@ -86,11 +87,11 @@ class Family:
 
     def activation(self, layer: nn.Module) -> nn.Module:
         """The module whose output is the layer's neurons."""
-        return _child(self._mlp(layer), _ACTIVATIONS)
+        return _child(self.mlp(layer), _ACTIVATIONS)
 
     def down_projection(self, layer: nn.Module) -> nn.Module | None:
         """The nn.Linear that reads the layer's neurons, [hidden, neuron]; None if unknown."""
-        return self._mlp(layer).down_proj
+        return self.mlp(layer).down_proj
 
     def output_projection(self, layer: nn.Module) -> nn.Module:
         """The linear module that reads the layer's attention heads."""

@@ -21,11 +21,14 @@ STATISTICS = ("mean", "max")
 
 @computation(version=1)
 @torch.inference_mode()
-def loudness(mllm: MLLM, benches: Iterable, *, batch_size: int = 8) -> xr.DataArray:
+def loudness(
+    mllm: MLLM, benches: Iterable, *, what: str = "written", batch_size: int = 8
+) -> xr.DataArray:
     """How much each neuron writes: |down-projection input| x norm of its column.
 
     Mean and maximum over all tokens of a set in the benchmarks' prompts: DataArray [statistic,
-    modality, layer, neuron] float32, 0 where a set does not occur.
+    modality, layer, neuron] float32, 0 where a set does not occur. Of its activations, as they are,
+    where `what` is "activation".
     """
     shape = len(SETS), mllm.n_layers, mllm.n_neurons
     total, top = torch.zeros(shape), torch.zeros(shape)
@@ -37,14 +40,14 @@ def loudness(mllm: MLLM, benches: Iterable, *, batch_size: int = 8) -> xr.DataAr
         masks = stack(separate(mllm, batch))
 
         def write(layer, x, masks=masks):
-            size = x.float().abs() * norms[layer]
+            size = x.float().abs() * norms[layer] if what == "written" else x.float()
             for i, mask in enumerate(masks.to(x.device).unbind(1)):
                 if mask.any():
                     of = size[mask]
                     total[i, layer] += of.sum(0).cpu()
                     top[i, layer] = torch.maximum(top[i, layer], of.amax(0).cpu())
 
-        with mllm.tap(written=write):
+        with mllm.tap(written=write) if what == "written" else mllm.tap(activation=write):
             mllm.forward(batch)
         tokens += masks.sum((0, 2)).cpu()
     values = torch.stack([total / tokens.clamp(min=1)[:, None, None], top]).numpy()

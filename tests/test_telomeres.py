@@ -149,7 +149,7 @@ def test_special_tokens_that_are_words_like_others_are_told_apart_as_often_as_ch
     found = telomeres(States(states.hidden, states.tokens.assign(id=ids)), n_boot=2, n_null=99)
     beyond = found.sel(measure="beyond_words")
     assert (p_of(beyond) <= 0.05).sum() <= MOST
-    assert abs(parts(beyond).__next__().mean()) < 0.05
+    assert abs(next(parts(beyond)).mean()) < 0.05
 
 
 # --- axis ends and their intervals ---------------------------------------------------------------
@@ -196,7 +196,7 @@ def copied(states: States, counts: np.ndarray) -> States:
 
 
 def test_a_resampling_measures_all_of_it_again():
-    """Axis, percentiles, specials and words of the resampled prompts, as if these were the prompts."""
+    """Axis, percentiles, specials and words of the resampled prompts, as if that was all."""
     kinds, samples = table_of({"text": 5, "special": 2}, 8)
     states = states_of(RNG(2).standard_normal((2, len(kinds), 4)) * [2, 1, 1, 1], kinds, samples)
     ids = np.where(states.tokens["kind"] == "text", states.tokens["place"], 9)
@@ -246,7 +246,7 @@ def test_massive_activations():
     x[1, 0, 3] = -4000
     kinds, samples = table_of({"special": 1, "text": 2}, 2)
     table = massive_activations(states_of(x, kinds, samples))
-    at = table.set_index(["layer", "kind", "sample"])
+    at = table.set_index(["layer", "kind", "sample"]).sort_index()
     assert at.loc[(0, "special"), "ratio"].tolist() == [1, 1]
     assert at.loc[(1, "special"), "ratio"].tolist() == [4000, 1]
     assert at.loc[(1, "special"), "massive"].tolist() == [1, 0]

@@ -23,7 +23,6 @@ from minerlib.model import MLLM
 
 MEASURES = ("reach", "probes", "elongation", "tip_end")
 PLACES = ("first", "2nd", "3rd", "4th", "last")  # the fifths of a medium
-Judged = tuple[Estimate, np.ndarray]  # an effect, and draws of it where there is none
 
 
 def media(states: States) -> list[str]:
@@ -61,16 +60,17 @@ def mean_draws(found: xr.DataArray) -> Iterator[np.ndarray]:
     return parts(inner.mean(inner.dims[:-1]))
 
 
-def headline(found: xr.DataArray) -> Judged:
-    """The mean over layers from 1 on, and all else, of [..., layer, draw] less that of the null."""
+def headline(found: xr.DataArray) -> tuple[Estimate, np.ndarray]:
+    """`mean_draws` less those of the null, as an effect; and draws of it where there is none."""
     (value,), drawn, null = mean_draws(found)
     return inference.from_draws(value - null.mean(), drawn - null.mean()), null - null.mean()
 
 
-def beyond_random(moved: Mapping[str, xr.DataArray]) -> Judged:
-    """How much more own neurons change than random ones: means over layers from 1 on, and kinds.
+def beyond_random(moved: Mapping[str, xr.DataArray]) -> tuple[Estimate, np.ndarray]:
+    """How much more own neurons change than random ones; and draws of it where there is no more.
 
-    Prompt by prompt the own change less the mean of the draws', with the spread of the draws.
+    Prompt by prompt the own change less the mean of the draws', with the spread of the draws; all
+    averaged over layers from 1 on, and kinds.
     """
     inner = {k: x.sel(layer=slice(1, None)).mean("layer").values for k, x in moved.items()}
     null = np.mean([x[1:].mean(1) for x in inner.values()], axis=0)
@@ -131,7 +131,8 @@ def probing(
         second = inference.exchanged(r.own, r.group, n_null, i)
         end = (2 * _place(part.tokens) - 1).abs().to_numpy()[r.own]
         among = max(k, int(8 * nearest / min(r.own.mean(), 1 - r.own.mean())))
-        w_cloud, w_text = r.token_draws[:, r.own], r.token_draws[:, ~r.own]
+        w = np.vstack([np.ones(len(r.own)), r.token_draws])
+        w_cloud, w_text = w[:, r.own], w[:, ~r.own]
         layers = []
         for x in part.hidden:
             distance = pairwise_distances(x)
@@ -140,18 +141,17 @@ def probing(
             reach = np.concatenate([reach, _log_reach(distance, second[1:], nearest, near)])
             crowded = clouds.crowded(near[:, :k], second)
             cloud, text = x[r.own], x[~r.own]
-            there = (text.mean(0) - cloud.mean(0))[None]
+            towards = w_text @ text / w_text.sum(1, keepdims=True)
+            towards -= w_cloud @ cloud / w_cloud.sum(1, keepdims=True)
             residue = np.concatenate([cloud - cloud.mean(0), text - text.mean(0)])
-            to = w_text @ text / w_text.sum(1, keepdims=True)
-            to -= w_cloud @ cloud / w_cloud.sum(1, keepdims=True)
             random = clouds.elongation(cloud, clouds.directions_like(residue, n_null, i))
-            long = clouds.elongation(cloud, there), clouds.elongation(cloud, to, w_cloud), random
             tip = reach[0, r.own] <= np.quantile(reach[0, r.own], tip_share)
-            tips = inference.shuffles(tip, r.group[r.own], n_null, i)
-            (first, *null), w = (tips * end).sum(1) / tip.sum(), w_cloud * tip
+            tips = inference.shuffles(tip, r.group[r.own], n_null, i)[1:]
             with np.errstate(invalid="ignore"):
-                tip_end = first, (w @ end) / w.sum(1), null
-            found = r.means(reach, second), r.means(crowded, second), long, tip_end
+                ends = w_cloud * tip @ end / (w_cloud * tip).sum(1)
+            found = [r.means(reach, second), r.means(crowded, second)]
+            found += [(clouds.elongation(cloud, towards, w_cloud), random)]
+            found += [(ends, tips @ end / tip.sum())]
             layers.append([np.hstack(of) for of in found])
         values.append(np.swapaxes(np.array(layers), 0, 1))
     axes = {"kind": kinds, "measure": list(MEASURES), "layer": range(len(states.hidden))}

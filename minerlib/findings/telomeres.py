@@ -138,12 +138,11 @@ def massive_activations(states: States) -> pd.DataFrame:
     Means over each prompt's tokens of a kind: sample, kind, layer, ratio, massive (share of them
     above `MASSIVE`).
     """
-    tables = []
-    for layer, x in enumerate(states.hidden):
-        more = {"ratio": (ratio := clouds.massive(x)), "massive": ratio > MASSIVE}
-        tables.append(states.tokens[["sample", "kind"]].assign(layer=layer, **more))
-    by = ["sample", "kind", "layer"]
-    return pd.concat(tables).groupby(by, sort=False, as_index=False).mean()
+    tables, tokens = [], states.tokens[["sample", "kind"]]
+    for layer, ratio in enumerate(clouds.massive(states.hidden)):
+        tables.append(tokens.assign(layer=layer, ratio=ratio, massive=ratio > MASSIVE))
+    each = pd.concat(tables).groupby(["sample", "kind", "layer"], sort=False, as_index=False)
+    return each.mean()
 
 
 @computation(version=1)
