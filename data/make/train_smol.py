@@ -66,12 +66,12 @@ class Recipe:
     start: str = ""
 
 
-SEEN = {"text_vqa": 0.4, "coco_caption": 0.15, "msvd_qa": 0.3, "crowd": 0.15}
+SEEN = {"text_vqa": 0.55, "coco_caption": 0.15, "msvd_qa": 0.25, "crowd": 0.05}
 HEARD = {"libri": 0.8, "vocal_sound": 0.2}
 BOTH = {k: 0.75 * v for k, v in SEEN.items()} | {k: 0.25 * v for k, v in HEARD.items()}
 RECIPES = {
     "smol-qwen2-audio": Recipe(HEARD, 2000, 3e-3),
-    "smol-qwen2-vl": Recipe(SEEN, 900, 2e-3, rank=8, align=1500),
+    "smol-qwen2-vl": Recipe(SEEN, 1200, 2e-3, rank=8, align=2500),
     "smol-qwen2.5-omni": Recipe(
         BOTH, 1200, 2e-3, rank=8, align=1500, tower=2800, start="smol-qwen2-audio"
     ),
@@ -172,7 +172,8 @@ def names(mllm: MLLM) -> dict[str, torch.Tensor]:
 def told(targets: dict[str, torch.Tensor], named: dict[str, torch.Tensor]) -> torch.Tensor:
     """What each cell shows, in SmolLM2's own embeddings: the mean of its names [cell, hidden].
 
-    A number is named by its two digits, anything else by its word; then by colour and motion.
+    A number is named by its two digits, the first counting twice, for their order must not be lost;
+    anything else by its word; then by colour and motion.
     """
     number = targets["what"] == vision.WHAT.index("number")
     total = torch.zeros(len(number), named["what"].shape[1])
@@ -183,8 +184,9 @@ def told(targets: dict[str, torch.Tensor], named: dict[str, torch.Tensor]) -> to
             here &= ~number
         elif head.startswith("character"):
             here &= number
-        total[here] += embeddings[targets[head][here]]
-        count += here[:, None]
+        weight = 2 if head == "character0" else 1
+        total[here] += weight * embeddings[targets[head][here]]
+        count += weight * here[:, None]
     return total / count.clip(1)
 
 
