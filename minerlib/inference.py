@@ -101,8 +101,9 @@ def estimate(
     media : what each row is about, likewise; rows about one medium vary together (none: no two).
     ends : the least and the greatest value there can be. `added` rows at either end, shared among
         the benchmarks, move the interval inwards and keep it open where all rows agree: 2 for
-        scores (Agresti and Coull 1998), 1 for paired differences (Agresti and Min 2005). None:
-        unbounded, and nothing is added.
+        scores (Agresti and Coull 1998), 1 for paired differences (Agresti and Min 2005), of which
+        verdicts are made: there it is a whole medium's rows, and the interval reaches as far from
+        the mean itself too. None: unbounded, and nothing is added.
     extra : further variance of the mean, such as that of the draws it is compared with.
 
     The error is the clusters' (Taylor linearisation of a ratio; Cochran 1977, 6.8 and 9A); its
@@ -117,10 +118,13 @@ def estimate(
         of = about[name]
         of = np.arange(group.size) if of is None else np.asarray(of)
         cluster = np.unique(of, return_inverse=True)[1]
-        sizes, n = np.bincount(cluster), group.size + 2 * added
-        middle = (group.sum() + added * (least + most)) / n
+        sizes = np.bincount(cluster)
+        of_each = group.size / len(sizes) if least < 0 else 1.0
+        n = group.size + 2 * added * of_each
+        middle = (group.sum() + added * of_each * (least + most)) / n
         off = np.bincount(cluster, group) - sizes * middle
-        squares = (off**2).sum() + added * ((least - middle) ** 2 + (most - middle) ** 2)
+        ends_off = of_each**2 * ((least - middle) ** 2 + (most - middle) ** 2)
+        squares = (off**2).sum() + added * ends_off
         count = len(sizes) + 2 * added
         middles.append(middle)
         variances.append(squares * count / (count - 1) / n**2)
@@ -129,11 +133,12 @@ def estimate(
     parts = np.array(variances) / len(strata) ** 2
     variance = parts.sum() + extra
     df = variance**2 / (parts**2 / freedom).sum()
-    error, middle = np.sqrt(variance), np.mean(middles)
+    error, middle = np.sqrt(variance), float(np.mean(middles))
+    about_low, about_high = sorted((middle, mean)) if least < 0 else (middle, middle)
     least, most = (-np.inf, np.inf) if ends is None else (min(least, mean), max(most, mean))
     found = []
     for quantile in stats.t.ppf([0.975, 0.95], df):
-        low, high = middle - quantile * error, middle + quantile * error
+        low, high = about_low - quantile * error, about_high + quantile * error
         found += [np.clip(low, least, mean), np.clip(high, mean, most)]
     return Estimate(*map(float, (mean, *found, error)))
 
@@ -417,7 +422,10 @@ POWER = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)
 
 
 def power(error: float, smallest: float, effect: float | None = None) -> float:
-    """How often a claim *holds* whose effect (default: twice the smallest) has this error."""
+    """How often a claim *holds* whose effect (default: twice the smallest) has this error.
+
+    By the normal distribution: with fewer than some hundred rows a little too hopeful.
+    """
     beyond = (2 * smallest if effect is None else effect) - smallest
     return float(stats.norm.cdf(beyond / error - stats.norm.ppf(0.975)))
 

@@ -208,9 +208,11 @@ class Workbook(Parameters):
         return found
 
     def _scored(self, bench: Benchmark, **how: Any) -> xr.DataArray:
-        """Scores that are kept in 16 bits, steps of 1 / 65535."""
+        """Scores that are kept in 16 bits, steps of 1 / 65534."""
         scores = score(self.mllm, bench, **how)
-        scores.encoding = {"dtype": "uint16", "scale_factor": 1 / 65535, "zlib": True}
+        # Scores are in [0, 1] and never NaN; the fill value is there so that a NaN stays one.
+        fine = {"scale_factor": 1 / 65534, "_FillValue": 65535}
+        scores.encoding = {"dtype": "uint16", "zlib": True, **fine}
         return scores
 
     def scores(self) -> dict[str, xr.DataArray]:
@@ -301,27 +303,33 @@ class Workbook(Parameters):
         On each benchmark's first `rows` evaluation rows; interrupted, it continues. Columns set
         (its place in `sets`), benchmark, row, medium, logprob (mean per token, in nats).
         """
+        if not sets:
+            raise ValueError("no sets of neurons to silence")
         few = {name: bench[:rows] for name, bench in self.evaluation.items()}
         silenced = [digest(np.asarray(neurons).any(0)) for neurons in sets]
         key: dict[str, Any] = {"of": (evaluate, deactivate), "rows": _prints(few)}
         key |= {"silenced": silenced, "on_error": self.on_error}
 
+        part = Checkpoint(self.folder / "logprobs", key | {"model": self.mllm.fingerprint})
+
         def compute() -> pd.DataFrame:
-            part = Checkpoint(self.folder / "logprobs", key | {"model": self.mllm.fingerprint})
-            done = (part.load() or {"logprob": []})["logprob"]
+            state: dict[str, list] = part.load() or {"rows": [], "logprob": []}
+            done = state["logprob"]
             ready = [prepare(self.mllm, b, self.batch_size, self.on_error) for b in few.values()]
             for neurons in tqdm(sets[len(done) :], "random draws", initial=len(done), leave=False):
                 with deactivate(self.mllm, neurons):
                     tables = [evaluate(self.mllm, x, measure="logprob only") for x in ready]
-                table = pd.concat(tables, ignore_index=True)
-                done.append(table["logprob"].tolist())
-                part.save({"logprob": done})
-            own = table[["benchmark", "row", "medium"]]
-            found = [own.assign(logprob=values).assign(set=i) for i, values in enumerate(done)]
-            part.done()
+                told = pd.concat(tables)
+                done.append(told["logprob"].tolist())
+                state["rows"] = told[["benchmark", "row", "medium"]].to_numpy().tolist()
+                part.save(state)
+            own = pd.DataFrame(state["rows"], columns=["benchmark", "row", "medium"])
+            found = [own.assign(logprob=values, set=i) for i, values in enumerate(done)]
             return pd.concat(found, ignore_index=True)
 
-        return self.run.cached("logprobs", compute, **key)
+        table = self.run.cached("logprobs", compute, **key)
+        part.done()
+        return table
 
     @property
     def _longest(self) -> int | None:

@@ -68,6 +68,8 @@ def as_loud(
     in standard deviations.
     """
     chosen: np.ndarray = np.asarray(neurons.values.any(0))
+    if not chosen.any():
+        raise ValueError("no neurons are selected, so none can have a partner")
     log = np.log(loud.sel(modality=neurons.modality.values).values + 1e-9)
     space = (log - log.mean(-1, keepdims=True)) / log.std(-1, keepdims=True)
     rng, free, pairs = np.random.default_rng(seed), ~chosen, []

@@ -14,16 +14,16 @@ from test_probing import p_of
 from minerlib import inference
 from minerlib.findings import clouds
 from minerlib.findings.attention import attention_sinks
-from minerlib.findings.probing import beyond_random, by_layer, headline, labelled, parts
+from minerlib.findings.probing import by_layer, headline, labelled, parts
 from minerlib.findings.states import States, hidden_states
 from minerlib.findings.telomeres import (
-    axis_ends,
     collected,
     doubled,
     fall,
     in_short,
     massive_activations,
     mean_ends,
+    moved,
     silenced_ends,
     telomeres,
 )
@@ -156,15 +156,13 @@ def test_special_tokens_that_are_words_like_others_are_told_apart_as_often_as_ch
 
 
 def test_axis_ends_by_hand():
-    """Text at 0 to 4: a special at 2 is in the middle, one at 5 at the end."""
+    """Text at 0 to 4: a special at 2 is in the middle, those at 5 and -1 at the ends."""
     kinds, samples = table_of({"text": 5, "special": 2}, 2)
     x = np.array([0, 1, 2, 3, 4, 2, 5, 0, 1, 2, 3, 4, 5, -1], float)[:, None] * [1, 0]
-    states = states_of(np.stack([x, 3 * x[:, ::-1]]), kinds, samples + 3)
-    found = axis_ends(states)
-    assert found["sample"].values.tolist() == [3, 4] and found["layer"].values.tolist() == [0, 1]
-    np.testing.assert_allclose(found, [[0.5, 0.5], [1, 1]])
-    value, *_ = parts(mean_ends(states, n_boot=3))
-    np.testing.assert_allclose(value, [[0.75], [0.75]])
+    found = mean_ends(states_of(np.stack([x, 3 * x[:, ::-1]]), kinds, samples), n_boot=50)
+    at, drawn, _ = parts(found)
+    np.testing.assert_allclose(at, [[0.75], [0.75]])
+    assert {*np.round(drawn[0], 6)} == {0.5, 0.75, 1}  # one prompt twice, or both
 
 
 def test_weights_are_how_often_points_count():
@@ -264,19 +262,39 @@ def test_attention_collected_prompt_by_prompt(mllm, samples):
 def test_silencing_is_of_the_neurons_and_ends(mllm, samples):
     before = footprints(mllm)
     drawn = {"tokens_per_kind": 6, "equal": False, "seed": 3, "batch_size": 3, "normed": True}
-    as_is = axis_ends(hidden_states(mllm, samples, **drawn))
-    none, some, other = (
-        silenced_ends(mllm, samples, random_neurons(mllm, share), **drawn)
-        for share in (0, 0.3, 0.1)
+    as_is = mean_ends(hidden_states(mllm, samples, **drawn), n_boot=100, seed=3)
+    none, some = (
+        silenced_ends(mllm, samples, random_neurons(mllm, share), **drawn) for share in (0, 0.3)
     )
     xr.testing.assert_identical(none, as_is)
     np.testing.assert_allclose(some.sel(layer=0), as_is.sel(layer=0), atol=1e-6)
     assert (some != as_is).any() and footprints(mllm) == before
-    moved = abs(xr.concat([some, other, none], "draw") - as_is)
-    effect, null = beyond_random({"special": moved})
-    each = moved.sel(layer=slice(1, None)).mean(["sample", "layer"])
-    assert effect.mean == pytest.approx(float(each[0] - each[1:].mean()))
-    np.testing.assert_allclose(null, each[1:] - each[1:].mean())
+
+
+def change_of(*sets) -> xr.DataArray:
+    """Changes [set, layer, draw]; the embeddings' do not count."""
+    of = [labelled([[9] * len(x[0]), *x], len(x[0]) - 1, 0, layer=range(len(x) + 1)) for x in sets]
+    return xr.concat(of, "set")
+
+
+def test_moved_is_in_magnitude_beyond_random_sets():
+    own = [[-0.4, -0.2, -0.6], [0.2, 0.2, 0.2]]
+    change = change_of(own, [[0.1, 0, 0.2], [-0.1, 0, 0.2]], [[0, 0, 0], [0, 0.2, 0]])
+    effect, null = moved(change)
+    assert effect.mean == pytest.approx(0.3 - 0.05)
+    ends = np.quantile([0.2 - 0.05, 0.4 - 0.1], [0.025, 0.975])
+    np.testing.assert_allclose(effect[1:3], ends)
+    np.testing.assert_allclose(null, [0.05, -0.05])
+
+
+def test_own_neurons_that_are_random_ones_are_told_apart_as_often_as_chance():
+    rng, p, held = RNG(8), [], 0
+    for _ in range(200):
+        size, noise = rng.standard_normal((20, 2, 1)), rng.standard_normal((20, 2, 60))
+        line = inference.judge("IV-telomeres silenced", *moved(change_of(*(size + 0.3 * noise))))
+        p.append(line["p"])
+        held += line["verdict"].word == inference.HOLDS
+    assert (np.array(p) <= 0.05).sum() <= MOST and held <= MOST
 
 
 def test_in_short(mllm, samples):

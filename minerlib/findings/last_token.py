@@ -344,18 +344,19 @@ _TESTED = {"III": "attention", "III specific": "attention"}
 _TESTED |= {"III knockout": "knockout", "III lens": "lens"}
 
 
-def magnitudes(changed: pd.DataFrame) -> pd.DataFrame:
+def magnitudes(changed: pd.DataFrame, others: bool = True) -> pd.DataFrame:
     """Each sample's part in the magnitude of the mean change, averaged over layers (lens: from 1).
 
-    A sample counts with the sign of the mean over the samples about other media: noise has a
-    magnitude, but no sign that others share. NaN where there are no others. Rows: silenced,
-    measure, set, sample, medium; columns: draw.
+    A sample counts with the sign of the mean over the samples about other media, for noise has a
+    magnitude, but no sign that others share: too little where their sign is uncertain. Else with
+    that of the mean over all: too much. NaN where there are no others. Rows: silenced, measure,
+    set, sample, medium; columns: draw.
     """
     table = changed[(changed["measure"] != "lens") | (changed["layer"] > 0)]
     by = ["silenced", "draw", *_BY]
     group, same = table.groupby(by), table.groupby([*by, "medium"])["value"]
-    others = group["value"].transform("sum") - same.transform("sum")
-    sign = np.sign(others).where(group["medium"].transform("nunique") > 1)
+    total = group["value"].transform("sum") - others * same.transform("sum")
+    sign = np.sign(total).where(group["medium"].transform("nunique") > 1)
     keys = ["silenced", "measure", "set", "sample", "medium", "draw"]
     signed = table.assign(value=sign * table["value"])
     return signed.groupby(keys)["value"].mean().unstack("draw")
@@ -366,20 +367,27 @@ def judged(changed: pd.DataFrame, rows: int = 0) -> list[dict]:
 
     changed of `changes`, with the text's neurons, and draws for those of every medium; `rows` a
     benchmark were measured. Effects are means of `magnitudes` with a medium's own neurons silenced,
-    averaged over the media, less the draws' (or the text's).
+    averaged over the media, less the draws' (or the text's); an interval's lower end takes too
+    little of the own and too much of the others', its upper end the reverse.
     """
-    text = magnitudes(changed[changed["silenced"] == "text"])[0].droplevel("silenced")
-    table, lines = magnitudes(_own(changed)).join(text.rename("text")), []
+    sizes, lines = [], []
+    for others in (True, False):
+        text = magnitudes(changed[changed["silenced"] == "text"], others)[0].rename("text")
+        sizes.append(magnitudes(_own(changed), others).join(text.droplevel("silenced")))
     for name, measure in _TESTED.items():
-        own = table.xs(measure, level="measure")
-        drawn = own.drop(columns=[0, "text"])
+        least, most = (size.xs(measure, level="measure") for size in sizes)
+        drawn = least.drop(columns=[0, "text"])
         means = drawn.groupby("silenced").mean().mean()
-        null, against, extra = means - means.mean(), drawn.mean(axis=1), means.var() / len(means)
+        null, extra, against = means - means.mean(), means.var() / len(means), list(drawn)
         if name == "III specific":
-            against, extra = own["text"], 0.0
-            null = f"{against.groupby('silenced').mean().mean():+z.2f} by the text's neurons"
-        of = dict([*(own[0] - against).groupby("silenced")])
-        about = {kind: values.index.get_level_values("medium") for kind, values in of.items()}
-        effect = inference.estimate(of, about, None, extra=extra)
-        lines.append(inference.judge(name, effect, null, rows=rows))
+            null, extra, against = "the text's neurons", 0.0, ["text"]
+        estimates = []
+        for own, other in ((least, least), (least, most), (most, least)):
+            less = own[0] - other[against].mean(axis=1)
+            of = {kind: values for kind, values in less.groupby("silenced")}
+            about = {kind: values.index.get_level_values("medium") for kind, values in of.items()}
+            estimates.append(inference.estimate(of, about, None, extra=extra))
+        middle, lower, upper = estimates
+        ends = {"low": lower.low, "low90": lower.low90, "high": upper.high, "high90": upper.high90}
+        lines.append(inference.judge(name, middle._replace(**ends), null, rows=rows))
     return lines

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xarray as xr
+from numpy.typing import ArrayLike
 from sklearn.metrics import pairwise_distances
 
 from minerlib import inference
@@ -20,9 +21,6 @@ from minerlib.findings import clouds
 from minerlib.findings.states import States, hidden_states
 from minerlib.inference import Estimate
 from minerlib.model import MLLM
-
-MEASURES = ("reach", "probes", "elongation", "tip_end")
-PLACES = ("first", "2nd", "3rd", "4th", "last")  # the fifths of a medium
 
 
 def media(states: States) -> list[str]:
@@ -51,7 +49,7 @@ def by_layer(found: xr.DataArray) -> pd.DataFrame:
     null = null if null.size else value * np.nan
     rows = [inference.table_row("", *of) for of in zip(value[:, 0], drawn, null, strict=True)]
     table = pd.DataFrame(rows).drop(columns=["measure", "p"])
-    return flat.indexes["row"].to_frame(index=False).join(table)
+    return flat.indexes["row"].to_frame(index=False).join(table.dropna(axis=1, how="all"))
 
 
 def mean_draws(found: xr.DataArray) -> Iterator[np.ndarray]:
@@ -79,18 +77,17 @@ def beyond_random(moved: Mapping[str, xr.DataArray]) -> tuple[Estimate, np.ndarr
     return inference.estimate(beyond, ends=None, extra=extra), null - null.mean()
 
 
-def over_prompts(x: xr.DataArray, **names: Any) -> pd.DataFrame:
-    """The mean over samples of x [sample, layer]: columns layer, value, low, high, and names."""
+def over_prompts(x: xr.DataArray) -> pd.DataFrame:
+    """The mean over samples of x [sample, layer]: columns layer, value, low, high."""
     value, low, high = inference.interval(x.values)
-    return pd.DataFrame({"layer": x["layer"], "value": value, "low": low, "high": high, **names})
+    return pd.DataFrame({"layer": x["layer"], "value": value, "low": low, "high": high})
 
 
-def beside_random(moved: xr.DataArray) -> pd.DataFrame:
-    """Changes by layer: silenced (own, random), layer, value, low, high (of random: all draws)."""
-    each, layers = moved[1:].mean("sample"), moved["layer"]
-    ends = {"value": each.mean("draw"), "low": each.min("draw"), "high": each.max("draw")}
-    random = pd.DataFrame({"layer": layers, **ends, "silenced": "random"})
-    return pd.concat([over_prompts(moved[0], silenced="own"), random], ignore_index=True)
+def beside_random(own: pd.DataFrame, each: ArrayLike) -> pd.DataFrame:
+    """A table of own neurons by layer, then the mean and range of random ones [draw, layer]."""
+    x = np.asarray(each)
+    random = own.assign(value=x.mean(0), low=x.min(0), high=x.max(0), silenced="random")
+    return pd.concat([own.assign(silenced="own"), random], ignore_index=True)
 
 
 # --- reaching towards the text -------------------------------------------------------------------
@@ -154,8 +151,8 @@ def probing(
             found += [(ends, tips @ end / tip.sum())]
             layers.append([np.hstack(of) for of in found])
         values.append(np.swapaxes(np.array(layers), 0, 1))
-    axes = {"kind": kinds, "measure": list(MEASURES), "layer": range(len(states.hidden))}
-    return labelled(values, n_boot, n_null, **axes)
+    axes = {"kind": kinds, "measure": ["reach", "probes", "elongation", "tip_end"]}
+    return labelled(values, n_boot, n_null, **axes, layer=range(len(states.hidden)))
 
 
 def tips(states: States, kind: str, *, nearest: int = 5, tip_share: float = 0.1) -> pd.DataFrame:
@@ -179,8 +176,8 @@ def tips(states: States, kind: str, *, nearest: int = 5, tip_share: float = 0.1)
 
 def tip_places(table: pd.DataFrame) -> pd.DataFrame:
     """Share of the tip of `tips` in each fifth of the medium, by layer, and of `all tokens`."""
-    ends, tip = np.linspace(0, 1, len(PLACES) + 1), table["tip"]
-    fifth = pd.cut(table["place"], ends, labels=PLACES, include_lowest=True)
+    names, tip = ["first", "2nd", "3rd", "4th", "last"], table["tip"]
+    fifth = pd.cut(table["place"], np.linspace(0, 1, 6), labels=names, include_lowest=True)
     shares = pd.crosstab(table["layer"][tip], fifth[tip], normalize="index", dropna=False)
     shares.loc["all tokens"] = fifth.value_counts(normalize=True)
     return shares
@@ -199,9 +196,6 @@ def crowded_pictures(states: States, panels: pd.DataFrame, k: int = 10) -> pd.Da
                 probes = clouds.crowded(near, second[None])[0, second].mean()
                 lines.append({"kind": kind, "layer": layer, "space": space, "probes": probes})
     return pd.DataFrame(lines).pivot_table("probes", ["kind", "layer"], "space", sort=False)
-
-
-# --- coming nearer, and being pushed away --------------------------------------------------------
 
 
 @computation(version=2)

@@ -16,7 +16,16 @@ from tqdm import tqdm
 from minerlib import inference
 from minerlib.inference import Estimate
 from minerlib.selection import unique
-from minerlib.tasks.evaluation import AVERAGE, KEY, by_benchmark, chance, compare, paired, summarise
+from minerlib.tasks.evaluation import (
+    AVERAGE,
+    KEY,
+    above_chance,
+    by_benchmark,
+    chance,
+    compare,
+    paired,
+    summarise,
+)
 
 Answers = Callable[..., pd.DataFrame]
 Sets = Mapping[Any, xr.DataArray]
@@ -62,7 +71,7 @@ def beyond_draws(
         return Estimate(*[np.nan] * 6)
     share = lost / above
     rows["share"] = share + (rows["lost"] - share * rows["above"]) / above
-    means = [average(table)["mean"] for table in drawn]
+    means = [above_chance(table) for table in drawn]
     extra = np.var(means, ddof=1) / len(means) / above**2 if len(means) > 1 else 0.0
     strata, media = by_benchmark(rows, "share"), by_benchmark(rows, "medium")
     return inference.estimate(strata, media, (-1.0, 1.0), 1.0, extra)
@@ -103,14 +112,16 @@ FAILURES = ("right", "wrong", "loop", "empty")
 def failure(answer: str, score: float) -> str:
     """One of `FAILURES`: at least half the score, no word at all, words over and over, or wrong.
 
-    A loop is an answer of at least six words (or, without blanks, characters) of which at most a
-    third differ.
+    A loop is an answer of at least six words (or, in a script without blanks, characters) of which
+    at most a third differ.
     """
     if score >= 0.5:
         return "right"
-    parts = answer.split() if " " in answer.strip() else list(answer.strip())
     if not any(character.isalnum() for character in answer):
         return "empty"
+    parts = answer.split()
+    if len(parts) <= 2 and not answer.isascii():
+        parts = list("".join(parts))
     return "loop" if len(parts) >= 6 and len(set(parts)) <= len(parts) / 3 else "wrong"
 
 
@@ -133,10 +144,10 @@ def examples(conditions: Mapping[str, pd.DataFrame], each: int = 2) -> pd.DataFr
     first, *_ = conditions.values()
     right = first[first["score"] >= 0.5].groupby("benchmark", sort=False).head(each)
     asked = right["prompt"].map(lambda prompt: shorten(prompt.partition("\n")[0], 48))
-    table = right[["benchmark"]].assign(asked=asked, reference=right["references"].str[0])
+    table = right[KEY].assign(asked=asked, reference=right["references"].str[0])
     for what, answers in conditions.items():
-        table[what] = answers["answer"].loc[right.index]
-    return table.reset_index(drop=True)
+        table = table.merge(answers[[*KEY, "answer"]].rename(columns={"answer": what}), on=KEY)
+    return table.drop(columns="row")
 
 
 # --- dose, constants, specificity ----------------------------------------------------------------

@@ -19,10 +19,10 @@ from minerlib.findings import clouds
 from minerlib.findings.attention import attention_sinks
 from minerlib.findings.probing import by_layer, labelled, mean_draws
 from minerlib.findings.states import States, hidden_states
+from minerlib.inference import Estimate
 from minerlib.model import MLLM
 from minerlib.tasks.spec import Sample
 
-MEASURES = ("axis_end", "beyond_words", "axis_order", "attachment")
 MASSIVE = 1000  # largest over median coordinate from which an activation is (Sun et al. 2024)
 
 
@@ -83,7 +83,7 @@ def telomeres(
     is_text = (kinds[anchors] == "text").to_numpy()
     labels = inference.shuffles(is_text, states.tokens["sample"][anchors].to_numpy(), n_null, seed)
     layers = []
-    for layer, (x, out) in enumerate(zip(r.part.hidden, r.axis_ends(), strict=True)):
+    for i, (x, out) in enumerate(zip(r.part.hidden, r.axis_ends(), strict=True)):
         far = (special * out).sum(1)
         each = r.by_sample(np.broadcast_to(out[0], words.shape), words)
         each = inference.weighted(each.T, np.ones((1, r.size)))[0]
@@ -93,13 +93,14 @@ def telomeres(
         values[:, text] = places * clouds.standard_ranks(x[text] @ clouds.principal_axis(x[text]))
         found.append(np.abs(np.hstack(r.means(values, text))))
         if not is_text.all():
-            to = pairwise_distances(*(states.hidden[layer, side] for side in (ends, anchors)))
+            to = pairwise_distances(*(states.hidden[i, side] for side in (ends, anchors)))
             near = np.argpartition(to, min(k, to.shape[1]) - 1, axis=1)[:, :k]
             values[:, r.own] = np.stack([row[near].mean(1) for row in labels]) / is_text.mean()
             found.append(np.hstack(r.means(values, r.own)))
         layers.append(found)
-    axes = {"measure": list(MEASURES[: len(found)]), "layer": range(len(layers))}
-    drawn = labelled(np.swapaxes(np.array(layers), 0, 1), n_boot, n_null, **axes)
+    names = ["axis_end", "beyond_words", "axis_order", "attachment"][: len(found)]
+    values, layer = np.swapaxes(np.array(layers), 0, 1), range(len(layers))
+    drawn = labelled(values, n_boot, n_null, measure=names, layer=layer)
     return drawn.assign_attrs(special=n, recurring=len(recurring))
 
 
@@ -112,20 +113,12 @@ def mean_ends(states: States, *, n_boot: int = 500, seed: int = 0) -> xr.DataArr
     return labelled(ends, n_boot, 0, layer=range(len(ends)))
 
 
-def axis_ends(states: States) -> xr.DataArray:
-    """Mean axis end of each prompt's special tokens, [sample, layer]."""
-    r = _Prompts(states, 0, 0)
-    ends = np.concatenate([r.by_sample(out, r.own[None]) for out in r.axis_ends()], axis=0)
-    samples = np.unique(r.part.tokens["sample"])
-    return xr.DataArray(ends.T, {"sample": samples, "layer": range(len(ends))}, ("sample", "layer"))
-
-
 def doubled(samples: Sequence[Sample]) -> list[Sample]:
     """The samples with their question asked twice."""
     return [replace(sample, prompt=f"{sample.prompt}\n{sample.prompt}") for sample in samples]
 
 
-def fall(before: xr.DataArray, after: xr.DataArray) -> inference.Estimate:
+def fall(before: xr.DataArray, after: xr.DataArray) -> Estimate:
     """What [layer, draw] falls by in the mean over layers from 1 on, on the same resamplings."""
     (a, resampled, _), (b, again, _) = mean_draws(before), mean_draws(after)
     return inference.from_draws(a[0] - b[0], resampled - again)
@@ -138,11 +131,10 @@ def massive_activations(states: States) -> pd.DataFrame:
     Means over each prompt's tokens of a kind: sample, kind, layer, ratio, massive (share of them
     above `MASSIVE`).
     """
-    tables, tokens = [], states.tokens[["sample", "kind"]]
-    for layer, ratio in enumerate(clouds.massive(states.hidden)):
-        tables.append(tokens.assign(layer=layer, ratio=ratio, massive=ratio > MASSIVE))
-    each = pd.concat(tables).groupby(["sample", "kind", "layer"], sort=False, as_index=False)
-    return each.mean()
+    tokens, by = states.tokens[["sample", "kind"]], ["sample", "kind", "layer"]
+    ratios = enumerate(map(clouds.massive, states.hidden))
+    each = (tokens.assign(layer=i, ratio=ratio, massive=ratio > MASSIVE) for i, ratio in ratios)
+    return pd.concat(each).groupby(by, sort=False, as_index=False).mean()
 
 
 @computation(version=1)
@@ -154,10 +146,22 @@ def collected(mllm: MLLM, samples: Sequence[Sample]) -> pd.DataFrame:
 
 
 @computation(version=2)
-def silenced_ends(mllm: MLLM, bench, neurons: xr.DataArray, **drawn) -> xr.DataArray:
-    """`axis_ends` with these neurons silenced; `drawn` as in `hidden_states`."""
+def silenced_ends(mllm: MLLM, samples, neurons, *, n_boot: int = 100, **drawn) -> xr.DataArray:
+    """`mean_ends` with these neurons silenced; `drawn` as for `hidden_states`."""
     with deactivate(mllm, neurons):
-        return axis_ends(hidden_states(mllm, bench, **drawn))
+        states = hidden_states(mllm, samples, **drawn)
+    return mean_ends(states, n_boot=n_boot, seed=drawn.get("seed", 0))
+
+
+def moved(change: xr.DataArray) -> tuple[Estimate, np.ndarray]:
+    """How much further own neurons move the ends than random ones; and draws where it is no more.
+
+    change [set, layer, draw], of the own neurons and then of random ones, in magnitude averaged
+    over layers from 1 on; less the mean of the random sets, of the same resampled prompts.
+    """
+    own, *random = abs(change.sel(layer=slice(1, None))).mean("layer").values
+    beyond, null = own - np.mean(random, axis=0), np.array(random)[:, 0]
+    return inference.from_draws(beyond[0], beyond[1:]), null - null.mean()
 
 
 @computation(version=1)

@@ -227,13 +227,19 @@ def compare(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=["benchmark", "n", "a", "b", "difference", "low", "high"])
 
 
+def _comparable(value: Any) -> Any:
+    """References, a list or an array once they were in a file, as a tuple."""
+    return value if isinstance(value, str | int) else tuple(value)
+
+
 def paired(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
     """The rows of two tables of answers side by side, once it is certain that they are the same."""
     for table in (a, b):
         _scores(table)
     pairs = inference.matched(a, b, KEY)
-    for column in [c for c in ("prompt", "references") if f"{c}_a" in pairs]:
-        other = pairs[f"{column}_a"].map(tuple) != pairs[f"{column}_b"].map(tuple)
+    for column in [c for c in ("prompt", "references", "medium") if f"{c}_a" in pairs]:
+        one, two = (pairs[f"{column}_{side}"].map(_comparable) for side in "ab")
+        other = one != two
         if other.any():
             name, row = pairs.loc[other, KEY].iloc[0]
             what = f"{name} row {row}: its {column} differs ({other.sum()} such rows)"
