@@ -78,7 +78,7 @@ def test_a_cell_is_told_in_the_words_for_what_it_shows():
     wanted = np.zeros((3, 80))
     wanted[0, 0] = 1
     wanted[1, circle], wanted[1, 3] = 1 / 2, 2 / 2
-    wanted[2, 1], wanted[2, 30], wanted[2, 31] = 2 / 3, 3 / 3, 4 / 3
+    wanted[2, 1], wanted[2, 30], wanted[2, 31] = 2 / 4, 2 * 3 / 4, 4 / 4
     np.testing.assert_allclose(got, wanted, atol=1e-6)
 
 
