@@ -1,5 +1,6 @@
 # The workbook in a few words:
 #     make workbook                          every notebook, for both shipped models, into runs/
+#     make workbook QUICK=1                  fewer rows: a first look; FULL=1: as committed
 #     make workbook MODEL=Qwen/Qwen2-VL-7B-Instruct DTYPE=bfloat16 LIMIT=500
 #     make test                              pytest and nbval; test-fast takes about two minutes
 #     make bench                             how fast it is, beside its floors and other libraries
@@ -37,13 +38,13 @@ workbook: models
 # Execute the committed notebooks in place, after a change that is meant to change their outputs.
 # The figures that the README shows are drawn here and nowhere else.
 notebooks: models
-	$(TESTING) MINER_FIGURES=figures $(BIN)/python notebooks/run.py
+	$(TESTING) MINER_FIGURES=figures $(BIN)/python notebooks/run.py full=1
 	$(TESTING) MINER_FIGURES=figures $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 		--ExecutePreprocessor.record_timing=False notebooks/[0-9]*.ipynb
 
 # The notebooks that nbval executes find the artefacts that the workbook has just made.
 test: models
-	$(TESTING) $(BIN)/python notebooks/run.py
+	$(TESTING) $(BIN)/python notebooks/run.py full=1
 	$(TESTING) $(BIN)/python -m pytest tests notebooks -n 2 --dist loadfile \
 		--no-loadscope-reorder --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg -p tests.plain_tables
 

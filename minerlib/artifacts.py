@@ -13,9 +13,10 @@ import resource
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from types import FunctionType
 from typing import Any, TypeVar
@@ -106,11 +107,13 @@ def key(mllm: Any, of: Any, **config: Any) -> dict[str, dict]:
 class Run:
     """The artefacts (DataArray, DataFrame or dict) of an MLLM in a folder, found by their `key`.
 
-    What is put in `notices` stands in every manifest from then on.
+    Those in the folders `also` are found too, and never written. What is put in `notices` stands in
+    every manifest from then on.
     """
 
-    def __init__(self, folder: str | Path, mllm: Any):
-        self.folder, self.mllm, self.notices = Path(folder), mllm, dict[str, Any]()
+    def __init__(self, folder: str | Path, mllm: Any, also: Sequence[Path] = ()):
+        self.folder, self.mllm, self.also = Path(folder), mllm, also
+        self.notices: dict[str, Any] = {}
 
     def stem(self, name: str, *, of: Any, **config: Any) -> str:
         """The artefact's file name without its suffix."""
@@ -118,9 +121,9 @@ class Run:
 
     def cached(self, name: str, compute: Callable[[], Any], *, of: Any, **config: Any) -> Any:
         """The artefact of this name and key, computed and saved if it is not there whole."""
-        path, start = self.folder / self.stem(name, of=of, **config), time.perf_counter()
-        for suffix, _, read in _FORMATS.values():
-            if (value := _whole(Path(f"{path}{suffix}"), read)) is not None:
+        stem, start = self.stem(name, of=of, **config), time.perf_counter()
+        for folder, (suffix, _, read) in product((self.folder, *self.also), _FORMATS.values()):
+            if (value := _whole(folder / f"{stem}{suffix}", read)) is not None:
                 return value
         value = compute()
         path = self.save(name, value, of=of, seconds=time.perf_counter() - start, **config)
@@ -168,8 +171,9 @@ class Run:
         return self.cached(name, missing, of=of, **config)
 
     def manifests(self) -> list[dict]:
-        """The manifests of all artefacts in the folder."""
-        files = sorted(self.folder.glob("*.manifest.json"))
+        """The manifests of all artefacts in the folders."""
+        folders = (self.folder, *self.also)
+        files = [file for folder in folders for file in sorted(folder.glob("*.manifest.json"))]
         return [manifest for file in files if (manifest := _whole(file, _json)) is not None]
 
 

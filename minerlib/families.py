@@ -28,6 +28,7 @@ _OWN = "minerlib.adapters"
 _ACTIVATIONS = ("act_fn", "activation_fn", "act")
 _OUTPUTS = ("o_proj", "out_proj")
 _NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+_INPUT_NORMS = ("input_layernorm", "attention_norm", "ln_1", "norm1")
 
 
 class RowError(ValueError):
@@ -74,7 +75,8 @@ class Family:
             raise self._missing("decoder layers in get_decoder().layers", decoder)
         return layers
 
-    def _mlp(self, layer: nn.Module) -> Any:
+    def mlp(self, layer: nn.Module) -> Any:
+        """A layer's gated MLP."""
         found = [m for m in layer.modules() if hasattr(m, "down_proj") and _child(m, _ACTIVATIONS)]
         # Experts fused into one module hold their projections as bare parameters.
         if len(found) != 1 or not isinstance(found[0].down_proj, nn.Module):
@@ -85,11 +87,11 @@ class Family:
 
     def activation(self, layer: nn.Module) -> nn.Module:
         """The module whose output is the layer's neurons."""
-        return _child(self._mlp(layer), _ACTIVATIONS)
+        return _child(self.mlp(layer), _ACTIVATIONS)
 
     def down_projection(self, layer: nn.Module) -> nn.Module | None:
         """The nn.Linear that reads the layer's neurons, [hidden, neuron]; None if unknown."""
-        return self._mlp(layer).down_proj
+        return self.mlp(layer).down_proj
 
     def output_projection(self, layer: nn.Module) -> nn.Module:
         """The linear module that reads the layer's attention heads."""
@@ -97,6 +99,10 @@ class Family:
             if projection := _child(module, _OUTPUTS):
                 return projection
         raise self._missing(f"an attention output projection, one of {_OUTPUTS}", layer)
+
+    def input_norm(self, layer: nn.Module) -> nn.Module | None:
+        """The norm that a layer's input passes first; None where it passes none."""
+        return _child(layer, _INPUT_NORMS)
 
     def final_norm(self) -> nn.Module:
         """The norm between the last decoder layer and the output embeddings."""
@@ -137,13 +143,14 @@ class Family:
         return own or getattr(self.tokenizer, "chat_template", None)
 
     def chat(self, sample) -> str:
-        """The sample's prompt in the chat template, media first, ready to be answered."""
+        """The sample's prompt in the chat template, medium first or `behind`, to be answered."""
         if not self.template:
             return sample.prompt
         content: Any = sample.prompt
         if self.processor is not self.tokenizer:
             media = [{"type": kind} for kind in MEDIA if getattr(sample, kind) is not None]
             content = [*media, {"type": "text", "text": sample.prompt}]
+            content = content[::-1] if sample.behind else content
         how = {"chat_template": self.template, "add_generation_prompt": True, "tokenize": False}
         return self.processor.apply_chat_template([{"role": "user", "content": content}], **how)
 

@@ -1,28 +1,25 @@
 """Intervals, nulls, multiplicity and verdicts: one set of rules for every claim.
 
-Intervals are 95 % percentile bootstraps over samples (Efron and Tibshirani 1993, chapter 13), from
-one matrix of counts for a whole table, where `scipy.stats.bootstrap` would gather every resample;
-p-values are ranks among draws from a null (Phipson and Smyth 2010).
+Scores are averaged by `estimate`, whose 95 % intervals keep their coverage near 0 and 1 and count
+rows about one medium together; intervals of other measures are percentile bootstraps over samples
+(Efron and Tibshirani 1993, chapter 13), from one matrix of counts for a whole table. p-values are
+ranks among draws from a null (Phipson and Smyth 2010). `decide` is the rule of verdicts.
 """
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import yaml
 from numpy.typing import ArrayLike
+from scipy import stats
 
 # --- intervals -----------------------------------------------------------------------------------
-
-
-class Interval(NamedTuple):
-    """A mean with the ends of its 95 % bootstrap interval."""
-
-    mean: float
-    low: float
-    high: float
 
 
 @lru_cache(maxsize=8)
@@ -68,35 +65,98 @@ def interval(values: np.ndarray, n: int = 2000, seed: int = 0) -> tuple[np.ndarr
     return weighted(values, np.ones((1, len(values))))[0], *middle95(draws)
 
 
+class Estimate(NamedTuple):
+    """A mean over rows, the ends of its 95 % and 90 % intervals, and its standard error."""
+
+    mean: float
+    low: float
+    high: float
+    low90: float
+    high90: float
+    error: float
+
+
 Scores = ArrayLike | Mapping[str, ArrayLike]
 
 
-def bootstrap(values: Scores, n: int = 10_000, seed: int = 0) -> Interval:
-    """The mean with its 95 % interval over `n` resamplings of the rows; NaN if a value is.
-
-    Of {benchmark: values} the mean of their means, with rows resampled within each benchmark.
-    """
+def _strata(values: Scores) -> dict[str, np.ndarray]:
+    """Values by benchmark, of which every one must have rows."""
     named = values if isinstance(values, Mapping) else {"": values}
-    groups = [np.asarray(group, float) for group in named.values()]
-    if not groups or any(group.size == 0 for group in groups):
-        raise ValueError("nothing to resample: every benchmark needs at least one row")
-    means = np.zeros(n)
-    for i, group in enumerate(groups):
-        step = max(1, 2_000_000 // group.size)  # keeps a matrix of counts below some 16 MB
-        for start in range(0, n, step):
-            part = means[start : start + step]
-            part += resamples(group.size, part.size, (seed, i, start)) @ group / group.size
-    low, high = middle95(means / len(groups))
-    return Interval(float(np.mean([group.mean() for group in groups])), float(low), float(high))
+    strata = {name: np.asarray(group, float) for name, group in named.items()}
+    if not strata or not all(group.size for group in strata.values()):
+        raise ValueError("nothing to average: every benchmark needs at least one row")
+    return strata
 
 
-def paired_bootstrap(a: Scores, b: Scores, n: int = 10_000, seed: int = 0) -> Interval:
-    """The mean of b - a over the same rows, with its 95 % interval; mappings as in `bootstrap`."""
-    first, second = (x if isinstance(x, Mapping) else {"": x} for x in (a, b))
-    if [(k, np.size(v)) for k, v in first.items()] != [(k, np.size(v)) for k, v in second.items()]:
+def estimate(
+    values: Scores,
+    media: Mapping[str, ArrayLike] | ArrayLike | None = None,
+    ends: tuple[float, float] | None = (0.0, 1.0),
+    added: float = 2.0,
+    extra: float = 0.0,
+) -> Estimate:
+    """The mean of values with a t interval that keeps its coverage near bounds.
+
+    values : [row], or {benchmark: [row]} for the mean of the benchmarks' means.
+    media : what each row is about, likewise; rows about one medium vary together (none: no two).
+    ends : the least and the greatest value there can be. `added` rows at either end, shared among
+        the benchmarks, move the interval inwards and keep it open where all rows agree: 2 for
+        scores (Agresti and Coull 1998), 1 for paired differences (Agresti and Min 2005), of which
+        verdicts are made: there it is a whole medium's rows, and the interval reaches as far from
+        the mean itself too. None: unbounded, and nothing is added.
+    extra : further variance of the mean, such as that of the draws it is compared with.
+
+    The error is the clusters' (Taylor linearisation of a ratio; Cochran 1977, 6.8 and 9A); its
+    degrees of freedom are Satterthwaite's. NaN if a value is.
+    """
+    strata = _strata(values)
+    about = media if isinstance(media, Mapping) else dict.fromkeys(strata, media)
+    added = 0.0 if ends is None else added / len(strata)
+    least, most = ends or (0.0, 0.0)
+    middles, variances, freedom = [], [], []
+    for name, group in strata.items():
+        of = about[name]
+        of = np.arange(group.size) if of is None else np.asarray(of)
+        cluster = np.unique(of, return_inverse=True)[1]
+        sizes = np.bincount(cluster)
+        of_each = group.size / len(sizes) if least < 0 else 1.0
+        n = group.size + 2 * added * of_each
+        middle = (group.sum() + added * of_each * (least + most)) / n
+        off = np.bincount(cluster, group) - sizes * middle
+        ends_off = of_each**2 * ((least - middle) ** 2 + (most - middle) ** 2)
+        squares = (off**2).sum() + added * ends_off
+        count = len(sizes) + 2 * added
+        middles.append(middle)
+        variances.append(squares * count / (count - 1) / n**2)
+        freedom.append(max(len(sizes) - 1, 1))
+    mean = np.mean([group.mean() for group in strata.values()])
+    parts = np.array(variances) / len(strata) ** 2
+    variance = parts.sum() + extra
+    df = variance**2 / (parts**2 / freedom).sum()
+    error, middle = np.sqrt(variance), float(np.mean(middles))
+    about_low, about_high = sorted((middle, mean)) if least < 0 else (middle, middle)
+    least, most = (-np.inf, np.inf) if ends is None else (min(least, mean), max(most, mean))
+    found = []
+    for quantile in stats.t.ppf([0.975, 0.95], df):
+        low, high = about_low - quantile * error, about_high + quantile * error
+        found += [np.clip(low, least, mean), np.clip(high, mean, most)]
+    return Estimate(*map(float, (mean, *found, error)))
+
+
+def from_draws(value: float, draws: ArrayLike) -> Estimate:
+    """The estimate of any statistic: percentiles of its values under resamplings of the prompts."""
+    draws = _draws(draws)
+    ends = np.nanquantile(draws, [0.025, 0.975, 0.05, 0.95])
+    return Estimate(*map(float, (value, *ends, np.nanstd(draws))))
+
+
+def change(a: Scores, b: Scores, media=None, extra: float = 0.0) -> Estimate:
+    """The mean of b - a over the same rows, scores in [0, 1]; arguments as in `estimate`."""
+    first, second = _strata(a), _strata(b)
+    if [(k, v.size) for k, v in first.items()] != [(k, v.size) for k, v in second.items()]:
         raise ValueError("paired values must come from the same benchmarks and rows")
-    changes = {k: np.subtract(second[k], first[k], dtype=float) for k in first}
-    return bootstrap(changes, n, seed)
+    changes = {k: second[k] - first[k] for k in first}
+    return estimate(changes, media, (-1.0, 1.0), 1.0, extra)
 
 
 def mean_over_samples(table: pd.DataFrame, value: str, by=("layer", "set")) -> pd.DataFrame:
@@ -136,6 +196,24 @@ def shuffles(labels: np.ndarray, groups: np.ndarray, n: int, seed: int = 0) -> n
     out = np.tile(labels, (n + 1, 1))
     out[1:, slots] = labels[drawn]
     return out
+
+
+def less(a: Estimate, b: Estimate) -> Estimate:
+    """The difference a - b of two estimates from rows that are not the same."""
+    mean, error = a.mean - b.mean, math.hypot(a.error, b.error)
+    wide, narrow = stats.norm.ppf([0.975, 0.95]) * error
+    return Estimate(mean, mean - wide, mean + wide, mean - narrow, mean + narrow, error)
+
+
+def exchanged(second: np.ndarray, groups: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
+    """The labels bool [token], and n times with the two kinds exchanged in a random half of groups.
+
+    Tokens of one prompt are not exchangeable, but under the null that kinds mean nothing a prompt's
+    two kinds are: [n + 1, token].
+    """
+    group = np.unique(groups, return_inverse=True)[1]
+    flips = np.random.default_rng(seed).random((n, group.max() + 1)) < 0.5
+    return np.vstack([second, second ^ flips[:, group]])
 
 
 def rank_p(value: float, draws: ArrayLike, tail: str) -> float:
@@ -185,12 +263,73 @@ def table_row(measure: str, value, draws, null, *, greater: bool = True) -> dict
     return row | {"p": rank_p(value, null, "greater" if greater else "less")}
 
 
-# --- verdicts ------------------------------------------------------------------------------------
+# --- claims and verdicts --------------------------------------------------------------------------
 
 WORDS = HOLDS, FAILS, UNKNOWN, PART = "holds", "does not hold", "cannot be told", "holds in part"
 LEVEL = 0.05
 TOLERANCE = 0.02
 """How far a number may move on another processor: absolute up to 1, a share of larger numbers."""
+
+
+class Claim(NamedTuple):
+    """A claim of the paper as it is tested: its words, headline measure, smallest effect of
+    interest with the reason for it, and what it is against; stated before it was measured."""
+
+    text: str
+    measure: str
+    smallest: float
+    why: str
+    against: str
+
+
+@cache
+def claims() -> dict[str, Claim]:
+    """What is tested, by name: "I" is finding I's headline, "I any layer" another of its lines."""
+    stated = yaml.safe_load(Path(__file__).with_name("claims.yml").read_text())
+    return {name: Claim(**what) for name, what in stated.items()}
+
+
+def claim(name: str) -> Claim:
+    """The claim of this name; ValueError lists them."""
+    if name not in (known := claims()):
+        raise ValueError(f"no claim {name!r} in claims.yml; there are {', '.join(known)}")
+    return known[name]
+
+
+def judge(
+    name: str, effect: Estimate, null: str | ArrayLike, p: float | None = None, rows: int = 0
+) -> dict:
+    """The line of a claim by `decide`.
+
+    null holds draws of the effect where there is none, whose rank is p, or says in words what the
+    effect is against. Beside the columns of a `claims_table`: name, effect, low, high (its 95 %
+    interval), smallest, and settles, the `rows` that would tell (none given: NaN).
+    """
+    of = claim(name)
+    if not isinstance(null, str):
+        p, null = rank_p(effect.mean, null, "greater"), range_of(null)
+    own = {"name": name, "effect": effect.mean, "low": effect.low, "high": effect.high}
+    own |= {"smallest": of.smallest, "settles": settles(effect, of.smallest, rows or math.nan)}
+    measured = spread(*effect[:3], sign="+")
+    return line(of.text, measured, null, decide(effect, of.smallest, p), p) | own
+
+
+def discoveries(lines: Sequence[dict]) -> list[dict]:
+    """A finding's lines, with false discovery rates as the p of all but the first, the headline.
+
+    Benjamini and Hochberg 1995; what *holds* by its own p and not by its rate cannot be told.
+    """
+    tested = [x for x in lines[1:] if x["p"] is not None and not math.isnan(x["p"])]
+    rates = stats.false_discovery_control([x["p"] for x in tested]) if tested else []
+    at = {id(x): float(q) for x, q in zip(tested, rates, strict=True)}
+    out = []
+    for x in lines:
+        q = at.get(id(x), x["p"])
+        verdict = x["verdict"]
+        if id(x) in at and verdict.word == HOLDS and q >= LEVEL:
+            verdict = Verdict(UNKNOWN, verdict.margin)
+        out.append(x | {"p": q, "verdict": verdict})
+    return out
 
 
 class Verdict(NamedTuple):
@@ -263,6 +402,39 @@ def change_against_draws(
     within = min(more(value, least, equal=True), more(most, value, equal=True))
     clear = max(more(low, most), more(least, high))
     return _verdict(min(-spans, -within, clear), min(-spans, within))
+
+
+def decide(effect: Estimate, smallest: float, p: float | None = None) -> Verdict:
+    """The rule for every claim that an effect is greater than the smallest one of interest.
+
+    *Holds* if its 95 % interval lies beyond it and p, where there is one, is below 0.05. *Does not
+    hold* if its 90 % interval ends before it (Schuirmann 1987: equivalence at 5 %). Else it *cannot
+    be told*: `settles` says what would.
+    """
+    holds = _more(effect.low, smallest)
+    if p is not None:
+        holds = min(holds, _more(LEVEL, p, LEVEL / 10))
+    return _verdict(holds, _more(smallest, effect.high90))
+
+
+POWER = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)
+"""Standard errors between an effect and a bound from which on 80 % of intervals are clear of it."""
+
+
+def power(error: float, smallest: float, effect: float | None = None) -> float:
+    """How often a claim *holds* whose effect (default: twice the smallest) has this error.
+
+    By the normal distribution: with fewer than some hundred rows a little too hopeful.
+    """
+    beyond = (2 * smallest if effect is None else effect) - smallest
+    return float(stats.norm.cdf(beyond / error - stats.norm.ppf(0.975)))
+
+
+def settles(effect: Estimate, smallest: float, rows: float) -> float:
+    """The rows, in place of so many, that would tell an effect of this size from the smallest."""
+    away = abs(effect.mean - smallest)
+    need = rows * (POWER * effect.error / away) ** 2 if away else math.inf
+    return float(np.ceil(need))
 
 
 def by_p(p: float, level: float = LEVEL) -> Verdict:
@@ -350,6 +522,12 @@ def spread(mean: float, low: float, high: float, *, sign: str = "", digits: int 
     return "{} [{}, {}]".format(*(f"{x:{sign}z.{digits}f}" for x in (mean, low, high)))
 
 
+def range_of(draws: ArrayLike) -> str:
+    """A null as text: its mean and the middle 95 % of its draws."""
+    low, high = map(float, middle95(draws))
+    return spread(float(np.mean(_draws(draws))), low, high, sign="+")
+
+
 def line(claim: str, measured: str, null: str, verdict: Verdict, p: float | None = None) -> dict:
     """A line of a `claims_table`."""
     return {"claim": claim, "measured": measured, "null": null, "p": p, "verdict": verdict}
@@ -362,11 +540,14 @@ def whole(claim: str, lines: Sequence[Mapping], what: str = "lines") -> dict:
     return line(claim, f"{held} of {len(lines)} {what} hold", "the lines below", majority(verdicts))
 
 
+MEASURED = ["name", "effect", "low", "high", "smallest", "settles"]
+
+
 def claims_table(finding: str, lines: Iterable[Mapping]) -> pd.DataFrame:
     """A finding's closing table: finding, claim, measured, null, p, verdict, all text.
 
-    Each line (`line` makes one) holds claim, measured, null, verdict (a `Verdict` or its text), and
-    p if it has one.
+    Each line (`judge` or `line` makes one) holds claim, measured, null, verdict (a `Verdict` or its
+    text), and p if it has one. What `judge` measured follows in the columns `MEASURED`.
     """
 
     def text(p: float | None) -> str:
@@ -383,4 +564,6 @@ def claims_table(finding: str, lines: Iterable[Mapping]) -> pd.DataFrame:
         (finding, x["claim"], x["measured"], x["null"], text(x.get("p")), str(x["verdict"]))
         for x in lines
     ]
-    return pd.DataFrame(rows, columns=columns)
+    table = pd.DataFrame(rows, columns=columns)
+    numbers = pd.DataFrame(lines).reindex(columns=MEASURED)
+    return table.join(numbers) if any("name" in x for x in lines) else table

@@ -4,7 +4,7 @@ One colour, marker and hatch per modality throughout the workbook (Okabe and Ito
 apart without colour vision; marker and hatch carry the same information in print).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -81,6 +81,12 @@ def by_layer(
     ax.set(xlabel="decoder layer", ylabel=ylabel)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(fontsize="small")
+
+
+def background(table: pd.DataFrame, ax: Axes, *, by: Sequence[str], value: str = "value") -> None:
+    """Thin grey lines over the layers, one for each `by`: controls behind a figure's own lines."""
+    for _, line in table.groupby(list(by)):
+        ax.plot(line["layer"], line[value], color="#BBBBBB", lw=0.6, zorder=0)
 
 
 def projections(table: pd.DataFrame) -> Figure:

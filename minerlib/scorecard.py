@@ -6,9 +6,9 @@ paper's claim}; what it measured lies in run folders, as `Workbook.save_finding`
 
 import json
 import os
+import re
 import textwrap
 from itertools import product
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -16,12 +16,12 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from minerlib.inference import FAILS, HOLDS, PART, UNKNOWN
+from minerlib.inference import FAILS, HOLDS, PART, UNKNOWN, spread
 from minerlib.parameters import assigned, declared, listed
 from minerlib.shipped import CARD
-from minerlib.workbook import MODELS, ROOT, NotApplicable, Workbook, save
+from minerlib.workbook import MODELS, RESULTS, ROOT, NotApplicable, Workbook, save
 
-COLUMNS = ["finding", "of", "claim", "measured", "null", "p", "verdict"]
+COLUMNS = ["finding", "of", "claim", "measured", "null", "p", "verdict", "effect", "low", "high"]
 MARKS = {PART: (1, "part"), HOLDS: (2, "yes"), FAILS: (0, "no"), UNKNOWN: (1, "?")}
 
 
@@ -60,27 +60,30 @@ def findings(folder: Path = ROOT / "notebooks") -> dict[str, Finding]:
 class Scorecard:
     """What run folders hold of the findings, in `table`; what they lack, in `missing`.
 
-    runs             folder of run folders
+    runs             folder of run folders, beside what is published
     models           "shipped", "all", or models' names, as a list or with commas
-    configurations   "default": runs with the notebooks' own parameters; "all": any, a column each
+    configurations   "default": runs with the notebooks' own parameters; "newest": each model's
+                     last, whatever its parameters; "all": any, a column each
     """
 
     def __init__(self, runs: str = "runs", models="shipped", configurations: str = "default"):
-        self.folder = ROOT / runs
-        if not self.folder.is_dir():
+        self.folder, published = ROOT / runs, ROOT / RESULTS
+        if not self.folder.is_dir() and not published.is_dir():
             raise ValueError(f"runs={runs!r}: no such folder; run `make workbook` first")
-        if configurations not in ("default", "all"):
-            raise ValueError(f"configurations={configurations!r}: use default or all")
+        if configurations not in ("default", "newest", "all"):
+            raise ValueError(f"configurations={configurations!r}: use default, newest or all")
         self.findings = findings()
         shipped = [path.parent.name for path in (ROOT / MODELS).glob(f"*/{CARD}")]
         wanted = {"all": [], "shipped": shipped}.get(str(models), listed(models))
         held, other = {}, []  # a newer one in the place of an older; manifests end in "t.json"
-        for file in sorted(self.folder.glob("*/finding-*[!t].json"), key=os.path.getmtime):
+        files = [*published.glob(kept := "*/finding-*[!t].json")]
+        files += sorted(self.folder.glob(kept), key=os.path.getmtime)
+        for file in files:
             value = json.loads(file.read_text())
             changed = self._changed(value)
             asked = models == "all" or value["model"] in wanted
-            of = ", ".join([value["model"], *changed])
-            if asked and (not changed or configurations == "all"):
+            of = ", ".join([value["model"], *(changed if configurations == "all" else [])])
+            if asked and (not changed or configurations != "default"):
                 held[value["finding"], of] = value["claims"]
             elif asked:
                 other.append(f"{value['finding']} of {of}")
@@ -111,18 +114,16 @@ class Scorecard:
         return [f"{k}={v}" for k, v in value["parameters"].items() if usual.get(k, ...) != v]
 
     def draw(self) -> plt.Figure:
-        """All verdicts: a row per claim, a column per model and configuration."""
-        # Numbers of neurons differ between models: without them their rows meet.
-        claims = self.table["claim"].str.replace(r"\b\d+ (?=neurons)", "", regex=True)
-        rows = (self.table["finding"] + ": " + claims).map(lambda text: textwrap.fill(text, 66))
-        grid = self.table.assign(row=rows).drop_duplicates(["row", "of"])
-        grid = grid.pivot(index="row", columns="of", values="verdict")
-        marks = grid.reindex(index=rows.unique(), columns=self.columns).map(mark)
-        tall = sum(1.3 + 0.75 * row.count("\n") for row in marks.index)
-        fig, ax = plt.subplots(figsize=(4.6 + 1.1 * len(self.columns), max(2, 0.9 + 0.17 * tall)))
-        style = {"annot_kws": {"fontsize": 8, "color": "black"}, "linewidths": 0.8, "fmt": ""}
+        """All verdicts: a row per claim, a column per model; word, effect and 95 % interval."""
+        rows = (self.table["finding"] + ": " + self.table["claim"]).map(wrapped)
+        grid = self.table.assign(row=rows).drop_duplicates(["row", "of"]).set_index(["row", "of"])
+        shape = {"index": rows.unique(), "columns": self.columns}
+        codes = grid["verdict"].map(lambda v: mark(v)[0]).unstack().reindex(**shape)
+        signs = grid.apply(told, axis=1).unstack().reindex(**shape).fillna("")
+        tall = sum(1.3 + 0.75 * row.count("\n") for row in codes.index)
+        fig, ax = plt.subplots(figsize=(4.6 + 1.5 * len(self.columns), max(2, 0.9 + 0.2 * tall)))
+        style = {"annot_kws": {"fontsize": 7, "color": "black"}, "linewidths": 0.8, "fmt": ""}
         style |= {"cmap": ["#D55E00", "#DDDDDD", "#56B4E9"], "vmin": 0, "vmax": 2, "cbar": False}
-        codes, signs = (marks.map(itemgetter(i)) for i in (0, 1))
         sns.heatmap(codes.astype(float), annot=signs, ax=ax, **style)
         ax.set(xlabel="", ylabel="")
         ax.set_xticks(ax.get_xticks(), [of.replace(", ", "\n") for of in self.columns], rotation=0)
@@ -132,6 +133,19 @@ class Scorecard:
     def save_figure(self, fig: plt.Figure, name: str) -> None:
         """Beside the run folders and, where MINER_FIGURES names a folder, there."""
         save(fig, self.folder / f"figures/{name}.png", name, columns=self.columns)
+
+
+def wrapped(claim: str) -> str:
+    """A claim in lines, without numbers of neurons, which differ between models."""
+    return textwrap.fill(re.sub(r"\b\d+ (?=neurons)", "", claim), 66)
+
+
+def told(line: pd.Series) -> str:
+    """A cell of the scorecard: the verdict's sign and, where it was measured, the effect."""
+    _, sign = mark(line["verdict"])
+    if pd.isna(line["effect"]):
+        return sign
+    return f"{sign}  {spread(*line[['effect', 'low', 'high']], sign='+')}"
 
 
 def mark(verdict: Any) -> tuple[float, str]:

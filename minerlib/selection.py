@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -110,6 +111,32 @@ def select(
         raise ValueError(f"strategy {strategy!r} gave {many} different neurons; {rule}")
     attrs = {"ratio": ratio, "strategy": strategy, "split": split, "budget": budget, "seed": seed}
     return _labelled(mask, modalities, scores.layer, attrs)
+
+
+def first(scores: xr.DataArray, n: int, strategy: str = "LA_MU", **how) -> xr.DataArray:
+    """The n different neurons that a strategy takes first as its budget grows.
+
+    So strategies whose budgets hold different numbers of neurons are compared at one number; `how`
+    as in `select`. Of the step that goes beyond n, the highest weighted scores are taken.
+    ValueError where its first step already does, or where no budget reaches n.
+    """
+    size = scores.sizes["layer"] * scores.sizes["neuron"]
+
+    def at(budget: int) -> xr.DataArray:
+        return select(scores, min((budget + 0.5) / size, 1), strategy, **how)
+
+    budget = bisect_right(range(1, size + 1), n, key=lambda k: unique(at(k)))
+    taken, step = at(budget), at(min(budget + 1, size))
+    have, most = unique(taken), unique(step)
+    if not have or most < n:
+        least = f"at least {most} neurons" if not have else f"at most {have}"
+        raise ValueError(f"n={n}: strategy {strategy!r} takes {least}")
+    weights = how.get("weights", PAPER_WEIGHTS)
+    value = weighted(scores.sel(modality=step.modality.values), weights)
+    new = np.where(step.values & ~taken.values.any(0), value, -np.inf).max(0)
+    best = np.zeros(new.size, bool)
+    best[np.argsort(-new, axis=None, kind="stable")[: n - have]] = True
+    return taken | (step & best.reshape(new.shape))
 
 
 def _occurring(scores: xr.DataArray, split: str) -> list[str]:

@@ -31,6 +31,7 @@ def tap(
     activation: Callable[[int, torch.Tensor], torch.Tensor | None] | None = None,
     attention: Callable[..., torch.Tensor | None] | None = None,
     hidden: Callable[[int, torch.Tensor], None] | None = None,
+    written: Callable[[int, torch.Tensor], None] | None = None,
     layers: Iterable[int] | None = None,
 ) -> Iterator[None]:
     """Call back from inside the decoder's forward pass; everything is undone on exit.
@@ -42,12 +43,13 @@ def tap(
     attention(layer, query, key, mask, scaling) sees rotated queries [batch, head, token, dim]
     and keys [batch, kv head, token, dim], and may return a replacement mask.
     hidden(depth, h [batch, token, hidden]) sees the residual stream: at depth 0 what enters the
-    first layer, at depth i + 1 what layer i returns. `layers` defaults to all.
+    first layer, at depth i + 1 what layer i returns. written(layer, x [batch, token, neuron]) sees
+    what enters the down projection. `layers` defaults to all.
     With a cache all fire once for the prompt and once for each new token. RuntimeError when a
     forward pass ends in which a tapped activation or attention never ran.
     """
     chosen = range(mllm.n_layers) if layers is None else list(layers)
-    taps = (("activation", activation), ("attention", attention))
+    taps = (("activation", activation), ("attention", attention), ("written", written))
     due = {(what, i) for what, callback in taps if callback is not None for i in chosen}
     fired: set[tuple[str, int]] = set()
 
@@ -76,6 +78,11 @@ def tap(
                 stack.enter_context(after(mllm.activations[i], told))
             if hidden is not None:
                 stack.enter_context(after(mllm.layers[i], partial(hidden, i + 1)))
+            if written is not None:
+                told = partial(tell, written, "written", i)
+                down = mllm.family.down_projection(mllm.layers[i])
+                enters = down.register_forward_pre_hook(lambda m, args, told=told: told(args[0]))
+                stack.enter_context(enters)
         if attention is not None:
             callbacks = {i: partial(tell, attention, "attention", i) for i in chosen}
             stack.enter_context(_routed(mllm, callbacks))

@@ -9,7 +9,8 @@ wb.answers(neurons)                             # one row per sample, cached
 
 import json
 import os
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,20 @@ import pandas as pd
 import transformers
 import xarray as xr
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from minerlib import shipped
 from minerlib.aggregation import aggregate
-from minerlib.artifacts import Run, atomically, digest
+from minerlib.artifacts import Checkpoint, Run, atomically, digest
+from minerlib.controls import CONTROLS, permuted, untrained
 from minerlib.deactivation import deactivate
 from minerlib.model import MLLM, load, starts
 from minerlib.parameters import Parameters, at_least
 from minerlib.plots import show
 from minerlib.scoring import METRICS, own_metrics, score
-from minerlib.selection import STRATEGIES, matched_random, select
+from minerlib.selection import STRATEGIES, first, matched_random, select, unique
 from minerlib.tasks import REGISTRY, Benchmark, benchmark
-from minerlib.tasks.evaluation import Prepared, evaluate, prepare, summarise
+from minerlib.tasks.evaluation import Prepared, above_chance, evaluate, prepare, summarise
 from minerlib.tasks.rows import split as apart
 
 __all__ = ["ROOT", "NotApplicable", "Workbook", "at_least", "show"]
@@ -39,8 +42,9 @@ ROOT = Path(__file__).parents[1]
 if not ((ROOT / "notebooks").is_dir() and (ROOT / "data").is_dir()):
     ROOT = Path.cwd()
 """Where relative paths start: the checkout that minerlib lies in, else the current folder."""
-MODELS, ROWS = "data/models", "data/benchmarks"
-"""What is shipped; a model of the repository is one that has a card."""
+MODELS, ROWS, RESULTS = "data/models", "data/benchmarks", "data/results"
+"""What is shipped; a model of the repository is one that has a card. Results are what the committed
+notebooks rest on, found unless MINER_FRESH is set; with MINER_PUBLISH a run goes there."""
 
 PAPER_BENCHMARKS = ("text_vqa", "coco_caption", "mmlu", "msvd_qa", "libri", "vocal_sound")
 """What the paper asks Qwen2-VL and Qwen2-Audio: each what its media allow."""
@@ -91,6 +95,11 @@ class Workbook(Parameters):
         return self.model_dump(include={"ratio", "strategy", "weights", "split", "seed"})
 
     @property
+    def how(self) -> dict[str, Any]:
+        """The parameters of `selection.first`: those of stage 4 without the ratio."""
+        return {name: value for name, value in self.choice.items() if name != "ratio"}
+
+    @property
     def label(self) -> str:
         """The model's name in files and figures."""
         return Path(self.model).name
@@ -103,7 +112,8 @@ class Workbook(Parameters):
     @property
     def folder(self) -> Path:
         """The run folder."""
-        return ROOT / (self.run_dir or f"runs/{self.label}")
+        usual = RESULTS if os.environ.get("MINER_PUBLISH") else "runs"
+        return ROOT / (self.run_dir or f"{usual}/{self.label}")
 
     @cached_property
     def mllm(self) -> MLLM:
@@ -117,7 +127,8 @@ class Workbook(Parameters):
 
     @cached_property
     def run(self) -> Run:
-        return Run(self.folder, self.mllm)
+        fresh = os.environ.get("MINER_FRESH")
+        return Run(self.folder, self.mllm, () if fresh else (ROOT / RESULTS / self.label,))
 
     @cached_property
     def names(self) -> list[str]:
@@ -175,28 +186,46 @@ class Workbook(Parameters):
             return self.run.load(name, made_by, **config)
         return self.run.cached(name, compute, **config)
 
+    def controls(
+        self, name: str, compute: Callable[[MLLM], pd.DataFrame], *, of, **config: Any
+    ) -> pd.DataFrame:
+        """The tables that `compute` makes of the untrained controls, in one; column `control`."""
+        of, tables = [*([of] if callable(of) else of), untrained, permuted], []
+        for control, make in tqdm(CONTROLS.items(), "untrained controls", leave=False):
+            config["control"] = control
+            table = self.cached(name, lambda make=make: compute(make(self.mllm)), of=of, **config)
+            tables.append(table.assign(control=control))
+        return pd.concat(tables, ignore_index=True)
+
     def mine(self, made_by: str = "") -> dict[str, xr.DataArray]:
         """Stage 2 per benchmark, computed or read; interrupted mining continues."""
         how: dict[str, Any] = {"batch_size": self.batch_size, "on_error": self.on_error}
         found = {}
         for name, bench in self.mining.items():
             part = self.folder / f"scores-{name}"
-            compute = partial(score, self.mllm, bench, checkpoint=part, **how)
+            compute = partial(self._scored, bench, checkpoint=part, **how)
             found[name] = self.cached(part.name, compute, of=score, rows=bench, made_by=made_by)
         return found
+
+    def _scored(self, bench: Benchmark, **how: Any) -> xr.DataArray:
+        """Scores that are kept in 16 bits, steps of 1 / 65534."""
+        scores = score(self.mllm, bench, **how)
+        # Scores are in [0, 1] and never NaN; the fill value is there so that a NaN stays one.
+        fine = {"scale_factor": 1 / 65534, "_FillValue": 65535}
+        scores.encoding = {"dtype": "uint16", "zlib": True, **fine}
+        return scores
 
     def scores(self) -> dict[str, xr.DataArray]:
         """Stage 2 per benchmark, as notebook 02 left it."""
         return self.mine("02_importance_scores")
 
-    def aggregate(self, made_by: str = "") -> xr.DataArray:
-        """Stage 3, computed from notebook 02's artefacts or read."""
-        key = {"of": (score, aggregate), "rows": self.mining, "made_by": made_by}
-        return self.cached("total", lambda: aggregate(self.scores().values()), **key)
-
     def total(self) -> xr.DataArray:
-        """Stage 3, as notebook 03 left it."""
-        return self.aggregate("03_score_aggregation")
+        """Stage 3, from what notebook 02 left."""
+        return self._total
+
+    @cached_property
+    def _total(self) -> xr.DataArray:
+        return aggregate(self.scores().values())
 
     @property
     def _plugged(self) -> list[Callable]:
@@ -213,16 +242,40 @@ class Workbook(Parameters):
             raise ValueError(f"ratio={self.ratio}: {what} {way_out}")
         return neurons
 
-    def alone(self, modality: str) -> xr.DataArray:
-        """A whole budget of one modality's highest neurons, whatever the strategy's shares."""
-        return self.select(self.total().sel(modality=[modality]), strategy="LA_MU")
+    def alone(self, modality: str, n: int | None = None) -> xr.DataArray:
+        """One modality's n highest neurons, by default a whole budget, whatever its share is."""
+        own = self.total().sel(modality=[modality])
+        if n is None:
+            return self.select(own, strategy="LA_MU")
+        return first(own, n, **self.how | {"strategy": "LA_MU"})
+
+    def half_dose(self) -> int:
+        """How many neurons, of those the strategy takes first, cost half of the score above chance.
+
+        Measured on at most 24 mined rows a benchmark, to a factor of two; the number that a whole
+        budget holds where no dose up to a tenth of all neurons costs as much.
+        """
+        few = {name: bench[:24] for name, bench in self.mining.items()}
+        start = above_chance(self.answers(rows=few))
+        doses = [round(self.total()[0, 0].size * 0.0002 * 2**i) for i in range(10)]
+
+        def halved(n: int) -> bool:
+            try:
+                neurons = first(self.total(), n, **self.how)
+            except ValueError:  # a strategy that takes more at once, or fewer in all
+                return n > doses[len(doses) // 2]
+            return above_chance(self.answers(neurons, rows=few)) <= start / 2
+
+        at = bisect_left(doses, True, key=halved)
+        return doses[at] if at < len(doses) else unique(self.select())
 
     def draws(self, neurons: xr.DataArray, n: int, by_layer: bool = False) -> list[xr.DataArray]:
         """A null: n random draws of as many different neurons, with by_layer in each layer."""
         return [matched_random(neurons, self.seed + i, by_layer) for i in range(n)]
 
-    def answers(self, neurons=None, mode="zero", constants=None) -> pd.DataFrame:
-        """`evaluate` on the evaluation rows with neurons silenced (None: as it is), done once."""
+    def answers(self, neurons=None, mode="zero", constants=None, rows=None) -> pd.DataFrame:
+        """`evaluate` with neurons silenced (None: as it is), done once; rows: by default the
+        evaluation rows."""
         key: dict[str, Any] = {"max_new_tokens": self._longest, "on_error": self.on_error}
         key["of"] = (evaluate, deactivate)
         if neurons is not None:
@@ -230,30 +283,63 @@ class Workbook(Parameters):
         if mode != "zero" and constants is not None:
             key["constants"] = digest(constants[f"activation_{mode}"])
 
-        def compute(name: str) -> pd.DataFrame:
+        def compute(bench: Benchmark) -> pd.DataFrame:
             if neurons is None:
-                return self._evaluated(name)
+                return self._evaluated(bench)
             with deactivate(self.mllm, neurons, mode=mode, constants=constants):
-                return self._evaluated(name)
+                return self._evaluated(bench)
 
         tables = []
-        for name, bench in self.evaluation.items():
+        for name, bench in (self.evaluation if rows is None else rows).items():
             key["rows"] = bench.fingerprint
-            tables.append(self.run.cached(f"answers-{name}", partial(compute, name), **key))
+            tables.append(self.run.cached(f"answers-{name}", partial(compute, bench), **key))
         whole = pd.concat(tables, ignore_index=True)
         whole.attrs = {"skipped": [line for t in tables for line in t.attrs.get("skipped", [])]}
         return whole
+
+    def logprobs(self, sets: Sequence[xr.DataArray], rows: int) -> pd.DataFrame:
+        """Log-probabilities of the references, each set of neurons silenced in turn, done once.
+
+        On each benchmark's first `rows` evaluation rows; interrupted, it continues. Columns set
+        (its place in `sets`), benchmark, row, medium, logprob (mean per token, in nats).
+        """
+        if not sets:
+            raise ValueError("no sets of neurons to silence")
+        few = {name: bench[:rows] for name, bench in self.evaluation.items()}
+        silenced = [digest(np.asarray(neurons).any(0)) for neurons in sets]
+        key: dict[str, Any] = {"of": (evaluate, deactivate), "rows": _prints(few)}
+        key |= {"silenced": silenced, "on_error": self.on_error}
+
+        part = Checkpoint(self.folder / "logprobs", key | {"model": self.mllm.fingerprint})
+
+        def compute() -> pd.DataFrame:
+            state: dict[str, list] = part.load() or {"rows": [], "logprob": []}
+            done = state["logprob"]
+            ready = [prepare(self.mllm, b, self.batch_size, self.on_error) for b in few.values()]
+            for neurons in tqdm(sets[len(done) :], "random draws", initial=len(done), leave=False):
+                with deactivate(self.mllm, neurons):
+                    tables = [evaluate(self.mllm, x, measure="logprob only") for x in ready]
+                told = pd.concat(tables)
+                done.append(told["logprob"].tolist())
+                state["rows"] = told[["benchmark", "row", "medium"]].to_numpy().tolist()
+                part.save(state)
+            own = pd.DataFrame(state["rows"], columns=["benchmark", "row", "medium"])
+            found = [own.assign(logprob=values, set=i) for i, values in enumerate(done)]
+            return pd.concat(found, ignore_index=True)
+
+        table = self.run.cached("logprobs", compute, **key)
+        part.done()
+        return table
 
     @property
     def _longest(self) -> int | None:
         """A silenced small model can ramble on to the real benchmarks' limits."""
         return self.max_new_tokens or (self.card.max_new_tokens if self.card else None)
 
-    def _evaluated(self, name: str) -> pd.DataFrame:
-        if name not in self._ready:
-            bench = self.evaluation[name]
-            self._ready[name] = prepare(self.mllm, bench, self.batch_size, self.on_error)
-        return evaluate(self.mllm, self._ready[name], max_new_tokens=self._longest)
+    def _evaluated(self, bench: Benchmark) -> pd.DataFrame:
+        if (rows := bench.fingerprint) not in self._ready:
+            self._ready[rows] = prepare(self.mllm, bench, self.batch_size, self.on_error)
+        return evaluate(self.mllm, self._ready[rows], max_new_tokens=self._longest)
 
     def sanity(self) -> pd.DataFrame:
         """The model as it is beside its published figures, one row per benchmark.

@@ -1,12 +1,15 @@
 """Execute the workbook with Papermill: every numbered notebook in order, for each model.
 
-    python notebooks/run.py                                  # both shipped models, into runs/
+    python notebooks/run.py                                  # both smol models, into runs/
+    python notebooks/run.py quick=1                          # a first look; full=1: as committed
     python notebooks/run.py model=Qwen/Qwen2-VL-7B-Instruct dtype=bfloat16 limit=500
     python notebooks/run.py params="ratio=0.05 seed=1"       # the same as ratio=0.05 seed=1
 
 Arguments are NAME=VALUE, names in any case, values YAML. `model` takes one or more models; `run` is
 where they leave a folder each: a name stands for runs/NAME, a path for itself, and without it they
-go to runs/. Any other name is a parameter of the notebooks and reaches those that declare it;
+go to runs/. How much is computed stands in sizes.yml, for the default run and for quick=1; full=1
+takes the committed notebooks' own parameters and alone finds what is published in data/results,
+unless fresh=1. Any other name is a parameter of the notebooks and reaches those that declare it;
 executed notebooks of other parameters lie beside those of the defaults. An executed notebook is not
 executed again while it is newer than the notebook, minerlib, the model and the data and its
 parameters are the same, so a run that was stopped picks up where it stopped.
@@ -40,6 +43,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = "data/models/tiny-qwen2-vl data/models/tiny-qwen2-audio"
+FLAGS = ("quick", "full", "fresh")
+SIZES = Path(__file__).with_name("sizes.yml")
 
 
 def value(text: str) -> Any:
@@ -104,6 +109,13 @@ class Task(NamedTuple):
     parameters: dict[str, Any]
     inputs: Sequence[Path]
     what: str
+    size: dict[str, dict[str, Any]] = {}
+
+    def chosen(self, notebook: Path) -> dict[str, Any]:
+        """The parameters of a notebook: of the size for all, for this one, and as given."""
+        size = {**self.size.get("all", {}), **self.size.get(notebook.stem[:2], {})}
+        given = {**size, **self.parameters}
+        return {name: given[name] for name in given if name in self.notebooks[notebook]}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -111,15 +123,20 @@ def main(arguments: Sequence[str]) -> None:
     models = given.get("model", MODELS).split()
     run = given.get("run", "")
     runs = Path("runs", run) if Path(run).name == run else Path(run)
-    texts = {name: text for name, text in given.items() if name not in ("model", "run")}
-    parameters = {name: value(text) for name, text in texts.items()}
+    flags = {name: bool(value(given.get(name, "0"))) for name in FLAGS}
+    sizes = yaml.safe_load(SIZES.read_text())
+    size = {} if flags["full"] else sizes["quick" if flags["quick"] else "default"]
+    if flags["fresh"] or not flags["full"]:
+        os.environ["MINER_FRESH"] = "1"
+    texts = {name: text for name, text in given.items() if name not in ("model", "run", "fresh")}
+    parameters = {n: value(text) for n, text in texts.items() if n not in FLAGS}
     folder = "notebooks" if run else f"notebooks{suffix(texts)}"
     os.chdir(ROOT)  # so that the paths that Papermill records are relative ones
     files = sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
     notebooks = {path: set(papermill.inspect_notebook(str(path))) for path in files}
     known = set().union(*notebooks.values())
     if unknown := sorted(set(parameters) - known):
-        use = sorted(known | {"run"})
+        use = sorted(known | {"run", *FLAGS})
         raise SystemExit(f"no notebook has the parameter {', '.join(unknown)}; use {use}")
     # A notebook with the parameter `runs` gathers what all models left: it comes once and last.
     last = {path: names for path, names in notebooks.items() if "runs" in names}
@@ -137,7 +154,7 @@ def main(arguments: Sequence[str]) -> None:
         if run:  # else the notebooks' own default
             everything["run_dir"] = run_dir.as_posix()
         inputs = [*shared, *(path for path in Path(model).glob("*") if path.is_file())]
-        tasks.append(Task(stages, run_dir / folder, everything, inputs, f"for {model}"))
+        tasks.append(Task(stages, run_dir / folder, everything, inputs, f"for {model}", size))
 
     with pool(1 if torch.cuda.is_available() else len(models)) as over:
         failures = list(over(execute, tasks))
@@ -147,7 +164,7 @@ def main(arguments: Sequence[str]) -> None:
     if not failed:
         names = [Path(model).name for model in models]
         everything = {**parameters, "runs": runs.as_posix(), "models": names}
-        everything["configurations"] = "all" if parameters else "default"
+        everything["configurations"] = "newest" if parameters or size else "default"
         found = [*shared, *runs.glob("*/finding-*.json")]
         text = execute(Task(last, runs / folder, everything, found, "over all models"))
         failed = [text] if text else []
@@ -170,9 +187,8 @@ def pool(workers: int) -> Iterator:
 def execute(task: Task) -> str | None:
     """Execute a task's notebooks that are not up to date; what failed, if anything did."""
     task.folder.mkdir(parents=True, exist_ok=True)
-    for notebook, names in task.notebooks.items():
-        output = task.folder / notebook.name
-        chosen = {name: task.parameters[name] for name in task.parameters if name in names}
+    for notebook in task.notebooks:
+        output, chosen = task.folder / notebook.name, task.chosen(notebook)
         if finished(output, chosen, [notebook, *task.inputs]):
             say(f"{output}: up to date")
             continue

@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import MODELS, Rows, samples_for
 from eager import attentions, eager, sdpa, uniform
+from made import MOST
+from scipy import stats
 
 from minerlib import scoring
 from minerlib.findings import attention as flow
@@ -74,7 +76,7 @@ def test_attention_between_is_the_models_own(name):
     assert list(table.columns) == columns
     kinds = sdpa(name).kinds
     rows = []
-    for sample in bench:
+    for s, sample in enumerate(bench):
         batch = eager(name).encode([sample])
         base = separate(eager(name), batch)
         with torch.inference_mode():
@@ -86,22 +88,24 @@ def test_attention_between_is_the_models_own(name):
                 for k in kinds:
                     if base[q].any() and base[k].any():
                         pair = [x[base[q][0]][:, base[k][0]].sum(1).mean() for x in (p, even)]
-                        rows.append((layer, q, k, *map(float, pair)))
-    rows = pd.DataFrame(rows, columns=["layer", "query", "key", "share", "uniform"])
+                        rows.append((s, layer, q, k, *map(float, pair)))
+    rows = pd.DataFrame(rows, columns=["sample", "layer", "query", "key", "share", "uniform"])
     groups = rows.groupby(["layer", "query", "key"])
     found = table.set_index(["layer", "query", "key"])
-    expected = groups.mean().loc[found.index]
+    expected = groups[["share", "uniform"]].mean().loc[found.index]
     assert len(found) == groups.ngroups and (found["n"] == groups.size().loc[found.index]).all()
     np.testing.assert_allclose(found[expected.columns], expected, atol=1e-5)
     assert found["share"].max() - found["share"].min() > 0.3  # sharp enough to be a test
     assert ((table["low"] <= table["share"]) & (table["share"] <= table["high"])).all()
     assert table["high"].gt(table["low"])[table["n"] > 1].mean() > 0.8
 
-    within = flow.attention_within(sdpa(name), bench)
-    assert list(within.columns) == ["layer", "set", "share", "low", "high", "uniform", "n"]
-    own = table[table["query"] == table["key"]].reset_index()
-    assert within["set"].equals(own["key"])
-    np.testing.assert_allclose(within["share"], own["share"], atol=1e-5)
+    within = flow.attention_within(sdpa(name), bench, batch_size=3)
+    assert list(within.columns) == ["sample", "layer", "set", "share", "uniform"]
+    own = rows[rows["query"] == rows["key"]].rename(columns={"key": "set"})
+    both = within.merge(own, on=["sample", "layer", "set"], suffixes=("", "_eager"))
+    assert len(both) == len(within) == len(own)
+    for column in ("share", "uniform"):
+        np.testing.assert_allclose(both[column], both[f"{column}_eager"], atol=1e-5)
 
 
 def test_a_uniform_model_is_its_own_null(name):
@@ -140,15 +144,54 @@ def test_sinks_by_hand(name):
         np.testing.assert_allclose(found["collected"], torch.stack(values).mean(0), rtol=1e-4)
 
 
+# --- hypothesis 1 --------------------------------------------------------------------------------
+
+
+def made(excess, media=None, set_="image", benchmark="a", uniform=0.3) -> pd.DataFrame:
+    """A table of `attention_within` with these excesses [prompt, layer]."""
+    excess = np.asarray(excess, float)
+    sample, layer = (x.ravel() for x in np.indices(excess.shape))
+    table = pd.DataFrame({"sample": sample, "layer": layer, "set": set_, "benchmark": benchmark})
+    table["medium"] = (np.arange(len(excess)) if media is None else np.asarray(media))[sample]
+    return table.assign(share=uniform + excess.ravel(), uniform=uniform)
+
+
 def test_hypothesis_1_by_hand():
-    """Nine of ten layers above the null hold, five do not, seven hold in part; ties are close."""
+    """Layers of a prompt, prompts of a benchmark and then benchmarks are averaged; t intervals."""
+    first = np.array([[0.1, 0.3], [0.2, 0.2], [0.3, 0.5], [0.0, 0.4]])  # means 0.2, 0.2, 0.4, 0.2
+    second = np.array([[0.1, 0.1], [0.0, 0.4]])
+    table = flow.hypothesis_1(pd.concat([made(first), made(second, benchmark="b", uniform=0.5)]))
+    (line,) = table.reset_index().to_dict("records")
+    assert line["set"] == "image" and line["uniform"] == pytest.approx(0.4)
+    assert line["excess"] == pytest.approx((0.25 + 0.15) / 2)
+    assert line["share"] == pytest.approx(0.4 + 0.2)
+    parts = np.array([np.var([0.2, 0.2, 0.4, 0.2], ddof=1) / 4, np.var([0.1, 0.2], ddof=1) / 2]) / 4
+    df = parts.sum() ** 2 / (parts**2 / [3, 1]).sum()
+    half = stats.t.ppf(0.975, df) * np.sqrt(parts.sum())
+    assert [line["low"], line["high"]] == pytest.approx([0.2 - half, 0.2 + half])
+    # Twice the same about one medium tells no more than once.
+    once, twice = (flow.hypothesis_1(made(x, m)).iloc[0] for x, m in (
+        (first, range(4)), (np.repeat(first, 2, 0), np.repeat(range(4), 2)),
+    ))  # fmt: skip
+    assert [twice["low"], twice["high"]] == pytest.approx([once["low"], once["high"]])
 
-    def layers(name, above):
-        low = [0.6] * above + [0.1] * (10 - above)
-        return pd.DataFrame({"set": name, "share": 0.5, "low": low, "high": 0.7, "uniform": 0.5})
 
-    within = pd.concat([layers(n, k) for n, k in {"a": 10, "b": 9, "c": 7, "d": 5, "e": 1}.items()])
-    table = flow.hypothesis_1(within)
-    assert table["above"].tolist() == [1.0, 0.9, 0.7, 0.5, 0.1] and not table["below"].any()
-    said = ["holds", "holds (close)", "holds in part", "does not hold (close)", "does not hold"]
-    assert table["hypothesis 1"].tolist() == said
+def test_hypothesis_1_says_what_the_rule_says():
+    noise = 0.01 * np.random.default_rng(0).standard_normal((20, 4))
+    sets = {"text": 0.2, "special": 0.05, "image": -0.2, "video": 0.1}
+    table = flow.hypothesis_1(pd.concat([made(x + noise, set_=k) for k, x in sets.items()]))
+    assert table.index.tolist() == list(sets)
+    said = [word.removesuffix(" (close)") for word in table["hypothesis 1"]]
+    assert said == ["holds", "does not hold", "does not hold", "cannot be told"]
+    assert flow.hypothesis_1(made(0.2 + noise), smallest=0.3)["hypothesis 1"].iloc[0] == said[1]
+
+
+def test_hypothesis_1_keeps_its_level():
+    """At the smallest effect neither word is said too often, with few and unlike prompts."""
+    rng = np.random.default_rng(1)
+    prompt = rng.choice([-0.15, 0.0, 0.15], (200, 10, 1))
+    excess = 0.1 + prompt + 0.05 * rng.standard_normal((200, 10, 3))
+    tables = [made(x, set_=f"set {i}") for i, x in enumerate(excess)]
+    said = flow.hypothesis_1(pd.concat(tables))["hypothesis 1"].str.removesuffix(" (close)")
+    assert (said == "holds").sum() <= stats.binom.ppf(0.999, 200, 0.025)
+    assert (said == "does not hold").sum() <= MOST

@@ -24,12 +24,11 @@ def approach() -> States:
 
 
 @pytest.fixture(scope="module")
-def approach_tables(approach) -> tuple[pd.DataFrame, pd.DataFrame]:
+def curves(approach) -> pd.DataFrame:
     return convergence(approach)
 
 
-def test_two_clouds_apart_and_mixed(approach_tables):
-    curves, _ = approach_tables
+def test_two_clouds_apart_and_mixed(curves):
     expected = {"distance": (5, 0), "accuracy": (1, 0.5), "mixing": (0, 1), "silhouette": (None, 0)}
     for measure, (apart, mixed) in expected.items():
         first, last = value(curves, measure, 0), value(curves, measure, 4)
@@ -40,22 +39,12 @@ def test_two_clouds_apart_and_mixed(approach_tables):
         assert (curves["low"] <= curves["high"]).all()
 
 
-def test_the_layer_of_convergence(approach_tables):
-    """The distance falls 5, 5, 2, 0, 0: half of the way is done between layers 1 and 2."""
-    layers = approach_tables[1].set_index("measure")
-    row = layers.loc["distance"]
-    assert row["layer"] == pytest.approx(1 + 2.5 / 3, abs=0.15)
-    assert row["low"] <= row["layer"] <= row["high"]
-    assert row["start"] == pytest.approx(5, abs=0.3) and row["never"] == 0
-    assert row["lower_half"] > 0.9
-
-
-def test_convergence_does_not_see_rotation_scale_or_names(approach, approach_tables):
+def test_convergence_does_not_see_rotation_scale_or_names(approach, curves):
     turned = 2 * approach.hidden @ ortho_group.rvs(4, random_state=1) + 3
     names = approach.tokens.assign(kind=approach.tokens["kind"].map({"text": "b", "image": "a"}))
-    curves, _ = convergence(States(turned.astype(np.float32), names))
+    found = convergence(States(turned.astype(np.float32), names))
     columns = ["value", "low", "high", "null"]
-    np.testing.assert_allclose(curves[columns], approach_tables[0][columns], atol=2e-2)
+    np.testing.assert_allclose(found[columns], curves[columns], atol=2e-2)
 
 
 def test_convergence_null_keeps_its_level():
@@ -63,7 +52,7 @@ def test_convergence_null_keeps_its_level():
     kinds, samples = table_of({"text": 4, "image": 4}, 12)
     own = RNG(3).standard_normal((200, 12, 3))[:, samples]
     states = states_of(own + RNG(4).standard_normal(own.shape), kinds, samples)
-    curves, _ = convergence(states, k=5, n_boot=20, n_null=99)
+    curves = convergence(states, k=5, n_boot=20, n_null=99)
     rejected = (curves["p"] <= 0.05).groupby(curves["measure"]).sum()
     assert rejected.drop("cka").max() <= MOST
     assert rejected["cka"] > 100  # but the kinds' means do share the sample's place
@@ -72,5 +61,6 @@ def test_convergence_null_keeps_its_level():
 def test_convergence_runs_on_a_model(mllm, samples):
     states = hidden_states(mllm, samples * 2, tokens_per_kind=5)
     medium = "image" if "image" in mllm.kinds else "audio"
-    curves, layers = convergence(states, ["text", medium], k=3, n_boot=20, n_null=20)
-    assert set(curves["layer"]) == set(range(mllm.n_layers + 1)) and len(layers) == 5
+    curves = convergence(states, ["text", medium], k=3, n_boot=20, n_null=20)
+    assert set(curves["layer"]) == set(range(mllm.n_layers + 1))
+    assert curves["measure"].nunique() == 5

@@ -1,12 +1,15 @@
-"""Finding II beyond its measures: verdicts, where neurons sit, what silencing them moves."""
+"""Finding II beyond its measures: where the approach is done, where neurons sit, what moves it."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
 from conftest import Rows, footprints, random_neurons
+from made import MOST, states_of, table_of
 from scipy.stats import hypergeom
 
 from minerlib import inference
@@ -14,46 +17,8 @@ from minerlib.deactivation import deactivate
 from minerlib.findings import clouds
 from minerlib.findings import convergence as room
 from minerlib.findings.states import States, hidden_states
-from minerlib.inference import FAILS, HOLDS, UNKNOWN
 
 RNG = np.random.default_rng
-
-
-def tables(values, half, measure="distance", pair="text-image", wide=0.05):
-    """The curves and layers of one pair and measure, every interval as wide."""
-    values = np.array(values, float)
-    layer = range(len(values))
-    curve = {"value": values, "low": values - wide, "high": values + wide}
-    curves = pd.DataFrame({"pair": pair, "layer": layer, "measure": measure, **curve})
-    curves = curves.assign(null=0.1, p=[0.9] + [0.01] * (len(values) - 1))
-    line = {"pair": pair, "measure": measure, "layer": np.mean(half)}
-    line |= {"low": half[0], "high": half[1], "start": values[0], "closest": values.min()}
-    return curves, pd.DataFrame([line])
-
-
-@pytest.mark.parametrize(
-    ("values", "half", "at", "converges", "word"),
-    [
-        ([4, 1, 1, 1, 0.9], (0.4, 0.8), 4, True, HOLDS),
-        ([4, 4, 3.9, 1, 0.9], (2.4, 2.9), 4, True, FAILS),
-        ([4, 3, 2, 1, 1.1], (1.4, 2.6), 3, True, UNKNOWN),
-        ([1, 2, 3, 4, 5], (np.nan, np.nan), 0, False, FAILS),
-        ([4, 4, 4, 3.95, 4], (0.5, 0.6), 3, False, UNKNOWN),
-    ],
-)
-def test_verdicts(values, half, at, converges, word):
-    line = room.verdicts(*tables(values, half)).iloc[0]
-    assert (line["at"], line["converges"], line["verdict"].word) == (at, converges, word)
-    assert line["apart"] == ("no" if at == 0 else "yes") and line["null"] == 0.1
-
-
-def test_a_rising_measure_converges_upwards():
-    curves, layers = tables([0, 0.9, 1, 1, 1], (0.4, 0.8), "mixing")
-    assert room.verdicts(curves, layers)["verdict"].iloc[0].word == HOLDS
-    curves, layers = tables([0, 0.9, 1, 1, 1], (0.4, 0.8), "cka")
-    assert room.verdicts(curves, layers)["apart"].iloc[0] == ""
-    curves, layers = tables([1, 0.9, 0, 0, 0], (0.4, 0.8), "mixing")
-    assert room.verdicts(curves, layers)["verdict"].iloc[0].word == FAILS
 
 
 def states(samples: int = 12, layers: int = 3) -> States:
@@ -72,8 +37,8 @@ def test_pairs_that_never_meet_are_left_out():
         ("text", "video"): 0,
         ("image", "video"): 0,
     }
-    curves, layers = room.convergence(found, ["text", "image", "video"], n_boot=20, n_null=20)
-    assert set(curves["pair"]) == set(layers["pair"]) == {"text-image"}
+    curves = room.convergence(found, ["text", "image", "video"], n_boot=20, n_null=20)
+    assert set(curves["pair"]) == {"text-image"}
     with pytest.raises(ValueError, match="video.*choose kinds that meet"):
         room.convergence(found, ["text", "video"])
 
@@ -101,6 +66,104 @@ def test_disparity_does_not_see_what_a_picture_may_do():
     assert found.loc[2, "least"] == pytest.approx(0, abs=1e-9) and found.loc[2, "most"] > 0.5
 
 
+# --- the lower half, the upper half ---------------------------------------------------------------
+
+
+def curves_of(*kinds, names=("image", "video")) -> xr.DataArray:
+    """Distances [kind, draw, layer] from a list of draws for each kind."""
+    coords = {"kind": list(names[: len(kinds)])}
+    return xr.DataArray(np.array(kinds, float), coords, ("kind", "draw", "layer"))
+
+
+@pytest.mark.parametrize(
+    ("curve", "value"),
+    [
+        ([9, 4, 1, 1], 3 / 4),  # layers 1, 2, 3: the middle is 2: falls by 3, then by 0
+        ([9, 4, 4, 1], -3 / 4),
+        ([0, 4, 2, 0], 0),
+        ([0, 4, 3, 1, 0], ((4 - 2) - (2 - 0)) / 4),  # the middle between layers 2 and 3
+        ([0, 4, 0, 0, 0], 4 / 4),
+        ([5, 5, 5, 5], 0),
+    ],
+)
+def test_lower_less_upper(curve, value):
+    effect, null = room.lower_less_upper(curves_of([curve] * 3), 2)
+    assert effect[:3] == pytest.approx((value,) * 3) and not null.size
+
+
+def test_lower_less_upper_averages_kinds_and_keeps_resamplings_from_the_null():
+    image = [[0, 4, 1, 1], [0, 4, 2, 1], [0, 0.4, 0.4, 0.1]]
+    video = [[0, 2, 2, 1], [0, 2, 1, 1], [0, 0.2, 0.1, 0.1]]
+    effect, null = room.lower_less_upper(curves_of(image, video), 1)
+    assert effect.mean == pytest.approx((3 / 4 - 1 / 2) / 2)
+    assert effect.low == effect.high == pytest.approx((1 / 4 + 1 / 2) / 2)
+    assert null == pytest.approx([((-0.3) / 4 + 0.1 / 2) / 2])  # over where the kinds do start
+
+
+def early(seed: int, apart=(8, 8, 2, 1, 1), n: int = 24) -> States:
+    """Two round clouds that come together early."""
+    kinds, samples = table_of({"text": 3, "image": 3}, n)
+    noise = RNG(seed).standard_normal((len(apart), len(kinds), 4))
+    noise[:, np.array(kinds) == "image", 0] += np.array(apart, float)[:, None]
+    return states_of(noise, kinds, samples)
+
+
+def test_an_early_approach_is_found_and_exchanged_kinds_show_none():
+    found = room.distances(early(0), ["image"], n_boot=200, n_null=199)
+    effect, null = room.lower_less_upper(found, 200)
+    assert effect.low > 0.3 and effect.low < effect.mean < effect.high
+    assert abs(null.mean()) < 0.05 and null.size == 199
+    late = room.distances(early(0, (8, 8, 8, 8, 1)), ["image"], n_boot=50)
+    assert room.lower_less_upper(late, 50)[0].high < 0
+
+
+def test_the_level_under_no_difference():
+    """Clouds of one kind, called two: at most one in twenty looks early."""
+    rejected = 0
+    for seed in range(200):
+        found = room.distances(early(seed, (0, 0, 0, 0), n=10), ["image"], n_null=39)
+        effect, null = _effect(found)
+        rejected += inference.rank_p(effect, null, "greater") < 0.05
+    assert rejected <= MOST
+
+
+def _effect(found: xr.DataArray) -> tuple[float, np.ndarray]:
+    effect, null = room.lower_less_upper(xr.concat([found[:, :1], found], "draw"), 1)
+    return effect.mean, null
+
+
+def test_words_stand_where_the_medium_stood(mllm, samples):
+    kind = medium(mllm)
+    look = {"tokens_per_kind": 60, "equal": False, "seed": 0}
+    found = hidden_states(mllm, samples, **look)
+    words = room.in_words(mllm, samples, found, [kind], **look)
+    assert set(words.tokens["kind"]) == {"text", "special", room.PLACE}
+    lengths = found.tokens[found.tokens["kind"] == kind].groupby("sample")["run"].first()
+    for i, (_, length) in enumerate(lengths.items()):
+        placed = words.tokens[(words.tokens["sample"] == i) & (words.tokens["kind"] == room.PLACE)]
+        assert 0 < len(placed) <= length
+        assert placed["position"].diff().dropna().eq(1).all()  # one run of tokens
+        text = words.tokens[(words.tokens["sample"] == i) & (words.tokens["kind"] == "text")]
+        assert text["position"].max() > placed["position"].max()  # the question comes after
+
+
+def test_the_medium_behind_the_question(mllm, samples):
+    kind = medium(mllm)
+    some = [s for s in samples if getattr(s, kind) is not None]
+    turned = room.behind(some)
+    assert all(
+        s.behind and replace(s, behind=False) == t for s, t in zip(turned, some, strict=True)
+    )
+    placeholder = mllm.token_ids[kind][0]
+    for a, b in zip(some, turned, strict=True):
+        first, second = (mllm.encode([s])["input_ids"][0].tolist() for s in (a, b))
+        assert sorted(first) == sorted(second)
+        assert second.index(placeholder) > first.index(placeholder)
+
+
+# --- neurons -------------------------------------------------------------------------------------
+
+
 def test_where_neurons_sit_beside_chance():
     low, high = np.zeros((2, 5, 20), bool)
     low[:2, :5], high[2:, :3] = True, True  # three of five layers are in the lower half
@@ -111,14 +174,12 @@ def test_where_neurons_sit_beside_chance():
     table = room.lower_share(sets).set_index("modality")
     assert table.loc["image", ["neurons", "lower"]].tolist() == [10, 1]
     assert table.loc["text", "lower"] == pytest.approx(1 / 3)  # layer 2 of 0..4 is below 2.5
-    assert table["null"].tolist() == pytest.approx([0.6, 0.6])
-    assert table.loc["image", "p"] == pytest.approx(hypergeom(100, 60, 10).pmf(10))
-    assert table.loc["text", "p"] == pytest.approx(hypergeom(100, 60, 9).sf(2))
-    low, high = hypergeom(100, 60, 10).interval(0.95)
-    assert table.loc["image", ["null_low", "null_high"]].tolist() == [low / 10, high / 10]
-
-
-# --- silencing -----------------------------------------------------------------------------------
+    assert table["chance"].tolist() == pytest.approx([0.6, 0.6])
+    effect, draws = room.low(table.reset_index(), 100)
+    assert effect[:3] == pytest.approx(((0.4 + 1 / 3 - 0.6) / 2,) * 3)
+    assert draws.mean() == pytest.approx(0, abs=0.01)
+    a, b = hypergeom(100, 60, 10), hypergeom(100, 60, 9)
+    assert draws.std() == pytest.approx(np.hypot(a.std() / 10, b.std() / 9) / 2, rel=0.03)
 
 
 def medium(mllm) -> str:
@@ -127,9 +188,10 @@ def medium(mllm) -> str:
 
 def test_distances_are_the_models(mllm, samples):
     kind, rows = medium(mllm), Rows(samples * 2)
-    table = room.distances(mllm, rows, [kind], n_boot=7, tokens_per_kind=3, seed=1, batch_size=3)
+    how = {"tokens_per_kind": 3, "seed": 1, "batch_size": 3, "normed": True}
+    table = room.silenced_distances(mllm, rows, [kind], n_boot=7, **how)
     assert table.dims == ("kind", "draw", "layer") and table.shape == (1, 8, mllm.n_layers + 1)
-    part = hidden_states(mllm, rows, tokens_per_kind=3, seed=1, batch_size=3).of("text", kind)
+    part = hidden_states(mllm, rows, **how).of("text", kind)
     own = (part.tokens["kind"] == kind).to_numpy()[None]
     expected = [clouds.centroid_distance(x, 1.0 * ~own, 1.0 * own)[0] for x in part.hidden]
     np.testing.assert_allclose(table.sel(kind=kind)[0], expected, rtol=1e-4)
@@ -140,92 +202,38 @@ def test_distances_with_neurons_silenced_in_pairs(mllm, samples):
     kind, rows = medium(mllm), Rows(samples * 2)
     neurons, before = random_neurons(mllm, 0.5), footprints(mllm)
     how = {"n_boot": 5, "tokens_per_kind": 3}
-    silenced = room.distances(mllm, rows, [kind], neurons, **how)
+    silenced = room.silenced_distances(mllm, rows, [kind], neurons, **how)
     assert footprints(mllm) == before
     with deactivate(mllm, neurons):
-        xr.testing.assert_allclose(room.distances(mllm, rows, [kind], **how), silenced, rtol=1e-4)
-    plain = room.distances(mllm, rows, [kind], **how)
+        again = room.silenced_distances(mllm, rows, [kind], **how)
+    xr.testing.assert_allclose(again, silenced, rtol=1e-4)
+    plain = room.silenced_distances(mllm, rows, [kind], **how)
     # The embeddings are the same in every resampling, so the draws are the same samples.
     np.testing.assert_allclose(plain.isel(layer=0), silenced.isel(layer=0), rtol=1e-5)
     assert (abs(plain - silenced).isel(layer=-1) > 1e-6).all()
 
 
-def curves_of(rows) -> xr.DataArray:
-    return xr.DataArray(np.array([rows], float), {"kind": ["image"]}, ("kind", "draw", "layer"))
-
-
-BASE = np.array([4, 2, 0, 0.0])  # half of the convergence is done in layer 1
-LATE = np.array([4, 4, 2, 0.0])  # in layer 2
-
-
 def test_silencing_beside_random_draws():
-    before = curves_of([BASE] * 5)
-    after = {"text": curves_of([LATE] * 5), "image": curves_of([BASE] * 5)}
-    null = [curves_of([BASE + [0, 0.01 * i, 0, 0]]) for i in range(-9, 10)]
-    moved, steps = room.silenced(before, after, null)
-    at = moved.set_index(["silenced", "change"])
-    assert at.loc[("text", "layer"), ["value", "low", "high"]].tolist() == [1, 1, 1]
-    assert at.loc[("text", "distance"), "value"] == 1
-    assert at.loc[("text", "layer"), "p"] == 1 / 20
-    words = {i: v.word for i, v in at["verdict"].items()}
-    assert words == {
-        ("text", "layer"): HOLDS,
-        ("text", "distance"): HOLDS,
-        ("image", "layer"): FAILS,
-        ("image", "distance"): FAILS,
-    }
-    assert at.loc[("image", "layer"), "p"] == 1
-    assert at.loc[("text", "distance"), ["least", "most"]].tolist() == pytest.approx(
-        [-0.09 / 4, 0.09 / 4]
-    )
-    text = steps[steps["modality"] == "text"]
-    assert text["value"].tolist() == [0, 2, 2, 0] and text["layer"].tolist() == [0, 1, 2, 3]
-    band = steps[steps["modality"] == "random"].iloc[1]
-    assert [band["low"], band["high"]] == pytest.approx([-0.09, 0.09])
+    """Changes of +2 and -1 at layers 1 and 2, over a start of 4, do not cancel."""
+    base = [9, 4, 3, 2]
+    still = curves_of([[0, 2, 2, 2]] * 3)
+    before = {"image": curves_of([base] * 3), "video": still}
+    after = {"image": curves_of([[9, 6, 2, 2]] * 3), "video": still}
+    image = [curves_of([[9, 4, 3, 2 + x]]) for x in (0.4, -0.8)]
+    drawn = {"image": image, "video": [still] * 2}
+    effect, null, steps = room.moved(before, after, drawn)
+    draws = np.array([0.4 / 3 / 4, 0.8 / 3 / 4]) / 2
+    assert effect[:3] == pytest.approx(((3 / 3 / 4) / 2 - draws.mean(),) * 3)
+    assert null == pytest.approx(draws - draws.mean())
+    own = steps[(steps["kind"] == "image") & (steps["what"] == "own")]
+    assert own["value"].tolist() == [0, 2, -1, 0] and own["layer"].tolist() == [0, 1, 2, 3]
+    band = steps[(steps["kind"] == "image") & (steps["what"] == "random")].iloc[3]
+    assert [band["value"], band["low"], band["high"]] == pytest.approx([-0.2, -0.8, 0.4])
 
 
 def test_intervals_resample_in_pairs():
     """Draws that differ widely, and change alike: the interval of the change is a point."""
-    wide = np.stack([BASE * f for f in (1, 0.2, 3, 5)])
-    moved, _ = room.silenced(curves_of(wide), {"m": curves_of(wide + 1)}, [curves_of([BASE])] * 19)
-    line = moved.set_index("change").loc["distance"]
-    assert line[["value", "low", "high"]].tolist() == pytest.approx([1, 1, 1])
-
-
-def test_a_model_without_convergence_cannot_be_told():
-    flat = curves_of([[1, 2, 3, 4.0]] * 4)
-    moved, _ = room.silenced(flat, {"m": flat}, [flat] * 19)
-    line = moved.set_index("change").loc["layer"]
-    assert np.isnan(line["value"]) and line["verdict"].word == UNKNOWN and np.isnan(line["p"])
-
-
-def test_the_claims_as_sentences():
-    parts = [
-        tables([4, 1, 1, 1, 0.9], (0.4, 0.8)),
-        tables([4, 1, 1, 1, 0.9], (0.4, 0.8), "accuracy"),
-        tables([1, 2, 3, 4, 5], (np.nan, np.nan), "silhouette"),
-        tables([4, 1, 1, 1, 0.9], (0.4, 0.8), pair="text-special"),
-    ]
-    curves, layers = (pd.concat(p, ignore_index=True) for p in zip(*parts, strict=True))
-    mask = xr.DataArray(np.ones((1, 4, 3), bool), dims=("modality", "layer", "neuron"))
-    sits = room.lower_share({"image": mask})
-    base = curves_of([BASE] * 5)
-    moved, _ = room.silenced(base, {"image": curves_of([LATE] * 5)}, [base] * 19)
-    lines = room.claims(room.verdicts(curves, layers), sits, moved, 4)
-    table = inference.claims_table("II", lines)
-    assert len(table) == 1 + 3 + 1 + 2  # special is no medium
-    assert table.loc[0, "measured"] == "2 of 3 measures of text and media hold"
-    assert table.loc[0, "verdict"].startswith(HOLDS)
-    assert table.loc[1, "measured"] == "4.00 to 0.90, half done in layer 0.6 [0.4, 0.8]"
-    assert table.loc[1, "null"] == "steady: layer 2; shuffled: 0.10"
-    assert table.loc[3, "measured"] == "1.00 to 1.00, never nearer"
-    assert table.loc[3, "verdict"].startswith(FAILS)
-    assert table.loc[4, "claim"] == "image neurons sit in the lower layers"
-    assert table.loc[4, "measured"] == "0.50 of 12 in the lower half"
-    assert table.loc[4, "verdict"].startswith(FAILS)  # all neurons sit as they must
-    assert (
-        table.loc[5, "claim"]
-        == "silencing image neurons moves the layer of convergence of text-image"
-    )
-    assert table.loc[5, "measured"] == "+1.00 [+1.00, +1.00]"
-    assert table.loc[5, "null"] == "random: +0.00 to +0.00"
+    wide = np.stack([np.array([1, 4, 2, 1.0])] * 4) + np.arange(4)[:, None] * [0, 0, 9, 5]
+    before, after = {"image": curves_of(wide)}, {"image": curves_of(wide + [0, 0, 1, 0])}
+    effect, *_ = room.moved(before, after, {"image": [curves_of(wide[:1])] * 20})
+    assert effect[:3] == pytest.approx((1 / 3 / 4,) * 3)

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import ROOT
 from scipy import stats
 
 from minerlib import inference
 from minerlib.model import MLLM, RowError
-from minerlib.tasks import Repo, Spec, benchmark, evaluation
+from minerlib.tasks import REGISTRY, Repo, Spec, benchmark, evaluation, metrics
 from minerlib.tasks import rows as benchmarks
 from minerlib.tasks.evaluation import Prepared, compare, evaluate, prepare, summarise
 
@@ -84,7 +85,7 @@ def test_one_row_per_sample_in_order(echo):
     bench, mllm = echo(), FakeMLLM()
     table = evaluate(mllm, bench[3:], batch_size=8)
     assert list(table) == [
-        "benchmark", "row", "prompt", "answer", "references", "score", "contains",
+        "benchmark", "row", "prompt", "answer", "references", "score", "contains", "medium",
     ]  # fmt: skip
     assert table["row"].tolist() == list(range(3, 40))
     assert table["prompt"].tolist() == [s.prompt for s in bench[3:]]
@@ -167,7 +168,7 @@ def test_measures(echo):
     pd.testing.assert_frame_equal(both.drop(columns="logprob"), plain)
     assert both["logprob"].tolist() == [-float(len(WORDS[i % 6])) for i in range(40)]
     only = evaluate(Probable(), bench, measure="logprob only")
-    assert list(only) == ["benchmark", "row", "prompt", "references", "logprob"]
+    assert list(only) == ["benchmark", "row", "prompt", "references", "logprob", "medium"]
     pd.testing.assert_frame_equal(only, both[list(only)])
     with pytest.raises(ValueError, match="measure='loss': use one of score, logprob"):
         evaluate(Probable(), bench, measure="loss")
@@ -177,8 +178,30 @@ def test_captions_carry_their_own_column(echo):
     table = evaluate(FakeMLLM(), echo("cider_d"))
     assert table["cider_d"].max() > 1
     np.testing.assert_allclose(table["score"], table["cider_d"] / 10)
-    line = summarise(table, n=100).iloc[0]
+    line = summarise(table).iloc[0]
     assert line["corpus"] == pytest.approx(table["cider_d"].mean())
+
+
+@pytest.mark.parametrize("ready", [False, True], ids=["bench", "prepared"])
+def test_rows_say_what_they_are_about(echo, ready):
+    """In the rows' order, not the batches', and without those that are skipped."""
+    bench, mllm = echo()[2:], FakeMLLM(bad=[31])
+    given = prepare(mllm, bench, 8, on_error="skip") if ready else bench
+    with pytest.warns(UserWarning, match="row 31"):
+        table = evaluate(mllm, given, 8, on_error="skip")
+    media = dict(zip(range(2, 40), bench.media, strict=True))
+    assert table["medium"].tolist() == [media[row] for row in table["row"]]
+    assert len(table) == 37 and table["medium"].nunique() == 37
+
+
+def test_questions_about_one_picture_share_a_medium():
+    """Of the shipped clips every question's row; none of another benchmark's."""
+    bench = benchmark("msvd_qa", ROOT / "data/benchmarks")[:40]
+    table = evaluate(FakeMLLM(), bench)
+    assert table["medium"].tolist() == bench.media
+    same = [(s.video.tobytes(), medium) for s, medium in zip(bench, bench.media, strict=True)]
+    clips, media, both = (len({*x}) for x in (*zip(*same, strict=True), same))
+    assert clips == media == both < 40
 
 
 def test_table_survives_parquet(echo, tmp_path):
@@ -304,11 +327,70 @@ def test_compare_is_paired():
     after = before.assign(score=before["score"] - 0.25).sample(frac=1, random_state=0)
     table = compare(before, after).set_index("benchmark")
     assert list(table.index) == ["a", "b", "average"] and list(table["n"]) == [60, 40, 100]
-    # A constant change has no spread, however much the scores have: rows are paired.
-    np.testing.assert_allclose(table[["difference", "low", "high"]], -0.25)
+    np.testing.assert_allclose(table[["difference"]], -0.25)
     np.testing.assert_allclose(table["b"] - table["a"], -0.25)
+    # A constant change varies by the added rows only, however much the scores do: rows are paired.
+    same = np.full(60, -0.25)
+    found = inference.estimate(same, ends=(-1, 1), added=1)
+    np.testing.assert_allclose(table.loc["a", ["low", "high"]].tolist(), found[1:3])
+    both = inference.estimate({"a": same, "b": same[:40]}, ends=(-1, 1), added=1)
+    np.testing.assert_allclose(table.loc["average", ["low", "high"]].tolist(), both[1:3])
     means = [before.query(f"benchmark == '{k}'")["score"].mean() for k in "ab"]
     assert table.loc["average", "a"] == pytest.approx(np.mean(means))
+
+
+def about(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with four rows to a medium."""
+    return table.assign(medium="m" + (table["row"] // 4).astype(str))
+
+
+def test_rows_about_one_medium_are_no_further_evidence():
+    before = scores("a", np.repeat([1.0, 0.5, 1, 0, 1, 1], 4))
+    after = before.assign(score=np.repeat([0.0, 0.5, 1, 0, 0, 1], 4))
+    order = np.random.default_rng(1).permutation(24)
+    clustered = compare(about(before), about(after).iloc[order]).iloc[0]
+    media = np.arange(24) // 4
+    expected = inference.change(before["score"], after["score"], media)
+    assert clustered[["difference", "low", "high"]].tolist() == pytest.approx(expected[:3])
+    single = compare(before, after.iloc[order]).iloc[0]
+    expected = inference.change(before["score"], after["score"])
+    assert single[["difference", "low", "high"]].tolist() == pytest.approx(expected[:3])
+    assert clustered["high"] - clustered["low"] > 1.5 * (single["high"] - single["low"])
+    (line,) = summarise(about(before)).to_dict("records")
+    expected = inference.estimate(before["score"], media)
+    assert (line["mean"], line["low"], line["high"]) == pytest.approx(expected[:3])
+
+
+def test_media_of_different_benchmarks_are_different_ones():
+    table = pd.concat([scores("a", [1.0, 0, 0, 1] * 5), scores("b", [0.0, 0, 1, 1] * 5)])
+    average = summarise(about(table)).iloc[-1]
+    rows = {k: t["score"].to_numpy() for k, t in table.groupby("benchmark")}
+    expected = inference.estimate(rows, np.arange(20) // 4)
+    assert average[["mean", "low", "high"]].tolist() == pytest.approx(expected[:3])
+
+
+def test_answers_of_older_runs_have_no_media():
+    """Such tables can be compared, with each other and with newer ones."""
+    old = pd.concat([scores("a", [1.0, 0.0] * 8), scores("b", [1.0, 1.0, 0.0, 0.0])])
+    new, worse = about(old), old.assign(score=old["score"] / 2)
+    known = compare(new, about(worse))
+    for a, b, expected in ((new, worse, known), (old, about(worse), known)):
+        pd.testing.assert_frame_equal(compare(a, b), expected)
+    unknown = compare(old, worse)
+    assert unknown["difference"].tolist() == known["difference"].tolist()
+    single = new.assign(medium=np.arange(len(new)))
+    pd.testing.assert_frame_equal(summarise(old), summarise(single))
+    assert not summarise(old).equals(summarise(new))
+
+
+def test_chance_is_that_of_blind_guesses():
+    """One in as many as there are choices; nothing where an answer is free."""
+    of = {name: spec.chance for name, spec in REGISTRY.items()}
+    for name, spec in REGISTRY.items():
+        assert of[name] == (1 / len(spec.choices) if spec.choices else of[name])
+    assert of["common_knowledge"] == 1 / 4 and of["vocal_sound"] == 1 / len(metrics.VOCAL_SOUNDS)
+    free = set(REGISTRY) - {"mmlu", "common_knowledge", "vocal_sound"}
+    assert {of[name] for name in free} == {0}
 
 
 @pytest.mark.fault("NaN score enters an average")
@@ -348,17 +430,17 @@ def test_compare_knows_references_from_a_file(tmp_path):
 
 @pytest.mark.fault("interval with other quantiles")
 def test_intervals_are_the_middle_95_percent():
-    """Against the exact distribution: the mean change of 40 rows of which 10 lose their point."""
+    """By hand: of 40 rows 10 lose their point, and a row more changes by -1 and one by 1."""
     before = scores("a", [1.0] * 40)
     after = before.assign(score=[0.0] * 10 + [1.0] * 30)
-    (line,) = compare(before, after, n=40_000).to_dict("records")
-    low, high = stats.binom(40, 10 / 40).ppf([0.975, 0.025]) / -40
+    t = stats.t(39).ppf(0.975)
+    (line,) = compare(before, after).to_dict("records")
+    half = t * stats.sem([-1] * 10 + [0] * 30 + [-1, 1])
     assert line["difference"] == -0.25
-    assert (line["low"], line["high"]) == pytest.approx((low, high))
-    (line,) = summarise(after, n=40_000).to_dict("records")
-    assert (line["low"], line["high"]) == pytest.approx((1 + low, 1 + high))
-    rows = compare(before, after, n=100, seed=1), compare(before, after, n=100, seed=2)
-    assert not rows[0].equals(rows[1])
+    assert (line["low"], line["high"]) == pytest.approx((-10 / 40 - half, -10 / 42 + half))
+    (line,) = summarise(after).to_dict("records")
+    half = t * stats.sem([0] * 12 + [1] * 32)
+    assert (line["low"], line["high"]) == pytest.approx((32 / 44 - half, 32 / 44 + half))
 
 
 def test_compare_refuses_other_rows():
@@ -371,6 +453,7 @@ def test_summarise_weighs_benchmarks_alike():
     assert table["benchmark"].tolist() == ["a", "b", "average"]
     assert table["mean"].tolist() == [1.0, 0.5, 0.75]
     assert (table["low"] <= table["mean"]).all() and (table["mean"] <= table["high"]).all()
-    assert table.iloc[2][["low", "high"]].tolist() == [0.5, 1.0]
+    both = inference.estimate({"a": np.ones(30), "b": [0.0, 1.0]})
+    assert table.iloc[2][["low", "high"]].tolist() == pytest.approx(both[1:3])
+    assert table.iloc[0]["low"] < 1 == table.iloc[0]["high"]  # open where all rows are right
     assert len(summarise(scores("a", [1.0]))) == 1  # no average of one benchmark
-    assert inference.bootstrap([1.0]) == (1.0, 1.0, 1.0)

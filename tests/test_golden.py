@@ -38,13 +38,16 @@ from PIL import Image
 import minerlib
 from minerlib.aggregation import aggregate
 from minerlib.artifacts import COMPUTATIONS, digest
+from minerlib.controls import permuted, untrained
 from minerlib.deactivation import deactivate
 from minerlib.findings import attention, convergence, growth, last_token, probing, states, telomeres
+from minerlib.model import MLLM
 from minerlib.scoring import score
 from minerlib.selection import PAPER_WEIGHTS, STRATEGIES, matched_random, select
 from minerlib.separation import SETS
 from minerlib.tasks import Sample, media, metrics
 from minerlib.tasks.evaluation import evaluate
+from minerlib.written import loudness
 
 for module in pkgutil.walk_packages(minerlib.__path__, "minerlib."):
     importlib.import_module(module.name)
@@ -77,6 +80,10 @@ class Asked(Rows):
     @property
     def metric(self) -> str:
         return "choice_accuracy" if self.choices else "contains"
+
+    @property
+    def media(self) -> list[str]:
+        return [f"medium {sample.row // 2}" for sample in self]
 
     @property
     def spec(self) -> SimpleNamespace:
@@ -188,8 +195,9 @@ def grown() -> pd.DataFrame:
     return growth.growth(mllm(), {"b": Rows(samples(8))}, whole, [2, 4], choice)
 
 
-def change() -> str:
-    return next(iter(telomeres.CHANGES))
+def weights(other: MLLM) -> tuple:
+    """The weights of a model's first decoder layer."""
+    return tuple(weight.detach().numpy() for weight in other.layers[0].parameters())
 
 
 METRICS = {
@@ -223,27 +231,28 @@ GOLDEN: dict[str, Callable[[], Any]] = {
     "findings.attention.attention_sinks": lambda: attention.attention_sinks(mllm(), samples()),
     "findings.states.hidden_states": lambda: states.hidden_states(mllm(), samples(), **DRAWN),
     "findings.convergence.convergence": lambda: convergence.convergence(tokens(), k=5, **FEW),
-    "findings.convergence.distances": lambda: convergence.distances(
-        mllm(), samples(), ["image"], neurons(), n_boot=5
-    ),
+    "findings.convergence.distances": lambda: convergence.distances(tokens(), ["image"], **FEW),
     "findings.growth.growth": grown,
+    "findings.last_token.last_token_flow": lambda: last_token.last_token_flow(mllm(), samples(3)),
     "findings.last_token.measures": lambda: last_token.measures(mllm(), samples(3), window=2),
     "findings.probing.probing": lambda: probing.probing(tokens(), nearest=3, k=5, **FEW),
     "findings.probing.log_reach": lambda: probing.log_reach(tokens(), nearest=3),
     "findings.probing.silenced_reach": lambda: probing.silenced_reach(
-        mllm(), samples(), neurons(), **DRAWN
+        mllm(), samples(), neurons(), **DRAWN, normed=True
     ),
     "findings.telomeres.telomeres": lambda: telomeres.telomeres(tokens(), k=5, **FEW),
-    "findings.telomeres.against_recurring": lambda: telomeres.against_recurring(tokens(), **FEW),
-    "findings.telomeres.changed_ends": lambda: telomeres.changed_ends(
-        mllm(), samples(), states.hidden_states(mllm(), samples(), **DRAWN), change(), **DRAWN
-    ),
-    "findings.telomeres.massive_activations": lambda: telomeres.massive_activations(
-        tokens(), n_boot=20
-    ),
+    "findings.telomeres.mean_ends": lambda: telomeres.mean_ends(tokens(), n_boot=20),
+    "findings.telomeres.massive_activations": lambda: telomeres.massive_activations(tokens()),
+    "findings.telomeres.collected": lambda: telomeres.collected(mllm(), samples(3)),
     "findings.telomeres.silenced_ends": lambda: telomeres.silenced_ends(
-        mllm(), samples(), neurons(), **DRAWN
+        mllm(), samples(), neurons(), **DRAWN, normed=True
     ),
+    "findings.telomeres.in_short": lambda: telomeres.in_short(
+        mllm(), samples(), n_null=20, **DRAWN
+    ),
+    "written.loudness": lambda: loudness(mllm(), [Rows(samples())]),
+    "controls.untrained": lambda: weights(untrained(mllm(), 1)),
+    "controls.permuted": lambda: weights(permuted(mllm(), 1)),
 }
 GOLDEN = {f"minerlib.{name}": call for name, call in GOLDEN.items()}
 JAVA = "minerlib.tasks.metrics.cider_d_penn"

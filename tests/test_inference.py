@@ -6,6 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+import yaml
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,51 +46,31 @@ def test_resamples_are_drawn_with_replacement():
 
 
 @pytest.mark.parametrize("ones, n", [(12, 40), (35, 50), (3, 7)])
-def test_intervals_of_shares_are_binomial(ones, n):
-    """Resampled shares are binomial, so the ends are known exactly, in every column and API."""
+def test_resampled_shares_are_binomial(ones, n):
+    """Resampled shares are binomial, so the ends are known exactly, in every column."""
     values = np.arange(n) < ones
     exact = scipy.stats.binom(n, ones / n).ppf([0.025, 0.975]) / n
     mean, low, high = inference.interval(np.column_stack([values, ~values]), n=20_000)
     assert (low[0], high[0]) == pytest.approx(exact) == (1 - high[1], 1 - low[1])
     assert mean == pytest.approx([ones / n, 1 - ones / n])
-    assert inference.bootstrap(values, n=20_000) == pytest.approx((ones / n, *exact))
 
 
-def test_bootstrap_agrees_with_scipy():
-    values = RNG(0).normal(0.4, 1, 200).clip(0, 1)
-    ours = inference.bootstrap(values)
+def test_resampling_agrees_with_scipy():
+    values = RNG(0).normal(0.4, 1, (200, 1)).clip(0, 1)
+    mean, *ends = inference.interval(values, n=10_000)
     theirs = scipy.stats.bootstrap(
-        (values,), np.mean, n_resamples=10_000, method="percentile", rng=1
+        (values[:, 0],), np.mean, n_resamples=10_000, method="percentile", rng=1
     ).confidence_interval
-    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.002)
-    assert ours.mean == values.mean()
-    assert ours == inference.bootstrap(values) != inference.bootstrap(values, seed=1)
+    assert np.ravel(ends) == pytest.approx([*theirs], abs=0.002)
+    assert mean == pytest.approx(values.mean())
+    again, other = (inference.interval(values, n=10_000, seed=seed)[1] for seed in (0, 1))
+    assert ends[0] == again != other
 
 
-def test_intervals_cover_the_truth():
+def test_resampled_intervals_cover_the_truth():
     """Of 2,000 true means 93 to 97 % lie inside."""
     _, low, high = inference.interval(RNG(8).normal(3, 2, (80, 2000)), n=500)
     assert 0.93 < ((low <= 3) & (high >= 3)).mean() < 0.97
-    inside = 0
-    for i in range(150):  # two benchmarks of different size and spread, means 0.2 and 0.6
-        rng = RNG(i)
-        rows = {"a": rng.normal(0.2, 1, 60), "b": rng.normal(0.6, 0.5, 90)}
-        _, low, high = inference.bootstrap(rows, n=400, seed=i)
-        inside += low <= 0.4 <= high
-    assert 0.92 < inside / 150 < 0.98
-
-
-def test_benchmarks_weigh_alike_and_are_resampled_apart():
-    assert inference.bootstrap({"a": [1.0] * 90, "b": [0.0] * 10}) == (0.5, 0.5, 0.5)
-    values = RNG(2).normal(size=100)
-    one, two = inference.bootstrap(values), inference.bootstrap({"a": values, "b": values})
-    width = (two.high - two.low) / (one.high - one.low)
-    assert width == pytest.approx(0.5**0.5, abs=0.03)
-    many = inference.bootstrap(RNG(3).normal(size=4000), n=600)  # more than fits one matrix
-    assert many.high - many.low == pytest.approx(2 * 1.96 / 4000**0.5, rel=0.1)
-    for empty in ({}, [], {"a": [1.0], "b": []}):
-        with pytest.raises(ValueError, match="nothing to resample"):
-            inference.bootstrap(empty)
 
 
 def test_intervals_and_missing_values():
@@ -98,36 +80,12 @@ def test_intervals_and_missing_values():
     mean, low, high = inference.interval(values)
     assert mean.shape == low.shape == high.shape == (2, 2)
     assert mean[0, 0] == pytest.approx(values[:20, 0, 0].mean())
-    expected = inference.bootstrap(values[:20, 0, 0])
-    assert (low[0, 0], high[0, 0]) == pytest.approx(expected[1:], abs=0.1)
+    _, *ends = inference.interval(values[:20, 0, 0])
+    assert (low[0, 0], high[0, 0]) == pytest.approx(ends, abs=0.1)
     assert mean[0, 1] == pytest.approx(values[:, 0, 1].mean())
     assert np.isnan([mean[1, 1], low[1, 1], high[1, 1]]).all()
-    assert np.isnan(inference.bootstrap([1.0, np.nan])).all()  # a score is never left out
     with pytest.raises(ValueError, match="nothing to resample"):
         inference.interval(np.zeros((0, 3)))
-
-
-@given(st.lists(st.tuples(shares, shares), min_size=1, max_size=12))
-def test_a_paired_interval_is_the_interval_of_differences(pairs):
-    a, b = np.array(pairs).T
-    found = inference.paired_bootstrap(a, b, n=100)
-    assert found == inference.bootstrap(b - a, n=100)
-    assert found == inference.paired_bootstrap({"x": a}, {"x": b}, n=100)
-    assert (b - a).min() - 1e-12 <= found.low <= found.high <= (b - a).max() + 1e-12
-
-
-def test_paired_intervals_need_pairs():
-    rng = RNG(0)
-    a = rng.random(200)
-    change = inference.paired_bootstrap(a, a - 0.1)
-    assert change == pytest.approx((-0.1,) * 3)
-    noisy = inference.paired_bootstrap(a, rng.random(200))
-    assert noisy.high - noisy.low > 0.05
-    with pytest.raises(ValueError, match="same benchmarks and rows"):
-        inference.paired_bootstrap([1.0], [1.0, 2.0])
-    for b in ({"b": [1.0]}, [1.0]):
-        with pytest.raises(ValueError, match="same benchmarks"):
-            inference.paired_bootstrap({"a": [1.0]}, b)
 
 
 def test_means_over_samples_of_paired_conditions():
@@ -144,6 +102,270 @@ def test_means_over_samples_of_paired_conditions():
         inference.paired(before, after.iloc[:2], "v")
     with pytest.raises(ValueError, match="same samples"):
         inference.paired(before.iloc[:2], after, "v")
+
+
+# --- means of bounded scores ---------------------------------------------------------------------
+
+
+def ends_of(middle, error, df) -> list[float]:
+    """low, high, low90, high90 of a t interval, by hand."""
+    sizes = scipy.stats.t(df).ppf([0.975, 0.95]) * error
+    return [middle + sign * size for size in sizes for sign in (-1, 1)]
+
+
+@pytest.mark.parametrize("ones, n", [(20, 40), (35, 40), (3, 24), (93, 96)])
+def test_a_share_is_counted_with_two_more_of_each(ones, n):
+    """Agresti and Coull: two successes and two failures more, here with t and n - 1."""
+    values = (np.arange(n) < ones).astype(float)
+    more = [*values, 0, 0, 1, 1]
+    middle, error = np.mean(more), scipy.stats.sem(more)
+    found = inference.estimate(values)
+    assert found.mean == ones / n and found.error == pytest.approx(error)
+    assert middle == (ones + 2) / (n + 4)
+    assert error == pytest.approx((middle * (1 - middle) / (n + 3)) ** 0.5)
+    assert found[1:5] == pytest.approx(np.clip(ends_of(middle, error, n - 1), 0, 1))
+
+
+def test_without_added_rows_it_is_students_interval():
+    """And Welch's, halved, of two benchmarks' mean: a plus b is a less minus b."""
+    rng, wide = RNG(1), (-1e9, 1e9)
+    a, b = rng.normal(0.4, 1, 30), rng.normal(0.7, 3, 12)
+    plain = inference.estimate(a, ends=wide, added=0)
+    assert inference.estimate(a, ends=None) == pytest.approx(plain)
+    both = inference.estimate({"a": a, "b": b}, ends=wide, added=0)
+    assert both.mean == pytest.approx((a.mean() + b.mean()) / 2)
+    assert both.error == pytest.approx(np.hypot(scipy.stats.sem(a), scipy.stats.sem(b)) / 2)
+    student, welch = scipy.stats.ttest_1samp(a, 0), scipy.stats.ttest_ind(a, -b, equal_var=False)
+    for level, low, high in ((0.95, "low", "high"), (0.9, "low90", "high90")):
+        for found, test, by in ((plain, student, 1), (both, welch, 2)):
+            ends = np.array([*test.confidence_interval(level)]) / by
+            assert (getattr(found, low), getattr(found, high)) == pytest.approx(ends)
+
+
+def test_rows_about_one_medium_count_together():
+    """The clusters' linearised variance by hand; the added rows are clusters of their own."""
+    rng = RNG(2)
+    media = rng.integers(0, 9, 40)
+    values = (rng.random(40) < 0.2 + 0.07 * media).astype(float)
+    more, of = np.array([*values, 0, 0, 1, 1]), np.array([*media, 11, 12, 13, 14])
+    totals = [(more[of == c] - more.mean()).sum() for c in np.unique(of)]
+    count = len(totals)
+    error = (count / (count - 1) * np.sum(np.square(totals))) ** 0.5 / len(more)
+    found = inference.estimate(values, media)
+    assert found.mean == values.mean() and found.error == pytest.approx(error)
+    assert found[1:5] == pytest.approx(ends_of(more.mean(), error, count - 4 - 1))
+    named = np.array([f"m{m}" for m in media])
+    for same in (
+        inference.estimate({"a": values}, {"a": named}),
+        inference.estimate(values, named),
+    ):
+        assert same == pytest.approx(found)
+    assert inference.estimate(values, np.arange(40)) == inference.estimate(values)
+    assert found.error > 1.2 * inference.estimate(values).error
+
+
+def test_a_row_that_is_there_thrice_says_nothing_more():
+    values = RNG(3).random(20)
+    once = inference.estimate(values, added=0)
+    thrice = inference.estimate(np.repeat(values, 3), np.repeat(np.arange(20), 3), added=0)
+    assert thrice == pytest.approx(once)
+
+
+def test_benchmarks_weigh_alike_and_share_what_is_added():
+    """Means of means, variances by hand, one row more at either end of each of two benchmarks."""
+    rows = {"a": np.repeat([1.0, 0], [60, 30]), "b": np.repeat([1.0, 0], [9, 3])}
+    more = {k: [*v, 0, 1] for k, v in rows.items()}
+    parts = np.array([scipy.stats.sem(v) ** 2 for v in more.values()]) / 4
+    error, middle = parts.sum() ** 0.5, np.mean([np.mean(v) for v in more.values()])
+    df = parts.sum() ** 2 / (parts**2 / [89, 11]).sum()  # Satterthwaite
+    found = inference.estimate(rows)
+    assert found.mean == pytest.approx((60 / 90 + 9 / 12) / 2)
+    assert found.error == pytest.approx(error) and 11 < df < 89
+    assert found[1:5] == pytest.approx(ends_of(middle, error, df))
+    swapped = inference.estimate({"b": rows["b"], "a": rows["a"]}, {"a": None, "b": None})
+    assert swapped == pytest.approx(found)
+    assert inference.estimate({"a": rows["a"], "b": rows["a"]}).error == pytest.approx(
+        inference.estimate(rows["a"]).error / 2**0.5, rel=0.01
+    )
+
+
+def test_a_further_variance_is_known_exactly():
+    """It is added, and has no degrees of freedom that would be missing."""
+    values = RNG(4).random(20)
+    plain, more = (inference.estimate(values, extra=extra) for extra in (0, 0.003))
+    assert more.mean == plain.mean and more.error**2 == pytest.approx(plain.error**2 + 0.003)
+    df = 19 * more.error**4 / plain.error**4
+    middle = (values.sum() + 2) / 24
+    assert more[1:5] == pytest.approx(ends_of(middle, more.error, df))
+
+
+@pytest.mark.parametrize("n", [1, 2, 24, 96])
+def test_where_all_rows_agree_the_interval_is_open(n):
+    for values, ends in ((np.ones(n), (0, 1)), (np.zeros(n), (0, 1)), (np.zeros(n), (-1, 1))):
+        found = inference.estimate(values, ends=ends)
+        assert found.mean == values[0] and ends[0] <= found.low <= found.mean
+        assert found.mean <= found.high <= ends[1]
+        assert found.high - found.low > 1.5 / (n + 4)
+    ones, zeros = inference.estimate(np.ones(n)), inference.estimate(np.zeros(n))
+    assert ones.high == ones.high90 == 1 and zeros.low == zeros.low90 == 0
+    assert zeros.high == pytest.approx(1 - ones.low)
+    assert inference.estimate(np.ones(24)).low == pytest.approx(
+        26 / 28 - 2.0687 * (26 / 28 * 2 / 28 / 27) ** 0.5, abs=1e-4
+    )
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 4)), min_size=1, max_size=12))
+def test_an_interval_contains_its_mean_and_keeps_to_the_ends(rows):
+    values, media = np.array(rows).T
+    for found in (inference.estimate(values, media), inference.estimate({"a": values, "b": [1]})):
+        mean, low, high, low90, high90, error = found
+        assert 0 <= low <= low90 <= mean <= high90 <= high <= 1 and error > 0
+    turned = inference.estimate(1 - values, media)
+    found = inference.estimate(values, media)
+    assert (1 - turned.low, 1 - turned.high90) == pytest.approx((found.high, found.low90))
+    assert turned.error == pytest.approx(found.error)
+
+
+def test_scores_are_never_left_out():
+    for missing in ([1.0, np.nan], {"a": [1.0, 0.0], "b": [np.nan]}):
+        assert np.isnan(inference.estimate(missing)).all()
+    assert np.isnan(inference.change([1.0, 0.0], [np.nan, 0.0])).all()
+    for empty in ({}, [], {"a": [1.0], "b": []}):
+        with pytest.raises(ValueError, match="nothing to average: every benchmark"):
+            inference.estimate(empty)
+
+
+def test_a_change_is_counted_with_one_more_at_either_end():
+    """Agresti and Min: rows that change by -1 and by 1."""
+    before = np.repeat([1.0, 0], [50, 10])
+    after = np.repeat([0.0, 1, 0, 1], [20, 30, 8, 2])
+    more = [*(after - before), -1, 1]
+    found = inference.change(before, after)
+    assert found.mean == pytest.approx(-18 / 60)
+    assert found.error == pytest.approx(scipy.stats.sem(more))
+    # About the mean or what the added rows make of it, whichever reaches further.
+    low, high = (ends_of(middle, scipy.stats.sem(more), 59) for middle in (-18 / 60, -18 / 62))
+    assert found[1:5] == pytest.approx([low[0], high[1], low[2], high[3]])
+    turned = inference.change(after, before)
+    assert (-turned.low, -turned.high) == pytest.approx((found.high, found.low))
+    media = np.arange(60) // 3
+    clustered = inference.change({"a": before}, {"a": after}, {"a": media}, extra=0.01)
+    assert clustered == inference.estimate(after - before, media, (-1, 1), 1, 0.01)
+    # Twenty media of three rows, and one more at either end.
+    totals = [*(after - before).reshape(20, 3).sum(1), -3, 3]
+    off = np.array(totals) - 3 * (-18 / 66)
+    assert clustered.error**2 - 0.01 == pytest.approx((off**2).sum() * 22 / 21 / 66**2)
+    none = inference.change(before, before)
+    assert none.mean == 0 and none.high == -none.low == pytest.approx(
+        scipy.stats.t(59).ppf(0.975) * (2 / 61 / 62) ** 0.5
+    )
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12))
+def test_pairs_are_paired(pairs):
+    a, b = np.array(pairs).T
+    found = inference.change(a, b)
+    assert found == inference.change({"x": a}, {"x": b})
+    assert found.mean == pytest.approx((b - a).mean())
+    assert -1 <= found.low <= found.mean <= found.high <= 1
+    order = np.argsort(a)
+    assert inference.change(a[order], b[order]) == pytest.approx(found)
+
+
+def test_a_change_needs_pairs():
+    with pytest.raises(ValueError, match="same benchmarks and rows"):
+        inference.change([1.0], [1.0, 2.0])
+    for b in ({"b": [1.0]}, [1.0], {"a": [1.0], "b": [1.0]}):
+        with pytest.raises(ValueError, match="same benchmarks"):
+            inference.change({"a": [1.0]}, b)
+
+
+def test_an_estimate_from_draws():
+    draws = np.append(np.arange(1001.0), np.nan)
+    found = inference.from_draws(400, draws)
+    assert found[:5] == (400, 25, 975, 50, 950)
+    assert found.error == pytest.approx(np.arange(1001).std())
+    with pytest.raises(ValueError, match="no draws"):
+        inference.from_draws(1, [])
+
+
+def test_the_difference_of_two_estimates():
+    a, b = inference.estimate(RNG(5).random(200)), inference.estimate(RNG(6).random(300) / 2)
+    found = inference.less(a, b)
+    assert found.mean == a.mean - b.mean
+    assert found.error == pytest.approx((a.error**2 + b.error**2) ** 0.5)
+    sizes = np.array([-1.959964, 1.959964, -1.644854, 1.644854]) * found.error
+    assert found[1:5] == pytest.approx(found.mean + sizes, abs=1e-6)
+    assert inference.less(b, a).mean == -found.mean
+
+
+# --- coverage ------------------------------------------------------------------------------------
+
+MEANS, COUNTS, RUNS = (0.5, 0.9, 0.98), (24, 96), 400
+WIDEST = 0.99  # where there are rows enough, an interval must not cover by being wide
+
+
+def sampling(share: float, n: int = RUNS) -> float:
+    """Three standard errors of a simulated share."""
+    return 3 * (share * (1 - share) / n) ** 0.5
+
+
+@pytest.mark.parametrize("mean", MEANS)
+@pytest.mark.parametrize("n", COUNTS)
+def test_coverage_of_one_benchmark_is_known_exactly(mean, n):
+    """Right answers are binomial, so nothing has to be simulated."""
+    found = [inference.estimate((np.arange(n) < right).astype(float)) for right in range(n + 1)]
+    chance = scipy.stats.binom(n, mean).pmf(np.arange(n + 1))
+    covered = sum(p for p, x in zip(chance, found, strict=True) if x.low <= mean <= x.high)
+    within = sum(p for p, x in zip(chance, found, strict=True) if x.low90 <= mean <= x.high90)
+    assert 0.93 < covered < 0.99 and 0.86 < within < covered
+
+
+@pytest.mark.parametrize("mean", MEANS)
+@pytest.mark.parametrize("n", COUNTS)
+def test_coverage_of_an_average(mean, n):
+    """Three benchmarks of different means, one of them with graded scores."""
+    rng, inside = RNG(n), 0
+    means = mean + np.array([-0.04, 0, 0.02]) * (mean < 0.98)
+    for _ in range(RUNS):
+        rows = {str(i): (rng.random(n) < m).astype(float) for i, m in enumerate(means[:2])}
+        rows["2"] = rng.beta(8 * means[2], 8 * (1 - means[2]), n)
+        found = inference.estimate(rows)
+        inside += found.low <= means.mean() <= found.high
+    assert inside / RUNS >= 0.93 - sampling(0.93)
+    if mean > 0.5 and n == 96:
+        assert inside / RUNS <= WIDEST + sampling(WIDEST)
+
+
+def answered(rng, mean: float, lost: float, n: int, size: int = 3, strata: int = 2) -> tuple:
+    """Answers before and after a loss, `size` rows to a medium, half of the media alike in both."""
+    before, after, media = {}, {}, {}
+    for name in map(str, range(strata)):
+        media[name] = np.arange(n) // size
+        alike = rng.random(n)[media[name]] < 0.5
+        right, gone = (
+            np.where(alike, rng.random(n)[media[name]], rng.random(n)) < share
+            for share in (mean, lost)
+        )
+        before[name], after[name] = right * 1.0, (right & ~gone) * 1.0
+    return before, after, media
+
+
+@pytest.mark.parametrize("mean", MEANS)
+@pytest.mark.parametrize("n", COUNTS)
+def test_coverage_of_a_change_in_clusters(mean, n):
+    rng, inside = RNG(n), np.zeros(2)
+    for _ in range(RUNS):
+        before, after, media = answered(rng, mean, 0.3, n)
+        for i, of in enumerate((media, None)):
+            found = inference.change(before, after, of)
+            inside[i] += found.low <= -0.3 * mean <= found.high
+    covered, unclustered = inside / RUNS
+    assert covered >= 0.93 - sampling(0.93) and unclustered < covered - 0.02
+    if mean > 0.5 and n == 96:
+        assert covered <= WIDEST + sampling(WIDEST)
 
 
 # --- nulls ---------------------------------------------------------------------------------------
@@ -168,6 +390,19 @@ def test_shuffles_shuffle():
     assert len(np.unique(shuffled, axis=0)) == 9  # 3 orders in each of two groups
     assert (inference.shuffles(labels, groups, 600) == shuffled).all()
     assert (inference.shuffles(labels, groups, 600, seed=1) != shuffled).any()
+
+
+def test_kinds_are_exchanged_prompt_by_prompt():
+    second, groups = np.array([1, 0, 0, 1, 1, 0], bool), np.array([5, 5, 2, 2, 2, 9])
+    found = inference.exchanged(second, groups, 800)
+    assert found.shape == (801, 6) and found.dtype == bool and (found[0] == second).all()
+    flipped = found[1:] ^ second
+    for group in (2, 5, 9):  # whole prompts, each in half of the draws
+        assert (np.ptp(flipped[:, groups == group].astype(int), axis=1) == 0).all()
+    assert flipped.mean(0) == pytest.approx(0.5, abs=0.06)
+    assert len(np.unique(flipped, axis=0)) == 8  # each prompt for itself
+    assert (inference.exchanged(second, groups, 800) == found).all()
+    assert (inference.exchanged(second, groups, 800, seed=1) != found).any()
 
 
 def test_rank_p_by_hand():
@@ -301,6 +536,135 @@ def test_a_change_against_draws(value, low, high, word, margin):
     assert none.word == UNKNOWN
     with pytest.raises(ValueError, match="no draws"):
         inference.change_against_draws(value, low, high, [])
+
+
+def effect(low: float, high90: float, mean: float = np.nan, error: float = np.nan):
+    """What a verdict looks at."""
+    return inference.Estimate(mean, low, np.nan, np.nan, high90, error)
+
+
+@pytest.mark.parametrize(
+    "low, high90, p, word, margin",
+    [
+        (0.3, 0.5, None, HOLDS, 2.5),
+        (0.25, 0.5, None, UNKNOWN, 0),  # on the smallest effect is not beyond it
+        (0.2, 0.5, None, UNKNOWN, 2.5),
+        (0.2, 0.25, None, UNKNOWN, 0),  # up to it is not before it
+        (0.2, 0.27, None, UNKNOWN, 1),
+        (0.1, 0.24, None, FAILS, 0.5),
+        (-0.3, -0.25, None, FAILS, 25),  # a gain is no loss
+        (0.3, 0.5, 0.01, HOLDS, 2.5),
+        (0.3, 0.5, 0.049, HOLDS, 0.2),  # tolerances of a tenth of 0.05
+        (0.3, 0.5, 0.05, UNKNOWN, 0),  # not below
+        (0.3, 0.5, 1 / 20, UNKNOWN, 0),  # of 19 draws none as low
+        (0.3, 0.5, 1 / 21, HOLDS, (0.05 - 1 / 21) / 0.005),
+        (0.3, 0.5, 0.2, UNKNOWN, 12.5),
+        (0.1, 0.24, 0.001, FAILS, 0.5),  # p plays no part in what is too small
+        (0.1, 0.24, 0.9, FAILS, 0.5),
+        (np.nan, np.nan, None, UNKNOWN, np.inf),
+        (np.nan, np.nan, 0.01, UNKNOWN, np.inf),
+        (0.3, 0.5, np.nan, UNKNOWN, 12.5),
+    ],
+)
+def test_the_rule_of_every_claim(low, high90, p, word, margin):
+    verdict = inference.decide(effect(low, high90), 0.25, p)
+    assert verdict.word == word and verdict.margin == pytest.approx(margin)
+
+
+def test_power_by_hand():
+    phi, z = scipy.stats.norm.cdf, scipy.stats.norm.ppf
+    assert pytest.approx(z(0.975) + z(0.8)) == inference.POWER
+    assert inference.power(0.1, 0.25) == pytest.approx(phi(2.5 - z(0.975)))
+    assert inference.power(0.1, 0.25, 0.4) == pytest.approx(phi(1.5 - z(0.975)))
+    assert inference.power(0.07, 0.25, 0.25) == pytest.approx(0.025)
+    assert inference.power(0.25 / inference.POWER, 0.25) == pytest.approx(0.8)
+
+
+def test_the_rows_that_settle_a_claim_by_hand():
+    rows = 96 * ((1.959964 + 0.841621) * 0.1 / 0.25) ** 2  # 120.6
+    for mean in (0.5, 0.0):  # as far above the smallest effect as below
+        found = inference.settles(effect(0, 0, mean, 0.1), 0.25, 96)
+        assert found == np.ceil(rows) == 121
+        few, enough = (0.1 * (96 / n) ** 0.5 for n in (found - 1, found))
+        assert inference.power(few, 0.25, 0.5) < 0.8 <= inference.power(enough, 0.25, 0.5)
+    assert inference.settles(effect(0, 0, 0.25, 0.1), 0.25, 96) == np.inf
+    assert inference.settles(effect(0, 0, 0.5, 0.05), 0.25, 96) == np.ceil(rows / 4)
+
+
+def verdicts(lost: float, smallest: float, n: int, runs: int, seed: int) -> tuple:
+    """Shares of two benchmarks' simulated losses that hold and that do not, and their errors."""
+    rng, words, errors = RNG(seed), [], []
+    for _ in range(runs):
+        gone = {name: (rng.random(n) < lost).astype(float) for name in "ab"}
+        found = inference.change(dict.fromkeys(gone, np.zeros(n)), gone)
+        words.append(inference.decide(found, smallest).word)
+        errors.append(found.error)
+    return words.count(HOLDS) / runs, words.count(FAILS) / runs, errors
+
+
+def test_the_level_of_both_definite_verdicts():
+    """At exactly the smallest effect either is wrong, at most once in twenty."""
+    holds, fails, _ = verdicts(0.25, 0.25, 48, 1000, 0)
+    assert max(holds, fails) <= 0.05 + sampling(0.05, 1000)
+    assert min(holds, fails) > 0.002  # and they can happen
+
+
+def test_a_planted_effect_is_found():
+    """Twice the smallest, with an error at which the power is at least 80 %."""
+    holds, fails, errors = verdicts(0.3, 0.15, 48, 600, 2)
+    power = [inference.power(error, 0.15) for error in errors]
+    assert 0.8 < np.mean(power) < 0.95 and fails == 0
+    assert holds >= 0.8 and holds == pytest.approx(np.mean(power), abs=0.05)
+    none, fails, _ = verdicts(0.02, 0.25, 48, 100, 3)
+    assert none == 0 and fails > 0.95  # almost nothing is lost
+
+
+def test_claims_are_stated_whole():
+    stated = yaml.safe_load((ROOT / "minerlib/claims.yml").read_text())
+    for name, parts in stated.items():
+        claim = inference.claim(name)
+        assert claim._asdict() == parts and inference.claim(name) is claim
+        assert 0 < claim.smallest <= 1, name
+        assert all(getattr(claim, part).strip() for part in ("text", "measure", "why", "against"))
+    assert inference.claim("I").smallest == 0.25
+    with pytest.raises(ValueError, match="no claim 'XX' in claims.yml; there are I"):
+        inference.claim("XX")
+
+
+def test_the_line_of_a_claim():
+    of, found = inference.claim("II"), inference.Estimate(0.4, 0.3, 0.5, 0.32, 0.48, 0.05)
+    draws = np.linspace(-0.1, 0.1, 99)
+    line = inference.judge("II", found, draws, rows=96)
+    assert list(line) == ["claim", "measured", "null", "p", "verdict", *inference.MEASURED]
+    assert (line["claim"], line["name"], line["smallest"]) == (of.text, "II", 0.1)
+    assert line["measured"] == "+0.40 [+0.30, +0.50]" and line["p"] == 1 / 100
+    assert line["null"] == inference.range_of(draws) == "+0.00 [-0.10, +0.10]"
+    assert (line["effect"], line["low"], line["high"]) == (0.4, 0.3, 0.5)
+    assert line["verdict"] == inference.decide(found, 0.1, 0.01) == (HOLDS, pytest.approx(8))
+    assert line["settles"] == inference.settles(found, 0.1, 96) == 21
+    told = inference.judge("II", found, "no change", 0.2)
+    assert (told["null"], told["p"], told["verdict"].word) == ("no change", 0.2, UNKNOWN)
+    assert np.isnan(told["settles"]) and inference.judge("II", found, "no change")["p"] is None
+    assert inference.judge("II", found, np.linspace(-1, 1, 99))["verdict"].word == UNKNOWN
+    table = inference.claims_table("II", [line, inference.line("c", "m", "n", line["verdict"])])
+    assert [*table][6:] == inference.MEASURED and table["effect"].tolist()[0] == 0.4
+    assert np.isnan(table["effect"][1]) and table["name"].tolist()[0] == "II"
+
+
+def test_discoveries_by_hand():
+    """Benjamini and Hochberg: of m ordered p the i-th times m / i, and not above a later one."""
+    p = [0.04, 0.01, None, 0.04, 0.03, 0.9]  # the headline, then five lines, one without p
+    lines = [inference.line(str(i), "", "", Verdict(HOLDS, 3), x) for i, x in enumerate(p)]
+    lines[5]["verdict"] = Verdict(FAILS, 2)
+    found = inference.discoveries(lines)
+    rates = [0.04, 0.01 * 4, None, 0.04 * 4 / 3, 0.04 * 4 / 3, 0.9]
+    assert [x["p"] for x in found] == [x and pytest.approx(x) for x in rates]
+    words = [x["verdict"].word for x in found]
+    assert words == [HOLDS, HOLDS, HOLDS, UNKNOWN, UNKNOWN, FAILS]
+    assert [x["claim"] for x in found] == list("012345") and lines[3]["verdict"].word == HOLDS
+    alone = inference.discoveries(lines[:1])
+    assert alone == lines[:1] and inference.discoveries(lines[::2][:2]) == lines[::2][:2]
+    assert np.isnan(inference.discoveries([lines[0], lines[1] | {"p": np.nan}])[1]["p"])
 
 
 def test_a_claim_by_p():
@@ -461,6 +825,7 @@ def each(x):
 
 
 RULES = {
+    "claim": lambda x: inference.decide(effect(x[:2].min(), x[:2].max()), x[2]),
     "above": lambda x: inference.beyond(*np.sort(x[:2]), x[2]),
     "below": lambda x: inference.beyond(*np.sort(x[:2]), x[2], greater=False),
     "a point": lambda x: inference.beyond(x[0], x[0], x[1:].min(), greater=False),

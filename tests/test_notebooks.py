@@ -14,6 +14,7 @@ import nbformat
 import papermill
 import printed
 import pytest
+import yaml
 from conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -250,6 +251,9 @@ def run(tmp_path, monkeypatch):
     spec.loader.exec_module(script)
     monkeypatch.setitem(sys.modules, "run", script)  # where its processes look for functions
     monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "SIZES", tmp_path / "sizes.yml")
+    (tmp_path / "sizes.yml").write_text("{default: {}, quick: {all: {limit: 1}, '01': {ratio: 1}}}")
+    monkeypatch.setenv("MINER_FRESH", "")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "models/tiny").mkdir(parents=True)
@@ -316,6 +320,33 @@ def test_a_notebook_gets_what_it_declares(run, executed):
     assert Path("runs/tiny/notebooks-limit=8-ratio=1e-3/01_two.ipynb").exists()
     run.main(["model=models/tiny", "run=elsewhere"])
     assert executed[-1] == ("01_two", {"run_dir": "runs/elsewhere/tiny"})
+
+
+def test_sizes(run, executed):
+    """A size is for all notebooks or for one; what is given comes last; only FULL finds results."""
+    run.main(["model=models/tiny", "quick=1"])
+    assert executed == [("00_one", {"limit": 1, "model": "models/tiny"}), ("01_two", {"ratio": 1})]
+    assert Path("runs/tiny/notebooks-quick=1").is_dir() and os.environ["MINER_FRESH"] == "1"
+    run.main(["model=models/tiny", "quick=1", "limit=2"])
+    assert executed[2][1]["limit"] == 2
+    os.environ["MINER_FRESH"] = ""
+    run.main(["model=models/tiny", "full=1"])
+    assert executed[-2:] == [("00_one", {"model": "models/tiny"}), ("01_two", {})]
+    assert not os.environ["MINER_FRESH"]
+    run.main(["model=models/tiny", "full=1", "fresh=1", "limit=5"])
+    assert os.environ["MINER_FRESH"] == "1"
+
+
+def test_the_sizes_name_notebooks_and_parameters_that_are_there():
+    spec = importlib.util.spec_from_file_location("run", ROOT / "notebooks/run.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    declared = {p.stem[:2]: set(papermill.inspect_notebook(str(p))) for p in NOTEBOOKS}
+    for size in yaml.safe_load(script.SIZES.read_text()).values():
+        assert set(size) - {"all"} <= set(declared)
+        assert set(size.pop("all")) <= set().union(*declared.values())
+        for number, parameters in size.items():
+            assert set(parameters) <= declared[number], number
 
 
 def test_every_model_gets_every_notebook(run, executed, monkeypatch):

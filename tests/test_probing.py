@@ -5,18 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 from conftest import footprints, random_neurons
 from made import MOST, RNG, states_of, table_of, value
-from scipy.stats import ortho_group
+from scipy.stats import binom, ortho_group
 
-from minerlib.findings import probing as room
+from minerlib import inference
 from minerlib.findings.probing import (
     approach,
-    claims,
-    lens_words,
+    beside_random,
+    beyond_random,
+    by_layer,
+    crowded_pictures,
+    headline,
+    labelled,
     log_reach,
+    over_prompts,
+    parts,
     probing,
-    pushed,
     silenced_reach,
     tip_places,
     tips,
@@ -25,26 +31,38 @@ from minerlib.findings.states import States, hidden_states
 
 
 def probe(reaching: float = 0.2, seed: int = 0) -> States:
-    """An audio cloud far from the text, the last `reaching` of each clip moved into the text."""
+    """An audio cloud far from the text, the last `reaching` of each clip moved into the text.
+
+    At the embeddings, layer 0, none of them is.
+    """
     kinds, samples = table_of({"audio": 10, "text": 10}, 20)
-    x = RNG(seed).standard_normal((1, len(kinds), 4))
+    x = RNG(seed).standard_normal((2, len(kinds), 4))
     states = states_of(x, kinds, samples)
-    audio = states.tokens["kind"] == "audio"
-    stays = audio & (states.tokens["place"] < 10 * (1 - reaching))
-    states.hidden[0, stays.to_numpy(), 0] += 20
+    audio = (states.tokens["kind"] == "audio").to_numpy()
+    stays = audio & (states.tokens["place"] < 10 * (1 - reaching)).to_numpy()
+    states.hidden[0, audio, 0] += 20
+    states.hidden[1, stays, 0] += 20
     return states
 
 
+def p_of(found: xr.DataArray, tail: str = "greater") -> np.ndarray:
+    """p of each row of [layer, draw]."""
+    at, _, null = parts(found)
+    return np.array([inference.rank_p(x, n, tail) for x, n in zip(at[:, 0], null, strict=True)])
+
+
 def test_one_cloud_reaching_into_the_other():
-    still, reaching = (probing(probe(share)) for share in (0, 0.2))
-    assert value(still, "probes")["value"] == 0
-    row = value(reaching, "probes")
-    assert 0.05 < row["value"] <= 0.2 and row["p"] == pytest.approx(1 / 201)
-    assert value(reaching, "reach")["value"] < value(still, "reach")["value"]
-    assert value(still, "reach")["value"] > 5 and value(still, "reach")["p"] == 1
-    assert value(reaching, "elongation")["value"] > 3
-    row = value(reaching, "tip_end")  # places 8 and 9 of 0..9 lie at 7/9 and 1 of the half-run
-    assert 0.6 < row["value"] <= 1 and row["p"] < 0.05
+    still, reaching = (by_layer(probing(probe(share), n_boot=50)) for share in (0, 0.2))
+    assert value(still, "probes", 1)["value"] == 0
+    row = value(reaching, "probes", 1)
+    assert 0.05 < row["value"] <= 0.2 and row["null_high"] < row["low"]
+    assert value(reaching, "probes", 0)["value"] == 0
+    assert value(reaching, "reach", 1)["value"] < value(still, "reach", 1)["value"]
+    row = value(still, "reach", 1)
+    assert np.exp(row["value"]) > 5 and row["low"] > row["null_high"]
+    assert value(reaching, "elongation", 1)["value"] > 3
+    row = value(reaching, "tip_end", 1)  # places 8 and 9 of 0..9 lie at 7/9 and 1 of the half-run
+    assert 0.6 < row["value"] <= 1 and row["low"] > row["null"]
 
 
 def test_probing_does_not_see_rotation():
@@ -52,26 +70,94 @@ def test_probing_does_not_see_rotation():
     turned = States(
         (5 * states.hidden @ ortho_group.rvs(4, random_state=2)).astype(np.float32), states.tokens
     )
-    a, b = probing(states), probing(turned)
-    np.testing.assert_allclose(a[["value", "low", "high"]], b[["value", "low", "high"]], rtol=1e-3)
+    a, b = (by_layer(probing(x, n_boot=100, n_null=50)) for x in (states, turned))
+    columns = ["value", "low", "high"]
+    np.testing.assert_allclose(a[columns], b[columns], rtol=1e-3, atol=1e-3)
 
 
-def test_probing_null_keeps_its_level():
+def test_probing_nulls_keep_their_level():
     """Clouds that are one, stretched like hidden states, with a text centre drawn like a token."""
     kinds, samples = table_of({"audio": 5, "text": 5}, 10)
     stretch = np.array([4, 2, 1, 1, 1, 0.5])
     x = RNG(6).standard_normal((200, len(kinds), 6)) * stretch
-    table = probing(states_of(x, kinds, samples), nearest=3, k=8, n_boot=20, n_null=99)
-    rejected = (table["p"] <= 0.05).groupby(table["measure"]).sum()
-    assert rejected.index.tolist() == ["elongation", "probes", "reach", "tip_end"]
-    assert rejected.max() <= MOST
+    found = probing(states_of(x, kinds, samples), nearest=3, k=8, n_boot=2, n_null=99)[0]
+    tails = {"reach": "less", "probes": "greater", "elongation": "greater", "tip_end": "greater"}
+    for measure, tail in tails.items():
+        assert (p_of(found.sel(measure=measure), tail) <= 0.05).sum() <= MOST, measure
+
+
+def test_exchanged_kinds_keep_their_level_where_tokens_of_one_prompt_lie_together():
+    """A prompt's medium is one blob and its text another: no draws of their own."""
+    kinds, samples = table_of({"audio": 5, "text": 5}, 10)
+    blob = np.unique([kinds, samples.astype(str)], axis=1, return_inverse=True)[1]
+    rng = RNG(5)
+    x = rng.standard_normal((200, len(kinds), 3)) + 3 * rng.standard_normal((200, 20, 3))[:, blob]
+    found = probing(states_of(x, kinds, samples), nearest=3, k=8, n_boot=2, n_null=99)[0]
+    for measure, tail in {"reach": "less", "probes": "greater"}.items():
+        assert (p_of(found.sel(measure=measure), tail) <= 0.05).sum() <= MOST, measure
 
 
 def test_probing_runs_on_a_model(mllm, samples):
-    states = hidden_states(mllm, samples * 2, tokens_per_kind=5)
-    table = probing(states, k=3, n_boot=20, n_null=20)
-    assert set(table["kind"]) == set(states.tokens["kind"]) - {"text", "special"}
-    assert set(table["layer"]) == set(range(mllm.n_layers + 1))
+    states = hidden_states(mllm, samples * 2, tokens_per_kind=5, normed=True)
+    found = probing(states, k=3, n_boot=20, n_null=20)
+    assert set(found["kind"].values) == set(states.tokens["kind"]) - {"text", "special"}
+    assert found.sizes["layer"] == mllm.n_layers + 1
+    assert by_layer(found).query("measure != 'tip_end'").notna().all(axis=None)
+
+
+# --- the headline --------------------------------------------------------------------------------
+
+
+def shares(x: np.ndarray, second: np.ndarray, group: np.ndarray, k: int = 10) -> np.ndarray:
+    """The share of the second kind's tokens that are probes, prompt by prompt, as it is said."""
+    n = len(x)
+    first = (~second).sum() / (n - 1)  # a token of the second kind is not its own neighbour
+    apart = np.linalg.norm(x[:, None] - x[None], axis=-1) + np.diag([np.inf] * n)
+    text = (~second)[np.argsort(apart, axis=1)[:, :k]].sum(1)
+    probes = text > binom.ppf(0.95, k, first)
+    return np.array([probes[second & (group == g)].mean() for g in np.unique(group)])
+
+
+def test_the_headline_is_probes_over_exchanged_kinds():
+    states = probe()
+    found = probing(states, n_boot=200, n_null=40, seed=3)
+    effect, null = headline(found.sel(measure=["probes"]))
+    own = (states.tokens["kind"] == "audio").to_numpy()
+    group, x = states.tokens["sample"].to_numpy(), states.hidden[1].astype(float)
+    draws = inference.exchanged(own, group, 40, 3)
+    each, *others = (shares(x, labels, group) for labels in draws)
+    others = np.mean(others, axis=1)
+    resampled = inference.resamples(20, 200, 3) @ each / 20 - others.mean()
+    assert effect.mean == pytest.approx(each.mean() - others.mean())
+    assert effect[1:3] == pytest.approx(tuple(np.quantile(resampled, [0.025, 0.975])))
+    np.testing.assert_allclose(null, others - others.mean(), atol=1e-9)
+    line = inference.judge("IV-probing", effect, null, rows=20)
+    assert line["p"] == inference.rank_p(each.mean(), others, "greater") == 1 / 41
+
+
+def test_the_headline_is_a_mean_over_layers_from_1_on_and_media():
+    values = [[[99, 0, 9, 9, 9], [4, 3, 5, 1, 2], [8, 7, 9, 3, 4]]] * 2
+    found = labelled(
+        np.array(values, float) * [[[1.0]], [[2.0]]], 2, 2, kind=["a", "b"], layer=[0, 1, 2]
+    )
+    effect, null = headline(found)
+    assert effect.mean == pytest.approx(1.5 * (6 - 2.5))
+    np.testing.assert_allclose(effect[1:3], 1.5 * (np.array([5.05, 6.95]) - 2.5))
+    np.testing.assert_allclose(null, [-0.75, 0.75])
+
+
+def test_draws_by_layer():
+    values = [[[1, 0, 2, 5, 7]], [[3, 3, 3, 4, 4]]]
+    found = labelled(values, 2, 2, measure=["a", "b"], layer=[4])
+    table = by_layer(found)
+    assert table[["measure", "layer", "value", "null"]].values.tolist() == [
+        ["a", 4, 1, 6],
+        ["b", 4, 3, 4],
+    ]
+    np.testing.assert_allclose(table.loc[0, ["low", "high"]].astype(float), [0.05, 1.95])
+    np.testing.assert_allclose(table.loc[0, ["null_low", "null_high"]].astype(float), [5.05, 6.95])
+    assert not {"null", "null_low", "null_high"} & set(by_layer(found[..., :3]))
+    assert not {"p"} & set(table)  # one p for each claim, none for layers
 
 
 # --- the tip -------------------------------------------------------------------------------------
@@ -89,7 +175,7 @@ def test_tips_by_hand(small):
     table = tips(small, "audio", nearest=1, tip_share=0.34)
     assert table["layer"].tolist() == [0, 0, 0, 1, 1, 1]
     assert table["token"].tolist() == [0, 5, 4] * 2
-    np.testing.assert_allclose(table["reach"], [2 / 1.5, 9 / 5.5, 3.5 / 1.5] * 2)
+    np.testing.assert_allclose(table["reach"], np.log([2 / 1.5, 9 / 5.5, 3.5 / 1.5] * 2), rtol=1e-6)
     np.testing.assert_allclose(table["place"], [0, 1, 0.5] * 2)
     assert table["tip"].tolist() == [True, True, False] * 2  # a third and a bit of three: two
 
@@ -97,8 +183,8 @@ def test_tips_by_hand(small):
 def test_tips_are_the_tokens_that_reach():
     states = probe(0.2)
     table = tips(states, "audio")
-    first = table.head(40)
-    assert (first["place"] >= 8 / 9 - 1e-9).all() and (first["reach"] < 5).all()
+    first = table[table["layer"] == 1].head(40)
+    assert (first["place"] >= 8 / 9 - 1e-9).all() and (first["reach"] < np.log(5)).all()
     np.testing.assert_array_equal(states.tokens.loc[table["token"], "place"] / 9, table["place"])
     assert (states.tokens.loc[table["token"], "kind"] == "audio").all()
 
@@ -122,108 +208,117 @@ def test_places_are_shares_of_the_medium_not_of_what_was_drawn():
     np.testing.assert_allclose(tip_places(table).loc[0], np.array([0, 0, 1, 1, 1]) / 3)
 
 
-def test_what_the_lens_reads(small, monkeypatch):
-    """Each state read as its own number: words are those of the layer, the tip's and the rest's."""
-    monkeypatch.setattr(room, "read", lambda mllm, x: [[f"{v:g}"] for v in x[:, 0]])
-    table = tips(small, "audio", nearest=1)
-    found = lens_words(None, small, table, [1])
-    assert found[["layer", "tokens"]].values.tolist() == [[1, "tip"], [1, "rest"]]
-    assert found["words"].tolist() == ["'30' 1.00", "'100' 0.50, '45' 0.50"]
-    assert lens_words(None, small, table, [0], top=1)["words"].tolist() == ["'3' 1.00", "'10' 0.50"]
-
-
-# --- coming nearer -------------------------------------------------------------------------------
+# --- coming nearer, and being pushed away --------------------------------------------------------
 
 
 def test_log_reach_is_a_mean_of_logarithms(small):
-    table = log_reach(small, nearest=1)
-    assert table["kind"].tolist() == ["audio"] * 2 and table["layer"].tolist() == [0, 1]
-    np.testing.assert_allclose(table["reach"], np.log([4 / 3, 18 / 11, 7 / 3]).mean())
+    found = log_reach(small, nearest=1)
+    assert found.dims == ("kind", "sample", "layer") and found.shape == (1, 1, 2)
+    np.testing.assert_allclose(found[0, 0], np.log([4 / 3, 18 / 11, 7 / 3]).mean())
 
 
-def reach_table(*layers: list[float]) -> pd.DataFrame:
-    """Log reach of prompts, from factors [layer][sample]."""
-    table = pd.DataFrame(np.log(layers).T).rename_axis("sample").reset_index()
-    table = table.melt("sample", var_name="layer", value_name="reach")
-    return table.assign(kind="audio")
+def test_log_reach_is_the_reach_of_probing():
+    states = probe()
+    found = by_layer(probing(states, n_boot=2, n_null=2))
+    each = log_reach(states).sel(kind="audio").mean("sample")
+    np.testing.assert_allclose(found.loc[found["measure"] == "reach", "value"], each, rtol=1e-5)
 
 
-def test_approach_is_relative_to_a_layer():
-    reach = reach_table([4, 1], [8, 2], [2, 2])
-    found = approach(reach, 0)
-    assert found["layer"].tolist() == [0, 1, 2]
-    np.testing.assert_allclose(found["reach"], [1, 2, 1])  # geometric means over prompts
-    np.testing.assert_allclose(found.loc[2, ["low", "high"]].astype(float), [0.5, 2])
-    np.testing.assert_allclose(approach(reach, 1)["reach"], [0.5, 1, 0.5])
+def test_copies_are_not_infinitely_near():
+    """The tokens of an opening that all prompts share are copies: all else is far."""
+    kinds, samples = table_of({"audio": 2, "text": 2}, 8)
+    states = states_of(np.zeros((2, len(kinds), 1)), kinds, samples)
+    states.hidden[:, states.tokens["kind"] == "audio"] = 1
+    mean = 0.5 * 32 / 31 * 31 / 32  # half of all pairs lie at 1
+    np.testing.assert_allclose(log_reach(states), np.log(1000 / mean), rtol=1e-6)
 
 
-def test_pushed_beside_random_draws():
-    before = reach_table([9, 9], [1, 2], [1, 2])
-    after = reach_table([9, 9], [2, 4], [8, 16])
-    draws = [reach_table([9, 9], [f, 2 * f], [f, 2 * f]) for f in (0.5, 3.0)]
-    layers, whole = pushed(before, after, draws)
-    assert layers["silenced"].tolist() == ["own"] * 3 + ["random"] * 3
-    np.testing.assert_allclose(layers["reach"], [1, 2, 8, 1, 1.75, 1.75])
-    np.testing.assert_allclose(layers["low"], [1, 2, 8, 1, 0.5, 0.5])
-    np.testing.assert_allclose(layers["high"], [1, 2, 8, 1, 3, 3])
-    assert whole["silenced"].tolist() == ["own", "random"]  # over decoder layers, not embeddings
-    np.testing.assert_allclose(whole[["reach", "low", "high"]], [[4, 4, 4], [1.75, 0.5, 3]])
+def reach_of(**factors: list) -> xr.DataArray:
+    """Log reach by kind, from factors [layer][sample]; prompts of one kind hold no other."""
+    each = [
+        xr.DataArray(np.log(of).T[None], {"kind": [kind], "sample": np.arange(len(of[0])) + 9 * i},
+                     ("kind", "sample", "layer")).assign_coords(layer=range(len(of)))
+        for i, (kind, of) in enumerate(factors.items())
+    ]  # fmt: skip
+    return xr.concat(each, "kind", join="outer")
+
+
+def test_approach_is_from_layer_1_to_the_last_prompt_by_prompt():
+    reach = reach_of(audio=[[9, 9, 9], [2, 4, 2], [1, 3, 1]], video=[[1, 1], [4, 4], [3, 2]])
+    audio, video = np.log([2, 4 / 3, 2]), np.log([4 / 3, 2])
+    effect = approach(reach)
+    assert effect.mean == pytest.approx((audio.mean() + video.mean()) / 2)
+    error = np.hypot(audio.std(ddof=1) / 3**0.5, video.std(ddof=1) / 2**0.5) / 2
+    assert effect.error == pytest.approx(error)
+    assert approach(reach_of(audio=[[5, 6]] * 3)).mean == 0
+
+
+def moved_of(*draws: list) -> xr.DataArray:
+    """Changes [draw, sample, layer] from [sample][layer] each."""
+    return xr.DataArray(
+        np.array(draws, float),
+        {"sample": range(len(draws[0])), "layer": range(len(draws[0][0]))},
+        ("draw", "sample", "layer"),
+    )
+
+
+def test_beyond_random_draws_by_hand():
+    own = [[0, 3, 5], [0, 1, 1], [0, 2, 2]]
+    moved = moved_of(own, [[0, 1, 1], [0, 0, 0], [0, 2, 2]], [[0, 0, 2], [0, 2, 2], [0, 3, 3]])
+    effect, null = beyond_random({"audio": moved})
+    beyond = np.array([4 - 1, 1 - 1, 2 - 2.5])
+    assert effect.mean == pytest.approx(beyond.mean())
+    extra = np.var([1, 2], ddof=1) / 2
+    assert effect.error == pytest.approx((beyond.var(ddof=1) / 3 + extra) ** 0.5)
+    np.testing.assert_allclose(null, [-0.5, 0.5])
+    both, null = beyond_random({"audio": moved, "image": moved_of(*[[[9, 1, 1]]] * 3)})
+    assert both.mean == pytest.approx(beyond.mean() / 2)  # media alike, however many prompts
+    np.testing.assert_allclose(null, [-0.25, 0.25])
+
+
+def test_own_neurons_that_are_random_ones_are_told_apart_as_often_as_chance():
+    rng, p, held = RNG(8), [], 0
+    for _ in range(200):
+        moved = xr.DataArray(
+            rng.standard_normal((20, 1, 2)) + 0.3 * rng.standard_normal((20, 12, 2)),
+            {"layer": [1, 2]}, ("draw", "sample", "layer"),
+        )  # fmt: skip
+        line = inference.judge("IV-probing silenced", *beyond_random({"audio": moved}))
+        p.append(line["p"])
+        held += line["verdict"].word == inference.HOLDS
+    assert (np.array(p) <= 0.05).sum() <= MOST and held <= MOST
+
+
+def test_changes_by_layer():
+    moved = moved_of([[0, 3], [0, 1]], [[0, 1], [0, 1]], [[0, 4], [0, 6]], [[0, 0], [0, 0]])
+    own = over_prompts(moved[0])
+    assert own.loc[1, ["layer", "value", "low", "high"]].tolist() == [1, 2, 1, 3]
+    table = beside_random(own, moved[1:].mean("sample")).set_index(["silenced", "layer"])
+    assert table.loc[("own", 1)].tolist() == [2, 1, 3]
+    assert table.loc[("random", 1)].tolist() == [2, 0, 5]
+    assert (table.xs(0, level="layer") == 0).all(axis=None)
 
 
 def test_silencing_is_of_the_neurons_and_ends(mllm, samples):
-    before, drawn = footprints(mllm), {"tokens_per_kind": 5, "batch_size": 3}
+    before, drawn = footprints(mllm), {"tokens_per_kind": 5, "batch_size": 3, "normed": True}
     as_is = log_reach(hidden_states(mllm, samples, **drawn))
     none, some = (random_neurons(mllm, share) for share in (0, 0.3))
-    pd.testing.assert_frame_equal(silenced_reach(mllm, samples, none, **drawn), as_is)
-    moved = silenced_reach(mllm, samples, some, **drawn)
-    same = np.isclose(moved["reach"], as_is["reach"], atol=1e-6)
-    assert same[as_is["layer"] == 0].all() and not same[as_is["layer"] > 0].any()
+    xr.testing.assert_identical(silenced_reach(mllm, samples, none, **drawn), as_is)
+    moved = silenced_reach(mllm, samples, some, **drawn) - as_is
+    there = as_is.notnull()
+    np.testing.assert_allclose(moved.sel(layer=0).fillna(0), 0, atol=1e-6)
+    assert (abs(moved) > 1e-6).sel(layer=slice(1, None)).equals(there.sel(layer=slice(1, None)))
     assert footprints(mllm) == before
 
 
-# --- the claims ----------------------------------------------------------------------------------
+# --- pictures ------------------------------------------------------------------------------------
 
 
-def measured(reach, probes=(0.5, 0.5, 0.5)) -> pd.DataFrame:
-    """A table of `probing` for three layers: values with narrow intervals against 1 and 0.5."""
-    tables = []
-    for measure, values, null in (("reach", reach, 1), ("probes", probes, 0.5)):
-        table = pd.DataFrame({"layer": [0, 1, 2], "value": values, "null": null})
-        near = {"low": table["value"] - 0.05, "high": table["value"] + 0.05}
-        near |= {"null_low": table["null"] - 0.1, "null_high": table["null"] + 0.1}
-        ahead = (table["null"] - table["value"]) * (1 if measure == "reach" else -1)
-        table["p"] = np.where(ahead > 0, 0.001, 1)
-        tables.append(table.assign(kind="audio", measure=measure, **near))
-    long = tables[1].assign(measure="elongation")
-    return pd.concat([*tables, long], ignore_index=True)
-
-
-def verdicts(table, last: float, own: float, random: float) -> list[str]:
-    reach = reach_table([1, 1], [2, 2], [last, last])
-    rows = [("own", own, own, own), ("random", 1, 0.9, random)]
-    whole = pd.DataFrame(rows, columns=["silenced", "reach", "low", "high"])
-    return [line["verdict"].word for line in claims(table, reach, {"audio": whole})]
-
-
-def test_claims_by_hand():
-    no, yes = "does not hold", "holds"
-    far = np.array([0.1, 2, 2])  # near at the embeddings, which do not count
-    assert verdicts(measured(far), 3, 0.8, 1.1) == [no] * 6
-    near = np.array([2, 0.1, 2])  # one layer is enough
-    found = verdicts(measured(near, np.array([0.5, 0.5, 0.9])), 0.5, 1.5, 1.1)
-    assert found == [yes] * 6
-    assert verdicts(measured(far), 1.5, 1.05, 1.1)[3:] == [no, yes, no]  # nearer than layer 1 only
-
-
-def test_claims_say_what_was_measured():
-    reach = reach_table([1, 1], [2, 2], [0.5, 0.5])
-    rows = [("own", 1.5, 1.4, 1.6), ("random", 1, 0.9, 1.1)]
-    whole = pd.DataFrame(rows, columns=["silenced", "reach", "low", "high"])
-    lines = claims(measured(np.array([9, 0.5, 0.1])), reach, {"audio": whole})
-    assert all(line["claim"].startswith("audio: ") for line in lines) and len(lines) == 6
-    assert lines[0]["measured"] == "0.10 [0.05, 0.15] at layer 2; yes at 2 of 2"
-    assert lines[0]["null"] == "1.00 [0.90, 1.10]" and lines[0]["p"] == 0.001
-    assert lines[3]["measured"] == "x 0.50 [0.50, 0.50]"
-    assert lines[4]["measured"] == "x 0.25 [0.25, 0.25]"
-    assert lines[5]["measured"] == "x 1.50 [1.40, 1.60]"
-    assert lines[5]["null"] == "x 1.00 [0.90, 1.10] (random neurons)"
+def test_probes_of_a_picture_are_not_those_of_the_space():
+    states = probe(0)
+    shown = states.tokens.reset_index(names="token")[["token", "sample", "kind"]]
+    panels = shown.assign(view="t-SNE, seed 0", layer=1, x=0.0, y=np.arange(len(shown)))
+    panels["y"] = RNG(0).permutation(len(shown))  # a picture in which all is mixed
+    found = crowded_pictures(states, panels)
+    assert found.loc[("audio", 1), "full space"] == 0
+    assert found.loc[("audio", 1), "t-SNE, seed 0"] > 0

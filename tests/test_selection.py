@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from functools import partial
@@ -16,6 +17,7 @@ from minerlib.selection import (
     PAPER_WEIGHTS,
     RATIOS,
     STRATEGIES,
+    first,
     matched_random,
     overlap,
     select,
@@ -223,6 +225,79 @@ def test_a_split_of_which_nothing_occurs():
     scores = random_scores(modalities=("text", "special"))
     with pytest.raises(ValueError, match="split 'prompt' needs .*the scores hold"):
         select(scores, split="prompt")
+
+
+# --- the first of them ---------------------------------------------------------------------------
+
+OF_THE_PAPER = ("adaptive", "LA_MU", "LU_MA", "uniform")
+
+
+@pytest.mark.parametrize("strategy", OF_THE_PAPER)
+def test_the_first_neurons_are_as_many_as_asked_and_nested(strategy):
+    scores = random_scores()
+    taken = [first(scores, n, strategy) for n in range(20, 150, 9)]
+    assert [unique(mask) for mask in taken] == [*range(20, 150, 9)]
+    for fewer, more in itertools.pairwise(taken):
+        assert not (fewer & ~more).any()
+    assert taken[0].dtype == bool and taken[0].modality.values.tolist() == [*NAMES[:3]]
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.5])
+@pytest.mark.parametrize("strategy", OF_THE_PAPER)
+def test_the_first_of_a_budget_are_its_neurons(strategy, ratio):
+    """As many as a budget holds are the budget's; weights and split count as in `select`."""
+    names = ("text", "special", "special_text", "image", "video")
+    scores, how = random_scores(modalities=names, seed=1), {"strategy": strategy}
+    for more in ({}, {"weights": "mean"}, {"split": "special_text_as_one"}):
+        whole = select(scores, ratio, **how | more)
+        found = first(scores, unique(whole), **how | more)
+        assert found.modality.values.tolist() == whole.modality.values.tolist()
+        np.testing.assert_array_equal(found.any("modality"), whole.any("modality"))
+        assert not (whole & ~found).any()  # given to whom the budget gives them
+    if strategy == "adaptive":
+        np.testing.assert_array_equal(found, whole)
+
+
+def hand_made() -> xr.DataArray:
+    """Two modalities, two layers of six neurons, of which `uniform` takes four a step."""
+    values = np.zeros((len(METRICS), 2, 2, 6), np.float32)
+    mean = values[list(METRICS).index("mean")]
+    mean[0, 0, [0, 1]], mean[0, 1, [2, 3]] = (0.9, 0.5), (0.8, 0.1)
+    mean[1, 0, [4, 5]], mean[1, 1, [0, 1]] = (0.7, 0.6), (0.95, 0.2)
+    values[list(METRICS).index("max")] = 1 - mean  # which must not count
+    return as_scores(values, NAMES[:2])
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"),
+    [
+        (4, []),
+        (5, [(1, 0, 5)]),  # 0.6 of the second step's 0.5, 0.1, 0.6 and 0.2
+        (6, [(1, 0, 5), (0, 0, 1)]),
+        (7, [(1, 0, 5), (0, 0, 1), (1, 1, 1)]),
+        (8, [(1, 0, 5), (0, 0, 1), (1, 1, 1), (0, 1, 3)]),
+    ],
+)
+def test_the_highest_of_a_step_are_taken(n, expected):
+    mask = first(hand_made(), n, "uniform", weights={"mean": 1.0})
+    step = [(0, 0, 0), (0, 1, 2), (1, 0, 4), (1, 1, 0)]
+    found = [tuple(place) for place in np.argwhere(mask.values).tolist()]
+    assert sorted(found) == sorted(step + expected)
+
+
+def test_the_first_of_too_few_and_of_too_many():
+    """A first step of four is not cut; three a modality and layer are nine different ones."""
+    how = {"strategy": "uniform", "weights": {"mean": 1.0}}
+    for n in (0, 1, 3):
+        with pytest.raises(ValueError, match=f"n={n}: strategy 'uniform' takes at least 4 neurons"):
+            first(hand_made(), n, **how)
+    np.testing.assert_array_equal(first(hand_made(), 9, **how), select(hand_made(), 1, **how))
+    for n in (10, 13):
+        with pytest.raises(ValueError, match=f"n={n}: strategy 'uniform' takes at most 9"):
+            first(hand_made(), n, **how)
+    assert unique(first(hand_made(), 12, "adaptive")) == 12
+    with pytest.raises(ValueError, match="n=13: strategy 'adaptive' takes at most 12"):
+        first(hand_made(), 13, "adaptive")
 
 
 # --- overlap and nulls ---------------------------------------------------------------------------

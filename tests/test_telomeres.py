@@ -5,22 +5,25 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 from conftest import footprints, random_neurons
 from made import MOST, RNG, states_of, table_of, value
 from scipy.stats import ortho_group
+from test_probing import p_of
 
-from minerlib.findings import telomeres as room
+from minerlib import inference
+from minerlib.findings import clouds
 from minerlib.findings.attention import attention_sinks
+from minerlib.findings.probing import by_layer, headline, labelled, parts
 from minerlib.findings.states import States, hidden_states
 from minerlib.findings.telomeres import (
-    against_recurring,
-    axis_ends,
-    changed_ends,
-    claims,
-    ends_and_rivals,
+    collected,
+    doubled,
+    fall,
+    in_short,
     massive_activations,
-    reversed_parts,
-    silenced_beside,
+    mean_ends,
+    moved,
     silenced_ends,
     telomeres,
 )
@@ -40,68 +43,45 @@ def line(at: tuple[float, float], seed: int = 0) -> States:
     return states
 
 
-def test_specials_at_the_ends_of_the_text():
-    table = telomeres(line((-1, 11)))
+def test_anchored_specials_at_the_ends_of_the_text():
+    found = telomeres(line((-1, 11)), n_boot=50)
     for measure, expected in {"axis_end": 1, "axis_order": 1, "attachment": 16 / 12}.items():
-        row = value(table, measure)
+        row = value(by_layer(found), measure)
         assert row["value"] == pytest.approx(expected, abs=0.02), measure
-        assert row["p"] == pytest.approx(1 / 201)
-    assert value(table, "sequence_end")["value"] == pytest.approx(1, abs=0.02)
+        if measure != "axis_end":  # of one word, as all text is here, nothing can be drawn
+            assert p_of(found.sel(measure=measure)) == pytest.approx(1 / 201)
 
 
 def test_specials_in_the_middle_of_the_text():
-    row = value(telomeres(line((5, 5))), "axis_end")
-    assert row["value"] < 0.2 and row["p"] == 1
-    assert row["null"] == pytest.approx(0.5, abs=0.05)
+    row = value(by_layer(telomeres(line((5, 5)), n_boot=50)), "axis_end")
+    assert row["high"] < 0.2
 
 
 def test_telomeres_do_not_see_rotation_and_need_no_media():
     states = line((-1, 11))
     turned = (states.hidden @ ortho_group.rvs(5, random_state=3)).astype(np.float32)
-    columns = ["value", "low", "high"]
-    a, b = telomeres(states)[columns], telomeres(States(turned, states.tokens))[columns]
-    np.testing.assert_allclose(a, b, atol=1e-3)
-    assert "attachment" not in set(telomeres(states.of("text", "special"))["measure"])
+    columns, few = ["value", "low", "high"], {"n_boot": 50, "n_null": 40}
+    a, b = (by_layer(telomeres(x, **few)) for x in (states, States(turned, states.tokens)))
+    np.testing.assert_allclose(a[columns], b[columns], atol=1e-3)
+    bare = telomeres(states.of("text", "special"), **few)
+    assert bare["measure"].values.tolist() == ["axis_end", "beyond_words", "axis_order"]
 
 
-def test_telomeres_null_keeps_its_level():
+def test_shuffles_keep_their_level():
     kinds, samples = table_of({"text": 6, "special": 3, "image": 6}, 10)
     order = np.concatenate([15 * s + RNG(s).permutation(15) for s in range(10)])
     kinds = list(np.array(kinds)[order])
     x = RNG(7).standard_normal((200, len(kinds), 4)) * [3, 1, 1, 1]
-    states = states_of(x, kinds, samples)
-    table = telomeres(states, k=5, n_boot=20, n_null=99)
-    rejected = (table["p"] <= 0.05).groupby(table["measure"]).sum()
-    assert set(rejected.index) == {"axis_end", "axis_order", "attachment", "sequence_end"}
-    assert rejected.drop("sequence_end").max() <= MOST  # that one is the same at every layer
-
-
-def test_massive_activations():
-    x = np.ones((2, 6, 5), np.float32)
-    x[1, 0, 3] = -4000
-    kinds, samples = table_of({"special": 1, "text": 2}, 2)
-    table = massive_activations(states_of(x, kinds, samples)).set_index(["layer", "kind"])
-    assert table.loc[(0, "special"), "ratio"] == 1
-    row = table.loc[(1, "special")]
-    assert (row["ratio"], row["massive"]) == (2000.5, 0.5)
-    assert (row["low"], row["high"]) == (1, 4000)  # of two prompts, one is massive
-    assert table.loc[(1, "text"), ["ratio", "massive"]].tolist() == [1, 0]
+    found = telomeres(states_of(x, kinds, samples), k=5, n_boot=2, n_null=99)
+    for measure in ("axis_order", "attachment"):
+        assert (p_of(found.sel(measure=measure)) <= 0.05).sum() <= MOST
 
 
 def test_telomeres_run_on_a_model(mllm, samples):
-    states = hidden_states(mllm, samples * 2, tokens_per_kind=5)
-    table = telomeres(states, k=3, n_boot=20, n_null=20)
-    assert set(table["layer"]) == set(range(mllm.n_layers + 1))
-    assert np.isfinite(massive_activations(states)["ratio"]).all()
-
-
-def test_axis_ends_by_hand():
-    """Text at 0 to 4: a special at 2 is in the middle, one at 5 at the end."""
-    kinds, samples = table_of({"text": 5, "special": 2}, 2)
-    x = np.array([0, 1, 2, 3, 4, 2, 5, 0, 1, 2, 3, 4, 5, -1], float)[:, None] * [1, 0]
-    table = axis_ends(states_of(np.stack([x, 3 * x[:, ::-1]]), kinds, samples))
-    assert table[["layer", "sample"]].values.tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
-    np.testing.assert_allclose(table["axis_end"], [0.5, 1, 0.5, 1])
+    drawn = {"tokens_per_kind": 5, "equal": False, "batch_size": 3, "normed": True}
+    found = telomeres(hidden_states(mllm, samples * 2, **drawn), k=3, n_boot=20, n_null=20)
+    assert found.sizes["layer"] == mllm.n_layers + 1 and np.isfinite(found).all()
+    assert found.attrs["recurring"] >= found.attrs["special"] > 1
 
 
 # --- recurring words -----------------------------------------------------------------------------
@@ -123,170 +103,207 @@ def words(place: float, specials: int = 1) -> States:
 
 def test_recurring_words_are_a_stricter_null():
     """A special that lies where the last word lies is out, but no further than words can be."""
-    states = words(place=4)
-    row, stricter = value(telomeres(states), "axis_end"), against_recurring(states).iloc[0]
-    assert (stricter["n"], stricter["among"]) == (1, 5)  # the prompts' own words are left out
-    assert stricter[["value", "low", "high"]].tolist() == row[["value", "low", "high"]].tolist()
-    assert row["p"] == pytest.approx(1 / 201) and 0.25 < stricter["p"] < 0.55
+    found = telomeres(words(place=4), n_boot=50)
+    row = value(by_layer(found), "axis_end")
+    assert found.attrs == {"special": 1, "recurring": 5}  # the prompts' own words are left out
+    assert row["value"] == pytest.approx(5 / 6)
+    assert 0.25 < p_of(found.sel(measure="beyond_words"))[0] < 0.55
     # Words at 0 to 4, of 6: the lowest and the highest lie 5/6 out, the next half, the middle 0.
-    assert stricter["null"] == pytest.approx((5 / 6 + 1 / 2 + 0 + 1 / 2 + 5 / 6) / 5, abs=0.06)
-    assert (stricter["null_low"], stricter["null_high"]) == pytest.approx((0, 5 / 6))
-    assert against_recurring(words(place=9)).iloc[0]["p"] == pytest.approx(1 / 201)
+    assert row["null"] == pytest.approx((5 / 6 + 1 / 2 + 0 + 1 / 2 + 5 / 6) / 5, abs=0.06)
+    assert (row["null_low"], row["null_high"]) == pytest.approx((0, 5 / 6))
+    further = value(by_layer(found), "beyond_words")
+    assert further["value"] == pytest.approx(row["value"] - row["null"])
 
 
 def test_as_many_recurring_words_as_special_tokens():
-    stricter = against_recurring(words(place=4, specials=5)).iloc[0]
-    assert (stricter["n"], stricter["among"]) == (5, 5)
-    assert stricter["null_low"] == pytest.approx(stricter["null_high"])  # always all five
-    assert not len(against_recurring(words(place=4, specials=6)))
-    every = against_recurring(words(place=4), share=1 / 30).iloc[0]
-    assert every["among"] == 35
+    few = {"n_boot": 20, "n_null": 40}
+    row = value(by_layer(telomeres(words(place=4, specials=5), **few)), "axis_end")
+    assert row["null_low"] == pytest.approx(row["null_high"])  # always all five
+    fewer = telomeres(words(place=4, specials=6), **few)
+    assert (fewer.attrs["special"], fewer.attrs["recurring"]) == (6, 5)
+    assert value(by_layer(fewer), "axis_end")["value"] == pytest.approx(5 / 6)
+    assert fewer.sel(measure="beyond_words").isnull().all()
+    every = telomeres(words(place=4), share=1 / 30, **few)
+    assert every.attrs["recurring"] == 35
 
 
-# --- changed prompts -----------------------------------------------------------------------------
+def test_the_headline_is_beyond_words_averaged_over_layers_from_1_on():
+    for place, word in ((9, inference.HOLDS), (2, inference.FAILS)):
+        states = words(place)
+        deep = States(np.concatenate([0 * states.hidden, states.hidden]), states.tokens)
+        found = telomeres(deep, n_boot=100).sel(measure=["beyond_words"])
+        line = inference.judge("IV-telomeres", *headline(found), rows=30)
+        mean = (5 / 6 + 1 / 2 + 0 + 1 / 2 + 5 / 6) / 5
+        assert line["effect"] == pytest.approx({9: 1, 2: 0}[place] - mean, abs=0.06)
+        assert line["verdict"].word == word
+        assert (line["p"] <= 0.05) == (word == inference.HOLDS)
 
 
-@pytest.mark.parametrize(
-    "prompt, expected",
-    [
-        ("Who?", None),
-        ("Who? Why. No", "No\nWhy.\nWho?"),
-        ("A. B\n\nC. D", "C. D\nA. B"),  # blocks before sentences
-    ],
-)
-def test_parts_in_reverse(prompt, expected):
-    assert reversed_parts(prompt) == expected
-    assert room.CHANGES["doubled"](prompt) == f"{prompt}\n{prompt}"
+def test_special_tokens_that_are_words_like_others_are_told_apart_as_often_as_chance():
+    """In each of 200 layers every token, a word or special, has a place of its own."""
+    kinds, samples = table_of({"text": 12, "special": 2}, 6)
+    ids = np.tile(np.arange(14), 6)
+    rng = RNG(4)
+    x = 2 * rng.standard_normal((200, 14, 3))[:, ids] + 0.1 * rng.standard_normal((200, 84, 3))
+    states = states_of(x, kinds, samples)
+    found = telomeres(States(states.hidden, states.tokens.assign(id=ids)), n_boot=2, n_null=99)
+    beyond = found.sel(measure="beyond_words")
+    assert (p_of(beyond) <= 0.05).sum() <= MOST
+    assert abs(next(parts(beyond)).mean()) < 0.05
 
 
-def test_change_is_prompt_by_prompt(mllm, samples, monkeypatch):
-    drawn = {"tokens_per_kind": None, "equal": False, "batch_size": 2}
-    states = hidden_states(mllm, samples, **drawn)
-    some = {sample.prompt for sample in samples[1:]}
-    monkeypatch.setitem(room.CHANGES, "same", lambda prompt: prompt if prompt in some else None)
-    table = changed_ends(mllm, samples, states, "same", **drawn).set_index("condition")
-    assert set(table["n"]) == {len(samples) - 1}
-    np.testing.assert_allclose(table.loc["change", ["axis_end", "low", "high"]], 0, atol=1e-4)
-    table = changed_ends(mllm, samples, states, "doubled", **drawn)
-    means = table.pivot(index="layer", columns="condition", values="axis_end")
-    np.testing.assert_allclose(means["change"], means["doubled"] - means["as it is"], atol=1e-9)
-    twice = [type(s)(**{**vars(s), "prompt": room.CHANGES["doubled"](s.prompt)}) for s in samples]
-    now = axis_ends(hidden_states(mllm, twice, **drawn)).groupby("layer")["axis_end"].mean()
-    np.testing.assert_allclose(means["doubled"], now, atol=1e-9)
-    monkeypatch.setitem(room.CHANGES, "none", lambda prompt: None)
-    assert not len(changed_ends(mllm, samples, states, "none", **drawn))
+# --- axis ends and their intervals ---------------------------------------------------------------
 
 
-# --- silencing -----------------------------------------------------------------------------------
+def test_axis_ends_by_hand():
+    """Text at 0 to 4: a special at 2 is in the middle, those at 5 and -1 at the ends."""
+    kinds, samples = table_of({"text": 5, "special": 2}, 2)
+    x = np.array([0, 1, 2, 3, 4, 2, 5, 0, 1, 2, 3, 4, 5, -1], float)[:, None] * [1, 0]
+    found = mean_ends(states_of(np.stack([x, 3 * x[:, ::-1]]), kinds, samples), n_boot=50)
+    at, drawn, _ = parts(found)
+    np.testing.assert_allclose(at, [[0.75], [0.75]])
+    assert {*np.round(drawn[0], 6)} == {0.5, 0.75, 1}  # one prompt twice, or both
+
+
+def test_weights_are_how_often_points_count():
+    rng = RNG(1)
+    x, w = rng.standard_normal((20, 5)) * [3, 2, 1, 1, 1], rng.integers(0, 4, (6, 20))
+    second = np.arange(20) >= 15
+    axes = clouds.principal_axis(x, w)
+    for axis, weight in zip(axes, w, strict=True):
+        own = clouds.principal_axis(np.repeat(x, weight, axis=0))
+        assert abs(axis @ own) == pytest.approx(1)
+        z, all_once = x @ axis, np.maximum(weight, second)
+        repeated = clouds.extremity(np.repeat(z, all_once), np.repeat(second, all_once)[None])
+        found = clouds.extremity(z, second[None], weight[None])[0]
+        np.testing.assert_allclose(repeated[0], np.repeat(found, all_once), atol=1e-12)
+    np.testing.assert_allclose(
+        abs(clouds.principal_axis(x, np.ones((1, 20)))[0]), abs(clouds.principal_axis(x))
+    )
+
+
+def copied(states: States, counts: np.ndarray) -> States:
+    """The prompts as often as counts say, each a sample of its own."""
+    tokens, at = states.tokens, []
+    chosen = np.repeat(np.arange(len(counts)), counts.astype(int))
+    at = [np.flatnonzero(tokens["sample"] == sample) for sample in chosen]
+    table = tokens.iloc[np.concatenate(at)].assign(
+        sample=np.repeat(range(len(at)), [*map(len, at)])
+    )
+    return States(states.hidden[:, np.concatenate(at)], table.reset_index(drop=True))
+
+
+def test_a_resampling_measures_all_of_it_again():
+    """Axis, percentiles, specials and words of the resampled prompts, as if that was all."""
+    kinds, samples = table_of({"text": 5, "special": 2}, 8)
+    states = states_of(RNG(2).standard_normal((2, len(kinds), 4)) * [2, 1, 1, 1], kinds, samples)
+    ids = np.where(states.tokens["kind"] == "text", states.tokens["place"], 9)
+    states = States(states.hidden, states.tokens.assign(id=ids))
+    found = telomeres(states, n_boot=6, n_null=40, seed=5)
+    for i, counts in enumerate(inference.resamples(8, 6, 5)):
+        again = telomeres(copied(states, counts), n_boot=2, n_null=40, seed=5)
+        for measure in ("axis_end", "beyond_words"):
+            drawn = found.sel(measure=measure)[:, 1 + i]
+            np.testing.assert_allclose(drawn, again.sel(measure=measure)[:, 0], atol=1e-6)
+    ends = mean_ends(states, n_boot=6, seed=5)
+    np.testing.assert_allclose(ends, found.sel(measure="axis_end")[:, :7])
+
+
+# --- rivals --------------------------------------------------------------------------------------
+
+
+def test_a_fall_is_a_mean_over_layers_from_1_on_of_the_same_resamplings():
+    before = labelled([[0, 9, 9, 9], [0.9, 0.8, 1.0, 7], [0.7, 0.8, 1.0, 7]], 2, 1, layer=range(3))
+    after = labelled([[9, 9, 9], [0.5, 0.6, 0.6], [0.5, 0.4, 0.6]], 2, 0, layer=range(3))
+    effect = fall(before, after)
+    assert effect.mean == pytest.approx(0.3)
+    np.testing.assert_allclose(effect[1:3], [0.3025, 0.3975])  # of 0.3 and 0.4
+    assert fall(before, before)[:3] == (0, 0, 0)
+
+
+def test_without_the_first_token():
+    """The first token of each prompt lies out, the second in the middle: half of the end falls."""
+    states = line((11, 5))
+    deep = States(np.concatenate([states.hidden, states.hidden]), states.tokens)
+    ends, rest = (mean_ends(x, n_boot=100) for x in (deep, deep.where(deep.tokens["position"] > 0)))
+    made = inference.judge("IV-telomeres first", fall(ends, rest), "no change")
+    assert made["effect"] == pytest.approx(0.5, abs=0.1) and made["verdict"].word == inference.HOLDS
+
+
+def test_doubled(mllm, samples):
+    twice = doubled(samples)
+    assert [s.prompt for s in twice] == [f"{s.prompt}\n{s.prompt}" for s in samples]
+    assert [s.image is x.image and s.row == x.row for s, x in zip(twice, samples, strict=True)]
+    drawn = {"tokens_per_kind": None, "equal": False, "normed": True}
+    ends = [mean_ends(hidden_states(mllm, x, **drawn), n_boot=20) for x in (samples, twice)]
+    assert np.isfinite(fall(*ends)).all() and fall(*ends).mean != 0
+
+
+def test_massive_activations():
+    x = np.ones((2, 6, 5), np.float32)
+    x[1, 0, 3] = -4000
+    kinds, samples = table_of({"special": 1, "text": 2}, 2)
+    table = massive_activations(states_of(x, kinds, samples))
+    at = table.set_index(["layer", "kind", "sample"]).sort_index()
+    assert at.loc[(0, "special"), "ratio"].tolist() == [1, 1]
+    assert at.loc[(1, "special"), "ratio"].tolist() == [4000, 1]
+    assert at.loc[(1, "special"), "massive"].tolist() == [1, 0]
+    assert at.loc[(1, "text"), ["ratio", "massive"]].values.tolist() == [[1, 0], [1, 0]]
+
+
+def test_attention_collected_prompt_by_prompt(mllm, samples):
+    each, whole = collected(mllm, samples), attention_sinks(mllm, samples, batch_size=3)
+    mean = each.groupby(["layer", "set"])["collected"].mean()
+    whole = whole.assign(layer=whole["layer"] + 1).set_index(["layer", "set"])["collected"]
+    pd.testing.assert_series_equal(mean, whole.sort_index(), rtol=1e-3)
+    assert each["sample"].nunique() == len(samples) and each["layer"].min() == 1
 
 
 def test_silencing_is_of_the_neurons_and_ends(mllm, samples):
-    before, drawn = footprints(mllm), {"tokens_per_kind": 6, "equal": False, "seed": 3}
-    sinks = attention_sinks(mllm, samples, batch_size=3)
-    as_is = ends_and_rivals(hidden_states(mllm, samples, batch_size=3, **drawn), sinks)
+    before = footprints(mllm)
+    drawn = {"tokens_per_kind": 6, "equal": False, "seed": 3, "batch_size": 3, "normed": True}
+    as_is = mean_ends(hidden_states(mllm, samples, **drawn), n_boot=100, seed=3)
     none, some = (
-        silenced_ends(mllm, samples, random_neurons(mllm, share), batch_size=3, **drawn)
-        for share in (0, 0.3)
+        silenced_ends(mllm, samples, random_neurons(mllm, share), **drawn) for share in (0, 0.3)
     )
-    pd.testing.assert_frame_equal(none, as_is)
-    moved = (some != as_is).any()  # but the attachment of so few tokens may be at its most
-    assert moved.drop(["sample", "attachment"]).all() and not moved["sample"]
-    assert footprints(mllm) == before
+    xr.testing.assert_identical(none, as_is)
+    np.testing.assert_allclose(some.sel(layer=0), as_is.sel(layer=0), atol=1e-6)
+    assert (some != as_is).any() and footprints(mllm) == before
 
 
-def test_ends_and_rivals_are_means_over_decoder_layers():
-    states = line((-1, 11))
-    inner = states.hidden[0].copy()
-    middle = (states.tokens["kind"] == "special").to_numpy()
-    inner[middle] = inner[states.tokens["kind"] == "text"].mean(0)
-    deep = States(np.stack([states.hidden[0], inner, inner]), states.tokens)
-    sinks = pd.DataFrame({"set": ["first", "later special"] * 2, "collected": [1, 5, 3, 7.0]})
-    table = ends_and_rivals(deep, sinks)
-    assert len(table) == 25 and table["axis_end"].max() < 0.1  # not the embeddings
-    assert table.loc[0, "attention on first"] == 2
-    assert table.loc[0, "attention on later special"] == 6
-    assert table.loc[0, "attachment"] == pytest.approx(16 / 12)
-    peaks = massive_activations(deep).query("layer == 1 and kind == 'special'")["ratio"]
-    assert table.loc[0, "largest coordinate"] == pytest.approx(peaks.item())
+def change_of(*sets) -> xr.DataArray:
+    """Changes [set, layer, draw]; the embeddings' do not count."""
+    of = [labelled([[9] * len(x[0]), *x], len(x[0]) - 1, 0, layer=range(len(x) + 1)) for x in sets]
+    return xr.concat(of, "set")
 
 
-def test_silenced_beside_random_draws():
-    def table(*ends, other=1.0):
-        return pd.DataFrame({"sample": [0, 1], "axis_end": ends, "axis_order": other})
-
-    draws = [table(0.5, 0.9), table(0.7, 0.9), table(0.6, 0.9, other=4)]
-    summary, change = silenced_beside(table(0.6, 0.8), table(0.2, 0.6, other=3), draws)
-    assert summary.index.tolist() == ["axis end", "axis order"]
-    np.testing.assert_allclose(summary.loc["axis end"], [0.7, 0.4, 0.75, 0.7, 0.8])
-    np.testing.assert_allclose(summary.loc["axis order"], [1, 3, 2, 1, 4])
-    assert change.index.tolist() == ["special", "random"]
-    expected = [[-0.3, -0.4, -0.2], [0.05, 0, 0.1]]
-    np.testing.assert_allclose(change[["axis_end", "low", "high"]], expected, atol=1e-9)
+def test_moved_is_in_magnitude_beyond_random_sets():
+    own = [[-0.4, -0.2, -0.6], [0.2, 0.2, 0.2]]
+    change = change_of(own, [[0.1, 0, 0.2], [-0.1, 0, 0.2]], [[0, 0, 0], [0, 0.2, 0]])
+    effect, null = moved(change)
+    assert effect.mean == pytest.approx(0.3 - 0.05)
+    ends = np.quantile([0.2 - 0.05, 0.4 - 0.1], [0.025, 0.975])
+    np.testing.assert_allclose(effect[1:3], ends)
+    np.testing.assert_allclose(null, [0.05, -0.05])
 
 
-# --- the claims ----------------------------------------------------------------------------------
+def test_own_neurons_that_are_random_ones_are_told_apart_as_often_as_chance():
+    rng, p, held = RNG(8), [], 0
+    for _ in range(200):
+        size, noise = rng.standard_normal((20, 2, 1)), rng.standard_normal((20, 2, 60))
+        line = inference.judge("IV-telomeres silenced", *moved(change_of(*(size + 0.3 * noise))))
+        p.append(line["p"])
+        held += line["verdict"].word == inference.HOLDS
+    assert (np.array(p) <= 0.05).sum() <= MOST and held <= MOST
 
 
-def by_layer(values, measure="axis_end", column="value", **more) -> pd.DataFrame:
-    """Four layers with narrow intervals, against a null of 0.5."""
-    table = pd.DataFrame({"layer": range(5), column: values, "measure": measure})
-    null = {"null": 0.5, "null_low": 0.4, "null_high": 0.6, "p": 0.5}
-    return table.assign(low=table[column] - 0.01, high=table[column] + 0.01, **null, **more)
-
-
-def lines_of(ends, stays=0.9, moved=-0.2, lowest=-0.1, collected=1.0, ratio=5.0) -> dict[str, str]:
-    measured = pd.concat(
-        [by_layer(ends), by_layer(ends, "axis_order"), by_layer(ends, "attachment")]
-    )
-    now = pd.concat(
-        [
-            by_layer([0.9] * 5, column="axis_end", condition="as it is"),
-            by_layer([0.1, stays, stays, 0.1, 0.1], column="axis_end", condition="doubled"),
-            by_layer([-0.9, 0, -0.3, 0, 0.1], column="axis_end", condition="change"),
-        ]
-    )
-    change = {"special": [moved, moved - 0.05, moved + 0.05], "random": [0, lowest, 0.1]}
-    lines = claims(
-        measured,
-        by_layer(ends),
-        by_layer(ends),
-        {"doubled": now, "reversed": pd.DataFrame(columns=["condition", "layer"])},
-        pd.concat([by_layer([0, *[c] * 4], column="collected", set=s).iloc[1:] for s, c in
-                   (("first", collected), ("later special", 1.0))]),
-        by_layer([9000, *[ratio] * 4], column="ratio", kind="special"),
-        pd.DataFrame(change, index=["axis_end", "low", "high"]).T,
-        sink=2.0,
-    )  # fmt: skip
-    assert len({line["claim"] for line in lines}) == len(lines) == 10
-    return {line["claim"]: line for line in lines}
-
-
-def words_of(lines: dict) -> list[str]:
-    return [line["verdict"].word for line in lines.values()]
-
-
-def test_claims_by_hand():
-    no, yes = "does not hold", "holds"
-    out = [0.1, 0.9, 0.9, 0.1, 0.1]  # at half of the decoder layers
-    assert words_of(lines_of(out)) == [yes] * 6 + [no] * 3 + [yes]
-    inside = [0.9, 0.9, 0.1, 0.1, 0.1]  # the embeddings do not count
-    assert words_of(lines_of(inside)) == [no] * 9 + [yes]  # and there is nothing to stay
-    assert words_of(lines_of(out, stays=0.55))[5] == no
-    rival = words_of(lines_of(out, collected=3.0, ratio=2000.0))
-    assert rival[6:9] == [yes, no, yes]
-    assert words_of(lines_of(out, moved=-0.2, lowest=-0.3))[-1] == no  # as random draws do
-    assert words_of(lines_of(out, moved=0.2))[-1] == no
-
-
-def test_claims_say_what_was_measured():
-    lines = lines_of([0.1, 0.8, 0.9, 0.1, 0.1])
-    line = lines["special tokens lie at the ends of the text cloud"]
-    assert line["measured"] == "0.90 [0.89, 0.91] at layer 2; yes at 2 of 4"
-    assert line["null"] == "0.50 [0.40, 0.60]"
-    line = lines["they stay at the ends when the prompt is doubled"]
-    assert line["measured"] == "change -0.30 [-0.31, -0.29] at most, layer 2; yes at 2 of 4"
-    assert line["null"] == "text below 0.60"
-    assert lines["rival: the first token is an attention sink"]["null"] == "sink from 2.00"
-    line = lines["silencing the special neurons moves them off the ends"]
-    assert line["measured"] == "-0.20 [-0.25, -0.15]"
-    assert line["null"] == "+0.00 [-0.10, +0.10] (random neurons)"
+def test_in_short(mllm, samples):
+    drawn = {"tokens_per_kind": 6, "equal": False, "seed": 3, "batch_size": 3, "normed": True}
+    table = in_short(mllm, samples, 40, **drawn)
+    found = telomeres(hidden_states(mllm, samples, **drawn), n_boot=2, n_null=40, seed=3)
+    at = table.set_index(["measure", "layer"])["value"]
+    for measure in found["measure"].values:
+        np.testing.assert_allclose(at[measure], found.sel(measure=measure)[:, 0], atol=1e-6)
+    later = attention_sinks(mllm, samples, batch_size=3).query("set == 'later special'")
+    np.testing.assert_allclose(at["attention"], later["collected"])
+    assert table.columns.tolist() == ["measure", "layer", "value"]

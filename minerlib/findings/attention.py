@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from minerlib.artifacts import computation
-from minerlib.inference import by_share, interval
+from minerlib.inference import decide, estimate, interval
 from minerlib.model import MLLM
 from minerlib.scoring import attention
 from minerlib.separation import separate
+from minerlib.tasks.evaluation import by_benchmark
 
 
 def visible(mask: Tensor | None, real: Tensor, queries: int | None = None) -> Tensor:
@@ -104,24 +105,37 @@ def attention_between(mllm: MLLM, bench, *, batch_size: int = 8) -> pd.DataFrame
     return _table("share", mass[own], null[own], query=kinds, key=kinds)
 
 
-@computation(version=1)
+@computation(version=2)
 def attention_within(mllm: MLLM, bench, *, batch_size: int = 8) -> pd.DataFrame:
-    """The rows of `attention_between` from a set to itself, in a column `set` (hypothesis 1)."""
-    own = attention_between(mllm, bench, batch_size=batch_size).query("query == key")
-    return own.drop(columns="key").rename(columns={"query": "set"}).reset_index(drop=True)
+    """Each prompt's share of attention from a base set to itself, by layer (hypothesis 1).
 
-
-def hypothesis_1(within: pd.DataFrame) -> pd.DataFrame:
-    """Whether each set holds on to itself, from `attention_within` of one benchmark or several.
-
-    Indexed by set: mean share and uniform, the shares of layers and benchmarks whose interval lies
-    `above` and `below` the uniform null, and the verdict, `hypothesis 1` (`inference.by_share`).
+    Columns sample, layer, set, share, and uniform, the null of `mass_between`.
     """
-    above, below = within["low"] > within["uniform"], within["high"] < within["uniform"]
-    groups = within.assign(above=above, below=below).groupby("set", sort=False)
-    table = groups[["share", "uniform", "above", "below"]].mean()
-    verdicts = map(by_share, table["above"], groups.size())
-    return table.assign(**{"hypothesis 1": [*map(str, verdicts)]})
+    mass, null, _ = _masses(mllm, bench, batch_size)
+    own = range(len(mllm.kinds))
+    axes = {"sample": range(len(mass)), "layer": range(mllm.n_layers), "set": mllm.kinds}
+    index = pd.MultiIndex.from_product(axes.values(), names=axes)
+    columns = {"share": mass[:, :, own, own].ravel(), "uniform": null[:, :, own, own].ravel()}
+    return pd.DataFrame(columns, index).dropna().reset_index()
+
+
+def hypothesis_1(within: pd.DataFrame, smallest: float = 0.1) -> pd.DataFrame:
+    """Whether each set holds on to more attention than it would if all were uniform.
+
+    within has the rows of `attention_within` of each benchmark, and columns benchmark and medium
+    (what a prompt is about). Indexed by set: share, uniform and their difference, excess, averaged
+    over layers, prompts and then benchmarks; low, high (`inference.estimate` over prompts, those
+    about one medium together); and `hypothesis 1`, the word of `inference.decide`.
+    """
+    prompt, values = ["set", "benchmark", "sample", "medium"], ["share", "uniform"]
+    rows = within.groupby(prompt, sort=False)[values].mean().reset_index()
+    rows["excess"], lines = rows["share"] - rows["uniform"], {}
+    for name, of in rows.groupby("set", sort=False):
+        media, means = by_benchmark(of, "medium"), of.groupby("benchmark")[values].mean().mean()
+        found = estimate(by_benchmark(of, "excess"), media, None)
+        interval = {"excess": found.mean, "low": found.low, "high": found.high}
+        lines[name] = {**means, **interval, "hypothesis 1": str(decide(found, smallest))}
+    return pd.DataFrame.from_dict(lines, orient="index").rename_axis("set")
 
 
 @computation(version=1)

@@ -155,21 +155,38 @@ def directions_like(x: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((n, len(x))) @ (x - x.mean(0))
 
 
-def principal_axis(x: np.ndarray) -> np.ndarray:
-    """The unit direction of greatest variance of the points [n, hidden]; its sign is arbitrary."""
+def principal_axis(x: np.ndarray, weights=None, span: int = 32) -> np.ndarray:
+    """The unit direction of greatest variance of the points [n, hidden]; its sign is arbitrary.
+
+    With weights [r, n] that of the points so weighted, [r, hidden], among all combinations of the
+    first `span` principal directions.
+    """
     x = x - x.mean(0)
     few = len(x) < x.shape[1]  # the smaller of the two Gram matrices
-    axis = np.linalg.eigh(x @ x.T if few else x.T @ x)[1][:, -1]
-    axis = x.T @ axis if few else axis
-    return axis / max(np.linalg.norm(axis), 1e-24)
+    axes = np.linalg.eigh(x @ x.T if few else x.T @ x)[1][:, : -span - 1 : -1]
+    axes = x.T @ axes if few else axes
+    axes = axes / np.maximum(np.linalg.norm(axes, axis=0), 1e-24)
+    if weights is None:
+        return axes[:, 0]
+    y, w = x @ axes, weights / weights.sum(1, keepdims=True)
+    centre, squares = w @ y, y[:, :, None] * y[:, None]
+    moments = np.tensordot(w, squares, 1) - centre[:, :, None] * centre[:, None]
+    return np.linalg.eigh(moments)[1][..., -1] @ axes.T
 
 
-def extremity(z: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """How far out each z [n] lies among the first cloud's, [r, n]: 0 at the median, 1 at an end."""
+def extremity(z: np.ndarray, second: np.ndarray, weights=None) -> np.ndarray:
+    """How far out each z [n] lies among the first cloud's, [r, n]: 0 at the median, 1 at an end.
+
+    weights [r, n] say how often each point of the first cloud counts.
+    """
     order = np.argsort(z, kind="stable")
-    below, upto = (np.searchsorted(z[order], z, side) for side in ("left", "right"))
-    first = np.cumsum(np.pad(~second[:, order], ((0, 0), (1, 0))), axis=1)
-    return np.abs((first[:, below] + first[:, upto]) / first[:, -1:] - 1)
+    new = np.append(True, np.diff(z[order]) > 0)  # else tied with the one before
+    edges, at = np.append(np.flatnonzero(new), len(z)), new.cumsum()
+    counts = (~second if weights is None else ~second * weights)[:, order]
+    first = np.cumsum(np.pad(counts, ((0, 0), (1, 0))), axis=1)
+    out = np.empty(second.shape)
+    out[:, order] = np.abs((first[:, edges[at - 1]] + first[:, edges[at]]) / first[:, -1:] - 1)
+    return out
 
 
 def standard_ranks(values: np.ndarray) -> np.ndarray:

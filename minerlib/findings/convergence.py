@@ -1,8 +1,9 @@
 """Where the modalities converge (finding II): distances of kinds' clouds, layer by layer."""
 
-from collections import defaultdict
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from scipy.spatial import procrustes
-from scipy.stats import hypergeom
 from sklearn.metrics import pairwise_distances
 from tqdm import tqdm
 
@@ -19,48 +19,41 @@ from minerlib.artifacts import computation
 from minerlib.deactivation import deactivate
 from minerlib.findings import clouds
 from minerlib.findings.states import States, hidden_states
+from minerlib.inference import Estimate
 from minerlib.model import MLLM
+from minerlib.tasks import Sample
 
 CONVERGENCE = dict(distance=True, silhouette=True, accuracy=True, mixing=False, cka=False)
 """Measures of convergence: whether smaller is more converged."""
+PLACE = "place"  # the kind of words that stand where a medium stood
 
 
-@computation(version=1)
+# --- five measures, to look at -------------------------------------------------------------------
+
+
+@computation(version=2)
 def convergence(
     states: States, kinds: Sequence[str] | None = None, *, k=10, n_boot=1000, n_null=200, seed=0
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """How far apart each two kinds (default: of all) that meet lie, and where they converge.
+) -> pd.DataFrame:
+    """How far apart each two kinds (default: of all) that meet lie, layer by layer.
 
     Measures: `distance` of the centroids over the spread; `silhouette` of the labels; `accuracy`
     of a cross-validated linear classifier; `mixing`, the share of the k nearest neighbours that
     are of the other kind, over chance; `cka`, debiased linear CKA between the kinds' means
     across samples. Null: labels shuffled within each sample, for `cka` samples paired at random.
-
-    Returns curves: pair, layer, and the columns of `inference.table_row`; and layers: pair,
-    measure, layer (see `clouds.convergence_layer`), low, high, start, closest, end (values),
-    lower_half, never (shares of resamplings in which it lies in the lower half, and nowhere).
+    Columns pair, layer, and those of `inference.table_row`.
     """
-    curves, layers = [], []
+    curves = []
     pairs = [pair for pair, n in meetings(states, kinds).items() if n]
     if not pairs:
         raise ValueError(f"no sample holds two of the kinds {kinds}; choose kinds that meet")
     for a, b in tqdm(pairs, desc="pairs", leave=False):
-        pair, part = f"{a}-{b}", states.of(a, b)
+        part = states.of(a, b)
         r = inference.Resampling(part.tokens, b, n_boot, n_null, seed)
-        drawn = defaultdict[str, list](list)  # the samples themselves first
         for layer, x in enumerate(part.hidden):
-            for row, draws in _apart(x, r, k, n_null, seed):
-                curves.append({"pair": pair, "layer": layer, **row})
-                drawn[row["measure"]].append(np.append(row["value"], draws))
-        for measure, falling in CONVERGENCE.items():
-            curve = (by_draw := np.stack(drawn[measure], -1))[0]
-            found = clouds.convergence_layer(by_draw, falling)
-            at, (low, high) = found[1:], map(float, inference.middle95(found[1:]))
-            line = {"pair": pair, "measure": measure, "layer": found[0], "low": low, "high": high}
-            line |= {"lower_half": np.mean(at < (len(curve) - 1) / 2), "start": curve[0]}
-            line |= {"end": curve[-1], "never": np.isnan(at).mean()}
-            layers.append(line | {"closest": curve.min() if falling else curve.max()})
-    return pd.DataFrame(curves), pd.DataFrame(layers)
+            rows = _apart(x, r, k, n_null, seed)
+            curves += [{"pair": f"{a}-{b}", "layer": layer, **row} for row in rows]
+    return pd.DataFrame(curves)
 
 
 def meetings(states: States, kinds: Sequence[str] | None = None) -> pd.Series:
@@ -70,48 +63,27 @@ def meetings(states: States, kinds: Sequence[str] | None = None) -> pd.Series:
     return pd.Series({p: int(held.map(set(p).issubset).sum()) for p in combinations(kinds, 2)})
 
 
-def _apart(x: np.ndarray, r: inference.Resampling, k, n_null, seed) -> Iterator[tuple]:
-    """The row and the bootstrap draws of each measure of one layer and pair."""
+def _apart(x: np.ndarray, r: inference.Resampling, k, n_null, seed) -> Iterator[dict]:
+    """The row of each measure of one layer and pair."""
     distance, tokens = pairwise_distances(x), r.token_draws
     apart = clouds.centroid_distance(x, ~r.second, r.second)
     draws = clouds.centroid_distance(x, tokens * ~r.own, tokens * r.own)
-    yield inference.table_row("distance", apart[0], draws, apart[1:]), draws
+    yield inference.table_row("distance", apart[0], draws, apart[1:])
     per_token = {
         "silhouette": clouds.silhouette(distance, r.second),
         "accuracy": clouds.classified(x, r.second, r.group),
         "mixing": clouds.mixing(clouds.neighbours(distance, k), r.second),
     }
     for measure, values in per_token.items():
-        row = inference.table_row(measure, *r.means(values), greater=CONVERGENCE[measure])
-        yield row, r.means(values[:1])[1]
+        yield inference.table_row(measure, *r.means(values), greater=CONVERGENCE[measure])
     first, second = (r.by_sample(x.T, own).T for own in (~r.own, r.own))
-    value, draws, null = clouds.cka(first, second, r.draws, n_null, seed)
-    yield inference.table_row("cka", value, draws, null), draws
+    yield inference.table_row("cka", *clouds.cka(first, second, r.draws, n_null, seed))
 
 
 def against_text(table: pd.DataFrame) -> pd.DataFrame:
     """The lines of pairs of text and another kind, with that kind in a column `kind`."""
     kind = table["pair"].str.removeprefix("text-").str.removesuffix("-text")
     return table.assign(kind=kind)[kind != table["pair"]]
-
-
-def verdicts(curves: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
-    """Whether each pair converges in the lower half of the layers, by `inference.converged`.
-
-    Returns layers with the columns at (where the kinds are closest), converges (whether they are
-    clearly nearer there than at the embeddings), apart (whether shuffled labels are not as far
-    apart even there, p <= 0.05; empty for cka), null (its value there), verdict.
-    """
-    middle = curves["layer"].max() / 2
-    of = {name: t.set_index("layer") for name, t in curves.groupby(["pair", "measure"])}
-    found = []
-    for line in layers.itertuples():
-        curve, half = of[line.pair, line.measure], (line.low, line.high)
-        falling = CONVERGENCE[line.measure]
-        verdict, at, nearer = inference.converged(curve, half, middle, falling=falling)
-        apart = "" if line.measure == "cka" else "yes" if curve.loc[at, "p"] <= 0.05 else "no"
-        found.append((at, nearer, apart, curve.loc[at, "null"], verdict))
-    return layers.join(pd.DataFrame(found, columns=["at", "converges", "apart", "null", "verdict"]))
 
 
 def disparity(pictures: pd.DataFrame) -> pd.DataFrame:
@@ -124,102 +96,142 @@ def disparity(pictures: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["layer", "least", "most"])
 
 
+# --- the claim: how much of it is done in the lower half ------------------------------------------
+
+
+@computation(version=2)
+def distances(
+    states: States, kinds: Sequence[str], *, n_boot: int = 0, n_null: int = 0, seed: int = 0
+) -> xr.DataArray:
+    """Distance of each kind's centroid from the text's over the spread, [kind, draw, layer].
+
+    Draw 0 is the samples themselves; then come n_boot resamplings of them, the same whatever the
+    states are, and n_null with the two kinds exchanged in random halves of the samples.
+    """
+    values = []
+    for kind in kinds:
+        part = states.of("text", kind)
+        r = inference.Resampling(part.tokens, kind, n_boot, 0, seed)
+        second = np.vstack([r.own, np.tile(r.own, (n_boot, 1))])
+        second = np.vstack([second, inference.exchanged(r.own, r.group, n_null, seed)[1:]])
+        w = np.vstack([np.ones(len(r.own)), r.token_draws, np.ones((n_null, len(r.own)))])
+        values.append([clouds.centroid_distance(x, w * ~second, w * second) for x in part.hidden])
+    found = xr.DataArray(values, {"kind": list(kinds)}, ("kind", "layer", "draw"))
+    return found.transpose("kind", "draw", "layer")
+
+
+def silenced_distances(mllm: MLLM, samples, kinds, neurons=None, **look: Any) -> xr.DataArray:
+    """`distances` with neurons silenced; look holds arguments of it and of `hidden_states`."""
+    how = {name: look.pop(name) for name in ("n_boot", "n_null") if name in look}
+    with nullcontext() if neurons is None else deactivate(mllm, neurons):
+        states = hidden_states(mllm, samples, **look)
+    return distances(states, kinds, seed=look.get("seed", 0), **how)
+
+
+def lower_less_upper(found: xr.DataArray, n_boot: int) -> tuple[Estimate, np.ndarray]:
+    """What `distances` fall by in the lower half of the layers less in the upper, over the first.
+
+    From layer 1 on, where all kinds have passed the same layer; averaged over the kinds. Returns
+    the effect from the first n_boot draws, and its null from the others.
+    """
+    d = found.values[:, :, 1:]  # [kind, draw, layer]
+    middle = (d.shape[-1] - 1) / 2
+    half = (d[..., math.floor(middle)] + d[..., math.ceil(middle)]) / 2
+    first = d[..., 0].copy()
+    first[:, n_boot + 1 :] = first[:, :1]  # exchanged kinds start at no distance
+    value = ((d[..., 0] - 2 * half + d[..., -1]) / first).mean(0)
+    return inference.from_draws(value[0], value[1 : n_boot + 1]), value[n_boot + 1 :]
+
+
+def behind(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples with the medium behind the question."""
+    return [replace(sample, behind=True) for sample in samples]
+
+
+def in_words(
+    mllm: MLLM, samples: Sequence[Sample], states: States, kinds: Sequence[str], **look: Any
+) -> States:
+    """States with words in the media's place: as many tokens of other samples' answers.
+
+    states are those of the samples with media; look as for `hidden_states`. The words' tokens are
+    of the kind `PLACE`, those of the question of `text`.
+    """
+    media = states.tokens[states.tokens["kind"].isin(kinds)]
+    lengths = media.groupby("sample")["run"].max()
+    answers = [" ".join(dict.fromkeys(sample.references)) for sample in samples]
+    told, spans = [], []
+    for sample, length in lengths.items():
+        text = ", ".join(answers[sample + 1 :] + answers[:sample])
+        ids = mllm.tokenizer(text, add_special_tokens=False)["input_ids"][:length]
+        plain = replace(samples[sample], image=None, video=None, audio=None)
+        both = replace(plain, prompt=f"{mllm.tokenizer.decode(ids)}\n{plain.prompt}")
+        a, b = (mllm.encode([x])["input_ids"][0].tolist() for x in (plain, both))
+        start = next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+        told.append(both)
+        spans.append((start, start + len(ids)))
+    found = hidden_states(mllm, told, **look)
+    start, stop = np.array(spans)[found.tokens["sample"]].T
+    placed = found.tokens["position"].between(start, stop - 1) & (found.tokens["kind"] == "text")
+    return States(found.hidden, found.tokens.assign(kind=found.tokens["kind"].mask(placed, PLACE)))
+
+
+# --- neurons -------------------------------------------------------------------------------------
+
+
 def lower_share(neurons: Mapping[str, xr.DataArray]) -> pd.DataFrame:
     """How many of each modality's neurons sit in the lower half of the layers, beside chance.
 
-    Chance: as many drawn from all layers (hypergeometric). Columns modality, neurons, lower (share
-    of them), null, null_low, null_high (95 % of the draws), p (that a draw has as many there).
+    Columns modality, neurons, lower (share of them), chance (the lower half's share of all).
     """
     rows = []
     for modality, array in neurons.items():
         chosen = array.any("modality").values
         half = np.arange(len(chosen)) < len(chosen) / 2
-        n, low = chosen.sum(), chosen[half].sum()
-        chance = hypergeom(chosen.size, chosen[half].size, n)
-        ends = np.array(chance.interval(0.95)) / n
-        rows.append((modality, n, low / n, half.mean(), *ends, chance.sf(low - 1)))
-    columns = ["modality", "neurons", "lower", "null", "null_low", "null_high", "p"]
-    return pd.DataFrame(rows, columns=columns)
+        rows.append((modality, chosen.sum(), chosen[half].sum() / chosen.sum(), half.mean()))
+    return pd.DataFrame(rows, columns=["modality", "neurons", "lower", "chance"])
 
 
-@computation(version=1)
-def distances(
-    mllm: MLLM, samples, kinds: Sequence[str], neurons=None, *, n_boot=0, seed=0, **look: Any
-) -> xr.DataArray:
-    """Distance of each kind's centroid from the text's with neurons silenced, [kind, draw, layer].
+def low(sits: pd.DataFrame, size: int, n: int = 9999, seed: int = 0) -> tuple[Estimate, np.ndarray]:
+    """What the mean of `lower_share` is beyond chance, and n draws of as many of all `size`.
 
-    samples and look as in `hidden_states`; the first draw is the samples themselves, then come
-    n_boot resamplings, the same whatever is silenced.
+    The chosen sets are what they are: the effect has no interval.
     """
-    with nullcontext() if neurons is None else deactivate(mllm, neurons):
-        states = hidden_states(mllm, samples, seed=seed, **look)
-    values = []
-    for kind in kinds:
-        part = states.of("text", kind)
-        r = inference.Resampling(part.tokens, kind, n_boot, 0, seed)
-        w = np.vstack([np.ones(len(r.own)), r.token_draws])
-        values.append([clouds.centroid_distance(x, w * ~r.own, w * r.own) for x in part.hidden])
-    found = xr.DataArray(values, {"kind": list(kinds)}, ("kind", "layer", "draw"))
-    return found.transpose("kind", "draw", "layer")
+    inside = round(size * sits["chance"][0])
+    counts = sits["neurons"].to_numpy()
+    rng = np.random.default_rng(seed)
+    draws = rng.hypergeometric(inside, size - inside, counts, (n, len(counts))) / counts
+    beyond = float((sits["lower"] - sits["chance"]).mean())
+    return Estimate(beyond, beyond, beyond, beyond, beyond, 0.0), draws.mean(1) - sits[
+        "chance"
+    ].mean()
 
 
-def silenced(
-    before: xr.DataArray, after: Mapping[str, xr.DataArray], null: Sequence[xr.DataArray]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """How silencing moves the convergence of each kind and the text, beside random draws.
+def moved(
+    before: Mapping[str, xr.DataArray],
+    after: Mapping[str, xr.DataArray],
+    drawn: Mapping[str, Sequence],
+) -> tuple[Estimate, np.ndarray, pd.DataFrame]:
+    """How far silencing each medium's own neurons moves it, more than as many random ones.
 
-    before, after {modality} and null as `distances` returns them; of null draw 0 is used. Returns
-    moved: pair, silenced, change (of the "layer" of convergence, or of the mean "distance"),
-    value, low, high, least, most (of the random draws), p (two-sided), verdict; and steps of the
-    distance: kind, modality ("random": the draws' mean and range), layer, value, low, high.
+    before and after {kind: table} and drawn {kind: tables} are of `distances` of that kind, with
+    resamplings in before and after. The change of the distance in magnitude, averaged over layers
+    from 1 on, over the first; averaged over the media. Returns the effect, its null (each draw less
+    the draws' mean), and the steps: kind, what ("own", "random"), layer, value, low, high (of the
+    draws: their range).
     """
-    moved, steps = [], []
-    for kind in before["kind"].values.tolist():
-        base = before.sel(kind=kind).values
-        drawn, at = np.stack([t.sel(kind=kind)[0] for t in null]), clouds.convergence_layer(base)
-        drawn, drawn_at = drawn - base[0], clouds.convergence_layer(drawn) - at[0]
-        bands = {"random": (drawn.mean(0), drawn.min(0), drawn.max(0))}
-        for modality, table in after.items():
-            change = (now := table.sel(kind=kind).values) - base
-            bands[modality] = (change[0], *inference.middle95(change[1:]))
-            later = clouds.convergence_layer(now) - at
-            both = {"layer": (later, drawn_at), "distance": (change.mean(1), drawn.mean(1))}
-            for what, (x, draws) in both.items():
-                draws = draws[np.isfinite(draws)] if np.isfinite(draws).any() else draws
-                low, high = map(float, inference.middle95(x[1:]))
-                p = inference.rank_p(x[0], draws, "two-sided")
-                verdict = inference.change_against_draws(x[0], low, high, draws)
-                ends = (low, high, draws.min(), draws.max())
-                moved.append((f"text-{kind}", modality, what, x[0], *ends, p, verdict))
-        for modality, (value, low, high) in bands.items():
-            band = {"layer": range(len(value)), "value": value, "low": low, "high": high}
-            steps.append(pd.DataFrame({"kind": kind, "modality": modality, **band}))
-    names = ["pair", "silenced", "change", "value", "low", "high", "least", "most", "p", "verdict"]
-    return pd.DataFrame(moved, columns=names), pd.concat(steps, ignore_index=True)
-
-
-def claims(layers, sits: pd.DataFrame, moved: pd.DataFrame, n_layers: int) -> list[dict]:
-    """The closing table's lines, the whole first, from `verdicts`, `lower_share` and `silenced`."""
-    spread, line, lines = inference.spread, inference.line, []
-    for at in against_text(layers).query("kind != 'special'").itertuples():
-        where = f"half done in layer {spread(at.layer, at.low, at.high, digits=1)}"
-        if not at.converges:
-            where = "not clearly nearer" if at.at else "never nearer"
-        claim = f"{at.pair} converge in the lower layers ({at.measure})"
-        measured = f"{at.start:z.2f} to {at.closest:z.2f}, {where}"
-        null = f"steady: layer {n_layers / 2:g}; shuffled: {at.null:z.2f}"
-        lines.append(line(claim, measured, null, at.verdict))
-    claim = "different modalities mainly converge in the lower layers"
-    lines.insert(0, inference.whole(claim, lines, "measures of text and media"))
-    for at in sits.itertuples():
-        claim = f"{at.modality} neurons sit in the lower layers"
-        measured = f"{at.lower:.2f} of {at.neurons} in the lower half"
-        null = f"random: {spread(at.null, at.null_low, at.null_high)}"
-        lines.append(line(claim, measured, null, inference.by_p(at.p), at.p))
-    does = {"layer": "moves the layer of convergence", "distance": "changes the distance"}
-    for at in moved.itertuples():
-        claim = f"silencing {at.silenced} neurons {does[at.change]} of {at.pair}"
-        measured = spread(at.value, at.low, at.high, sign="+")
-        null = f"random: {at.least:+z.2f} to {at.most:+z.2f}"
-        lines.append(line(claim, measured, null, at.verdict, at.p))
-    return lines
+    own, null, steps = [], [], []
+    for kind, table in after.items():
+        base = before[kind].values[0]
+        first, change = base[:, 1:2], table.values[0] - base
+        random = np.stack([t.values[0, 0] - base[0] for t in drawn[kind]])
+        own.append((np.abs(change[:, 1:]) / first).mean(1))
+        null.append((np.abs(random[:, 1:]) / first[0]).mean(1))
+        for what, x, ends in (
+            ("own", change[0], inference.middle95(change[1:])),
+            ("random", random.mean(0), (random.min(0), random.max(0))),
+        ):
+            band = {"layer": range(len(x)), "value": x, "low": ends[0], "high": ends[1]}
+            steps.append(pd.DataFrame({"kind": kind, "what": what, **band}))
+    values, draws = np.mean(own, axis=0), np.mean(null, axis=0)
+    effect = inference.from_draws(values[0] - draws.mean(), values[1:] - draws.mean())
+    return effect, draws - draws.mean(), pd.concat(steps, ignore_index=True)

@@ -5,9 +5,8 @@ of one answer token, chosen before anything is silenced, so that conditions comp
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -20,13 +19,7 @@ from minerlib.findings.attention import visible
 from minerlib.model import MLLM
 from minerlib.separation import separate
 
-_CLAIMS = {
-    "attention": "the last token's attention to {}",
-    "saliency": "the saliency that reaches it from {}",
-    "knockout": "what cutting it off from {} costs the answer",
-    "lens": "how well the answer can be read along the layers",
-}
-MEASURES = tuple(_CLAIMS)
+MEASURES = ("attention", "saliency", "knockout", "lens")
 _BY = ["measure", "layer", "set"]
 
 
@@ -119,6 +112,7 @@ def last_row(query: Tensor, key: Tensor, seen: Tensor, scaling: float | None = N
     return logits.masked_fill(~seen[:, None], float("-inf")).softmax(-1)
 
 
+@computation(version=1)
 def last_token_flow(
     mllm: MLLM, bench, answers: np.ndarray | None = None, *, batch_size: int = 8
 ) -> pd.DataFrame:
@@ -259,99 +253,141 @@ def logit_lens(
 ) -> pd.DataFrame:
     """How far the answer can be read at the last prompt token, by layer (the logit lens).
 
-    Columns sample, layer (0: embeddings), probability and rank (0: the first) of the answer token.
+    Columns sample, layer (0: embeddings), probability (of the answer token).
     """
     parts: list[tuple] = []
     for first, batch, answer in _asked(mllm, bench, answers, batch_size, "logit lens"):
 
         def lens(layer, h, first=first, answer=answer):
-            logits = unembed(mllm, h[:, -1])
-            rank = (logits > logits.gather(1, answer.to(logits.device)[:, None])).sum(1)
-            p = _log_p(logits[:, None], answer).exp()
-            parts.extend((first + b, layer, float(p[b]), int(rank[b])) for b in range(len(p)))
+            p = _log_p(unembed(mllm, h[:, -1:]), answer).exp().tolist()
+            parts.extend((first + b, layer, found) for b, found in enumerate(p))
 
         with mllm.tap(hidden=lens):
             mllm.forward(batch)
-    return pd.DataFrame(parts, columns=["sample", "layer", "probability", "rank"])
+    return pd.DataFrame(parts, columns=["sample", "layer", "probability"])
 
 
-@computation(version=1)
+@computation(version=2)
 def measures(
-    mllm: MLLM, bench, answers: np.ndarray | None = None, *, window: int | None = None, batch_size=8
+    mllm: MLLM, bench, answers=None, *, samples=None, window: int | None = None, batch_size=8
 ) -> pd.DataFrame:
-    """The four measures as one table, in percent; windows of knockout lie side by side.
+    """The four measures of the numbered samples (default: all) as one table.
 
-    Columns measure (of MEASURES, or `uniform`, the attention's null), sample, layer, set, value:
-    share of attention; share of the sample's saliency, over all layers and sets; probability of
-    the answer lost by knockout (layer: the window's centre), and in the lens (set `answer`).
+    Columns measure (of MEASURES, or `uniform`, the attention of a token that looks everywhere
+    alike), sample, layer, set, value: share of attention; saliency over the sample's in an average
+    layer, of all sets; probability of the answer lost by knockout (layer: the centre of a window;
+    windows lie side by side), and in the lens (set `answer`).
     """
     n, window = mllm.n_layers, width(mllm, window)
-    flow = last_token_flow(mllm, bench, answers, batch_size=batch_size)
-    flow["saliency"] /= flow.groupby("sample")["saliency"].transform("sum")
+    at = np.arange(len(bench)) if samples is None else np.asarray(samples)
+    answers = answer_tokens(mllm, bench) if answers is None else np.asarray(answers)
+    asked = [bench[i] for i in at], answers[at]
+    flow = last_token_flow(mllm, *asked, batch_size=batch_size)
+    flow["saliency"] /= flow.groupby("sample")["saliency"].transform("sum") / n
     centres = [min(i + window // 2, n - 1) for i in range(0, n, window)]  # so that all are cut
-    cut = knockout(mllm, bench, answers, window=window, layers=centres, batch_size=batch_size)
-    lens = logit_lens(mllm, bench, answers, batch_size=batch_size)
+    cut = knockout(mllm, *asked, window=window, layers=centres, batch_size=batch_size)
+    lens = logit_lens(mllm, *asked, batch_size=batch_size)
     keys = ["sample", "layer", "set"]
     shares = flow.melt(keys, ["attention", "uniform", "saliency"], "measure")
     cut = cut.assign(measure="knockout", value=cut["loss"])
     lens = lens.assign(measure="lens", set="answer", value=lens["probability"])
     table = pd.concat([shares, cut, lens], ignore_index=True)[["measure", *keys, "value"]]
-    return table.assign(value=100 * table["value"])
+    return table.assign(sample=at[table["sample"]])
 
 
-def changes(before: pd.DataFrame, after: Mapping[Hashable, pd.DataFrame]) -> pd.DataFrame:
-    """Tables of `measures` by condition, minus the one before; the condition is `silenced`."""
-    tables = {name: inference.paired(before, table, "value", _BY) for name, table in after.items()}
-    return pd.concat(tables, names=["silenced"]).reset_index("silenced").reset_index(drop=True)
+def changes(
+    before: pd.DataFrame, after: Mapping[str, Sequence[pd.DataFrame]], media: Sequence
+) -> pd.DataFrame:
+    """What silencing changes: columns silenced, draw, medium, and those of `measures`.
 
-
-def over_layers(table: pd.DataFrame) -> pd.Series:
-    """Means over layers, of saliency sums, of `measures` or `changes`, by measure, set, sample."""
-    by = [name for name in ("silenced", "measure", "set", "sample") if name in table]
-    value = table.groupby(by)["value"].agg(["mean", "sum"])
-    shares = value.index.get_level_values("measure") == "saliency"
-    return value["mean"].mask(shares, value["sum"]).rename("value")
-
-
-def by_source(changed: pd.DataFrame, chance: pd.DataFrame) -> pd.DataFrame:
-    """Mean change by measure and silenced modality, then `random` (rows) and source (columns)."""
-    random = over_layers(chance).rename(lambda draw: "random", level="silenced")
-    both = pd.concat([over_layers(changed), random])
-    return both.groupby(["measure", "silenced", "set"]).mean().unstack("set")
-
-
-def at_own_source(changed: pd.DataFrame, chance: pd.DataFrame) -> pd.DataFrame:
-    """Each modality's change at its own source by layer, against the range of the random draws.
-
-    changed and chance from `changes`, the former by modality; the lens has no source but the
-    answer. Columns silenced, measure, layer, set, value, low, high (95 % interval over samples), n,
-    null, null_low, null_high (mean and range of the draws), clear (how far beyond; below 0: not).
+    after holds, by modality, the measures of the samples that hold it, with its own neurons
+    silenced (draw 0) and then with random ones in their place; media what each sample is about.
     """
-    own = changed[changed["measure"].isin(MEASURES)]
-    own = own[(own["set"] == own["silenced"]) | (own["set"] == "answer")]
-    table = inference.mean_over_samples(own, "value", ["silenced", *_BY])
-    draws = chance.pivot_table("value", _BY, "silenced")  # means over samples
-    draws = draws.reindex(pd.MultiIndex.from_frame(table[_BY])).to_numpy().T
-    least, most = draws.min(0), draws.max(0)
-    clear = np.maximum(table["low"] - most, least - table["high"])
-    return table.assign(null=draws.mean(0), null_low=least, null_high=most, clear=clear)
+    tables = {}
+    for name, found in after.items():
+        same = before[before["sample"].isin(found[0]["sample"])]
+        for draw, table in enumerate(found):
+            tables[name, draw] = inference.paired(same, table, "value", _BY)
+    changed = pd.concat(tables, names=["silenced", "draw"]).reset_index(["silenced", "draw"])
+    changed = changed[changed["measure"] != "uniform"].reset_index(drop=True)
+    return changed.assign(medium=np.asarray(media)[changed["sample"]])
 
 
-def claims(before: pd.DataFrame, changed: pd.DataFrame, chance: pd.DataFrame) -> pd.DataFrame:
-    """The closing table, the whole first, from `measures` and `changes` as in `at_own_source`."""
-    start, change = over_layers(before), over_layers(changed)
-    draws = over_layers(chance).groupby(["measure", "set", "silenced"]).mean()
-    lines: list[dict] = []
-    for modality, (measure, what) in product(changed["silenced"].unique(), _CLAIMS.items()):
-        source = "answer" if measure == "lens" else modality
-        values, null = change[modality, measure, source], draws[measure, source].to_numpy()
-        size, was = inference.bootstrap(values), start[measure, source].mean()
-        claim = f"{modality} neurons change {what.format(modality)}"
-        measured = f"{was:z.1f} %, change {inference.spread(*size, sign='+', digits=1)}"
-        drawn = f"random: {null.min():+z.1f} to {null.max():+z.1f}"
-        verdict = inference.change_against_draws(*size, null, len(values), tolerance=0.1)
-        p = inference.rank_p(size.mean, null, "two-sided")
-        lines.append(inference.line(claim, measured, drawn, verdict, p))
-    claim = "modality-specific neurons influence how key information of each modality "
-    whole = inference.whole(claim + "reaches the last token", lines)
-    return inference.claims_table("III", [whole, *lines])
+def by_source(changed: pd.DataFrame) -> pd.DataFrame:
+    """Mean changes over layers and samples: rows measure, silenced; columns are the sources."""
+    drawn = "random, as " + changed["silenced"]
+    silenced = changed["silenced"].where(changed["draw"] == 0, drawn)
+    return changed.groupby(["measure", silenced, "set"])["value"].mean().unstack("set")
+
+
+def _own(changed: pd.DataFrame) -> pd.DataFrame:
+    """Changes at the source whose neurons are silenced, or of the lens, of all with draws."""
+    at = (changed["set"] == changed["silenced"]) | (changed["set"] == "answer")
+    return changed[at & changed["silenced"].isin(changed["silenced"][changed["draw"] > 0])]
+
+
+def at_own_source(changed: pd.DataFrame) -> pd.DataFrame:
+    """What a modality's neurons change at its own source, layer by layer, beside random draws.
+
+    Columns silenced, measure, layer, set (the lens has no source but the answer), value, low, high
+    (95 % interval over samples), n, null, null_low, null_high (mean and range of the draws).
+    """
+    by, own = ["silenced", *_BY], _own(changed)
+    drawn = own[own["draw"] > 0].groupby([*by, "draw"])["value"].mean().groupby(by)
+    null = drawn.agg(null="mean", null_low="min", null_high="max")
+    return inference.mean_over_samples(own[own["draw"] == 0], "value", by).join(null, on=by)
+
+
+# --- the claims ----------------------------------------------------------------------------------
+
+_TESTED = {"III": "attention", "III specific": "attention"}
+_TESTED |= {"III knockout": "knockout", "III lens": "lens"}
+
+
+def magnitudes(changed: pd.DataFrame, others: bool = True) -> pd.DataFrame:
+    """Each sample's part in the magnitude of the mean change, averaged over layers (lens: from 1).
+
+    A sample counts with the sign of the mean over the samples about other media, for noise has a
+    magnitude, but no sign that others share: too little where their sign is uncertain. Else with
+    that of the mean over all: too much. NaN where there are no others. Rows: silenced, measure,
+    set, sample, medium; columns: draw.
+    """
+    table = changed[(changed["measure"] != "lens") | (changed["layer"] > 0)]
+    by = ["silenced", "draw", *_BY]
+    group, same = table.groupby(by), table.groupby([*by, "medium"])["value"]
+    total = group["value"].transform("sum") - others * same.transform("sum")
+    sign = np.sign(total).where(group["medium"].transform("nunique") > 1)
+    keys = ["silenced", "measure", "set", "sample", "medium", "draw"]
+    signed = table.assign(value=sign * table["value"])
+    return signed.groupby(keys)["value"].mean().unstack("draw")
+
+
+def judged(changed: pd.DataFrame, rows: int = 0) -> list[dict]:
+    """The lines of finding III's claims (`inference.judge`), the headline first.
+
+    changed of `changes`, with the text's neurons, and draws for those of every medium; `rows` a
+    benchmark were measured. Effects are means of `magnitudes` with a medium's own neurons silenced,
+    averaged over the media, less the draws' (or the text's); an interval's lower end takes too
+    little of the own and too much of the others', its upper end the reverse.
+    """
+    sizes, lines = [], []
+    for others in (True, False):
+        text = magnitudes(changed[changed["silenced"] == "text"], others)[0].rename("text")
+        sizes.append(magnitudes(_own(changed), others).join(text.droplevel("silenced")))
+    for name, measure in _TESTED.items():
+        least, most = (size.xs(measure, level="measure") for size in sizes)
+        drawn = least.drop(columns=[0, "text"])
+        means = drawn.groupby("silenced").mean().mean()
+        null, extra, against = means - means.mean(), means.var() / len(means), list(drawn)
+        if name == "III specific":
+            null, extra, against = "the text's neurons", 0.0, ["text"]
+        estimates = []
+        for own, other in ((least, least), (least, most), (most, least)):
+            less = own[0] - other[against].mean(axis=1)
+            of = {kind: values for kind, values in less.groupby("silenced")}
+            about = {kind: values.index.get_level_values("medium") for kind, values in of.items()}
+            estimates.append(inference.estimate(of, about, None, extra=extra))
+        middle, lower, upper = estimates
+        ends = {"low": lower.low, "low90": lower.low90, "high": upper.high, "high90": upper.high90}
+        lines.append(inference.judge(name, middle._replace(**ends), null, rows=rows))
+    return lines

@@ -4,22 +4,31 @@
 `evaluate` returns, such as `Workbook.answers`. Neurons are bool [modality, layer, neuron].
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from textwrap import shorten
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import xarray as xr
 from tqdm import tqdm
 
 from minerlib import inference
-from minerlib.selection import matched_random, unique
-from minerlib.tasks.evaluation import AVERAGE, compare, summarise
+from minerlib.inference import Estimate
+from minerlib.selection import unique
+from minerlib.tasks.evaluation import (
+    AVERAGE,
+    KEY,
+    above_chance,
+    by_benchmark,
+    chance,
+    compare,
+    paired,
+    summarise,
+)
 
 Answers = Callable[..., pd.DataFrame]
 Sets = Mapping[Any, xr.DataArray]
-
-REVIEWERS_RATIOS = tuple(round(0.005 * i, 3) for i in range(1, 11))
-"""Budgets that the paper's reviewers asked for: 0.5 % to 5 % of all neurons."""
 
 
 def average(table: pd.DataFrame) -> dict[str, float]:
@@ -36,63 +45,118 @@ def conditions(answers: Answers, picked: Sets, column: str = "condition") -> pd.
     return pd.DataFrame(rows)
 
 
-def random_draws(answers: Answers, neurons: xr.DataArray, draws=10, seed=0) -> pd.DataFrame:
-    """Average scores under random draws of as many different neurons: columns null, draw, mean.
+# --- more than random neurons --------------------------------------------------------------------
 
-    null is "any layer", or "same layers": the stricter one, with as many in each layer too.
+
+NULLS = {"any layer": False, "same layers": True}
+"""The nulls, and whether as many neurons are drawn in each layer as are selected there."""
+
+
+def beyond_draws(
+    before: pd.DataFrame, after: pd.DataFrame, drawn: Sequence[pd.DataFrame]
+) -> Estimate:
+    """The share of the score above chance that is lost, less what the draws lose on average.
+
+    Row by row: the draws' mean score minus the score after, over what the model had above chance,
+    benchmarks counting alike (a ratio, linearised); rows about one medium together, and with the
+    spread of the draws. NaN where the model is not above chance: nothing can be lost.
     """
-    rows = []
-    for null in ("any layer", "same layers"):
-        for i in tqdm(range(draws), desc=f"random draws, {null}", leave=False):
-            drawn = matched_random(neurons, seed=seed + i, by_layer=null == "same layers")
-            rows.append({"null": null, "draw": i, "mean": average(answers(drawn))["mean"]})
-    return pd.DataFrame(rows)
+    scores = [paired(before, table).set_index(KEY)["score_b"] for table in (after, *drawn)]
+    rows = before.set_index(KEY)
+    rows["above"] = rows["score"] - rows.index.get_level_values("benchmark").map(chance)
+    rows["lost"] = pd.concat(scores[1:], axis=1).mean(axis=1) - scores[0]
+    rows = rows.reset_index()
+    lost, above = rows.groupby("benchmark")[["lost", "above"]].mean().mean()
+    if above <= 0:
+        return Estimate(*[np.nan] * 6)
+    share = lost / above
+    rows["share"] = share + (rows["lost"] - share * rows["above"]) / above
+    means = [above_chance(table) for table in drawn]
+    extra = np.var(means, ddof=1) / len(means) / above**2 if len(means) > 1 else 0.0
+    strata, media = by_benchmark(rows, "share"), by_benchmark(rows, "medium")
+    return inference.estimate(strata, media, (-1.0, 1.0), 1.0, extra)
 
 
-def strategies(
-    answers: Answers, picked: Sets, default: str, *, draws: int = 10, seed: int = 0
-) -> tuple[pd.DataFrame, pd.DataFrame, str]:
-    """Each strategy's neurons silenced, the model as it is, and the nulls.
+def nats(told: pd.DataFrame) -> np.ndarray:
+    """Of each set silenced, the mean over benchmarks of the reference's log-probability [set]."""
+    means = told.groupby(["set", "benchmark"])["logprob"].mean()
+    return means.groupby("set").mean().to_numpy()
 
-    picked holds each strategy's neurons, and as "random" the paper's null, the whole budget. The
-    most damaging strategy (the default if none is clearly worse) and the default get matched nulls
-    (`random_draws`). Returns a table: condition, neurons, share, mean, low, high (of these nulls
-    95 % of the draws); the draws: strategy, null, draw, mean; and the most damaging strategy.
+
+def judged(
+    name: str,
+    before: pd.DataFrame,
+    after: pd.DataFrame,
+    drawn: Sequence[pd.DataFrame],
+    told: pd.DataFrame,
+) -> dict:
+    """The line of a claim (`inference.judge`): the effect in scores, its rank in log-probability.
+
+    before, after and drawn hold answers; told the references' log-probabilities with the selected
+    neurons silenced (set 0) and each draw, as of `Workbook.logprobs`.
     """
-    measured = {name: neurons for name, neurons in picked.items() if name != "random"}
-    if default not in measured:
-        raise ValueError(f"strategy={default!r}: the null is none; use one of {list(measured)}")
-    table = conditions(answers, measured)
-    at, lines = table.set_index("condition"), []
-    best = str(at["mean"].idxmin())
-    if at["mean"][default] - at["mean"][best] <= inference.TOLERANCE:  # one answer would decide
-        best = default
-    tested = {name: measured[name] for name in (best, default)}
-    nulls = [random_draws(answers, n, draws, seed).assign(strategy=s) for s, n in tested.items()]
-    null = pd.concat(nulls, ignore_index=True)
-    for (name, where), part in null.groupby(["strategy", "null"], sort=False)["mean"]:
-        what = f"random, as many as {name}" + (f", {where}" if where == "same layers" else "")
-        low, high = inference.middle95(part)
-        spent = {"condition": what, **at.loc[name, ["neurons", "share"]]}
-        lines.append({**spent, "mean": part.mean(), "low": low, "high": high})
-    whole = conditions(answers, {"random, whole budget": picked["random"]})
-    start = {"condition": "as it is", "neurons": 0, "share": 0.0, **average(answers())}
-    parts = pd.DataFrame([start]), table, pd.DataFrame(lines), whole
-    return pd.concat(parts, ignore_index=True).astype({"neurons": int}), null, best
+    effect, (selected, *null_nats) = beyond_draws(before, after, drawn), nats(told)
+    p = inference.rank_p(selected, null_nats, "less")
+    start, end = (inference.spread(*average(table).values()) for table in (before, after))
+    means = [average(table)["mean"] for table in drawn]
+    null = f"{np.mean(means):.2f} ({len(means)} draws: {min(means):.2f} to {max(means):.2f})"
+    line = inference.judge(name, effect, null, p, before.groupby("benchmark").size().max())
+    return line | {"measured": f"{start} to {end}; {line['measured']} of it lost"}
 
 
-def doses(answers: Answers, picked: Sets, seed: int = 0) -> pd.DataFrame:
-    """`conditions` by ratio, of its neurons and of one random draw of as many (column `what`)."""
-    random = {ratio: matched_random(neurons, seed=seed) for ratio, neurons in picked.items()}
-    sets = {"selected": picked, "random": random}
-    tables = [conditions(answers, s, "ratio").assign(what=what) for what, s in sets.items()]
-    return pd.concat(tables, ignore_index=True)
+# --- how answers fail ----------------------------------------------------------------------------
+
+FAILURES = ("right", "wrong", "loop", "empty")
 
 
-def breaking_points(doses: pd.DataFrame, before: float, lost: float = 0.25) -> pd.Series:
-    """By `what`, the smallest ratio at which this share of the score `before` is lost, or NaN."""
+def failure(answer: str, score: float) -> str:
+    """One of `FAILURES`: at least half the score, no word at all, words over and over, or wrong.
+
+    A loop is an answer of at least six words (or, in a script without blanks, characters) of which
+    at most a third differ.
+    """
+    if score >= 0.5:
+        return "right"
+    if not any(character.isalnum() for character in answer):
+        return "empty"
+    parts = answer.split()
+    if len(parts) <= 2 and not answer.isascii():
+        parts = list("".join(parts))
+    return "loop" if len(parts) >= 6 and len(set(parts)) <= len(parts) / 3 else "wrong"
+
+
+def failures(conditions: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The share of answers of each kind (`FAILURES`), by condition and benchmark."""
+    lines = {}
+    for what, table in conditions.items():
+        kinds = [failure(*x) for x in table[["answer", "score"]].itertuples(index=False)]
+        for name, of in table.assign(kind=kinds).groupby("benchmark", sort=False)["kind"]:
+            lines[what, name] = of.value_counts(normalize=True)
+    found = pd.DataFrame(lines).T.reindex(columns=list(FAILURES)).fillna(0.0)
+    return found.rename_axis(["condition", "benchmark"])
+
+
+def examples(conditions: Mapping[str, pd.DataFrame], each: int = 2) -> pd.DataFrame:
+    """What is asked, the reference, and the answers: the first rows of each benchmark.
+
+    The first condition is the model as it is: only rows that it answers right are shown.
+    """
+    first, *_ = conditions.values()
+    right = first[first["score"] >= 0.5].groupby("benchmark", sort=False).head(each)
+    asked = right["prompt"].map(lambda prompt: shorten(prompt.partition("\n")[0], 48))
+    table = right[KEY].assign(asked=asked, reference=right["references"].str[0])
+    for what, answers in conditions.items():
+        table = table.merge(answers[[*KEY, "answer"]].rename(columns={"answer": what}), on=KEY)
+    return table.drop(columns="row")
+
+
+# --- dose, constants, specificity ----------------------------------------------------------------
+
+
+def breaking_points(doses: pd.DataFrame, before: float, lost: float = 0.5) -> pd.Series:
+    """By `what`, the fewest neurons that cost this share of the score `before`; NaN: none do."""
     gone = doses[before - doses["mean"] >= lost * before - 1e-12]
-    return gone.groupby("what")["ratio"].min().reindex(doses["what"].unique())
+    return gone.groupby("what")["neurons"].min().reindex(doses["what"].unique())
 
 
 def constants(answers: Answers, neurons: xr.DataArray, scores: xr.DataArray) -> pd.DataFrame:
@@ -101,15 +165,16 @@ def constants(answers: Answers, neurons: xr.DataArray, scores: xr.DataArray) -> 
     return pd.DataFrame([{"constant": m, **average(table)} for m, table in modes.items()])
 
 
-def specificity(answers: Answers, alone: Sets, seed: int = 0) -> pd.DataFrame:
-    """One modality's neurons silenced at a time, and one draw of as many, on every benchmark.
+def specificity(answers: Answers, alone: Mapping[str, Sets]) -> pd.DataFrame:
+    """One modality's neurons silenced at a time, on every benchmark.
 
-    Columns silenced, what ("selected" or "random"), benchmark, difference (paired), low, high.
+    alone holds, by what they are ("selected", "random"), each modality's neurons. Columns silenced,
+    what, benchmark, difference (paired), low, high.
     """
     before, parts = answers(), []
-    for modality, neurons in tqdm(alone.items(), desc="modalities", leave=False):
-        for what, which in (("selected", neurons), ("random", matched_random(neurons, seed=seed))):
-            change = compare(before, answers(which)).assign(silenced=modality, what=what)
+    for what, sets in alone.items():
+        for modality, neurons in tqdm(sets.items(), desc=what, leave=False):
+            change = compare(before, answers(neurons)).assign(silenced=modality, what=what)
             parts.append(change[change["benchmark"] != AVERAGE])
     columns = ["silenced", "what", "benchmark", "difference", "low", "high"]
     return pd.concat(parts, ignore_index=True)[columns]
@@ -127,26 +192,3 @@ def by_medium(specific: pd.DataFrame, media: Mapping[str, str]) -> pd.DataFrame:
     drops = -own.assign(where=where).pivot_table("difference", "silenced", "where", sort=False)
     drops = drops.reindex(columns=["with", "without"]).rename_axis(columns=None).reset_index()
     return drops.assign(specific=drops["with"] - drops["without"])
-
-
-def claims(table: pd.DataFrame, changes: pd.DataFrame, null: pd.DataFrame) -> pd.DataFrame:
-    """The claim that silencing hurts more than random neurons, for each strategy and null.
-
-    table and null as of `strategies`; changes as of `compare`, with a column strategy. Columns of
-    `inference.claims_table`, then strategy, neurons, before, after, change, random draws.
-    """
-    at, spread, lines = table.set_index("condition"), inference.spread, []
-    start, ends = at.loc["as it is"], ["mean", "low", "high"]
-    for (name, where), part in null.groupby(["strategy", "null"], sort=False):
-        draws, line = part["mean"].to_numpy(), at.loc[name]
-        change = changes[changes["strategy"] == name].iloc[-1]
-        own = {"strategy": name, "neurons": int(line["neurons"])}
-        own |= {"before": spread(*start[ends]), "after": spread(*line[ends])}
-        own["change"] = spread(*change[["difference", "low", "high"]], sign="+")
-        own["random draws"] = spread(draws.mean(), draws.min(), draws.max())
-        claim = f"silencing {name} neurons hurts more than as many random, {where}"
-        measured = f"{own['before']} to {own['after']}, change {own['change']}"
-        verdict = inference.beyond(line["high"], line["high"], draws.min(), greater=False)
-        p = inference.rank_p(line["mean"], draws, "less")
-        lines.append(inference.line(claim, measured, own["random draws"], verdict, p) | own)
-    return inference.claims_table("I", lines).join(pd.DataFrame(lines)[list(own)])

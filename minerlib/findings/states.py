@@ -22,6 +22,7 @@ from sklearn.manifold import TSNE
 from minerlib.artifacts import computation
 from minerlib.model import MLLM
 from minerlib.separation import separate
+from minerlib.tasks.rows import Benchmark
 
 
 @dataclass(frozen=True)
@@ -51,19 +52,34 @@ class States:
         return States(self.hidden[:, keep], self.tokens[keep].reset_index(drop=True))
 
 
+def one_per_medium(bench: Benchmark) -> Benchmark:
+    """The first prompt about each medium: a medium's tokens are the same in all of its prompts."""
+    return bench[sorted(np.unique(bench.media, return_index=True)[1].tolist())]
+
+
 @computation(version=1)
 @torch.inference_mode()
 def hidden_states(
-    mllm: MLLM, bench, *, tokens_per_kind: int | None = 8, equal=True, seed=0, batch_size=8
+    mllm: MLLM,
+    bench,
+    *,
+    tokens_per_kind: int | None = 8,
+    equal=True,
+    seed=0,
+    batch_size=8,
+    normed: bool = False,
 ) -> States:
     """Hidden states of a seeded draw of tokens per kind and sample, at every layer.
 
     bench is a benchmark or a list of samples. Each sample gives at most tokens_per_kind of each
     kind it holds (None: no limit), and if `equal` the same number of each, so that neither a
     common kind nor a long prompt outweighs the rest. Only these are kept, 4 bytes x (layers + 1)
-    x hidden size each. The draw does not depend on batch_size.
+    x hidden size each. The draw does not depend on batch_size. With `normed` each state is as the
+    next layer's input norm (the last: the final norm) hands it on: massive activations dominate
+    the residual stream's distances and reach no layer as such.
     """
     hidden, tables = [], []
+    norms = [mllm.family.input_norm(layer) for layer in mllm.layers] + [mllm.family.final_norm()]
     for first, batch in mllm.batches(bench, batch_size, "hidden states"):
         sets, ids = separate(mllm, batch), batch["input_ids"].cpu().numpy()
         base = np.stack([sets[k].cpu().numpy() for k in mllm.kinds], 1)
@@ -75,7 +91,8 @@ def hidden_states(
         kept: list[np.ndarray] = []
 
         def keep(layer, h, at=at, kept=kept):
-            kept.append(h[at].float().cpu().numpy())
+            h = norms[layer](h[at]) if normed and norms[layer] else h[at]
+            kept.append(h.float().cpu().numpy())
 
         with mllm.tap(hidden=keep):
             mllm.forward(batch)

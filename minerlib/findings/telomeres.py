@@ -1,6 +1,10 @@
-"""Semantic telomeres as numbers with a null (finding IV), and their rivals."""
+"""Semantic telomeres as numbers with a null (finding IV), and their rivals.
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+Axis end: how far out a token lies on the text cloud's principal axis, as percentiles of the text
+tokens folded about the median: 0 the middle, 1 an end; text itself averages 0.5.
+"""
+
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,234 +17,162 @@ from minerlib.artifacts import computation
 from minerlib.deactivation import deactivate
 from minerlib.findings import clouds
 from minerlib.findings.attention import attention_sinks
+from minerlib.findings.probing import by_layer, labelled, mean_draws
 from minerlib.findings.states import States, hidden_states
+from minerlib.inference import Estimate
 from minerlib.model import MLLM
 from minerlib.tasks.spec import Sample
 
 MASSIVE = 1000  # largest over median coordinate from which an activation is (Sun et al. 2024)
-ENDS = ["axis_end", "low", "high"]
 
 
-@computation(version=1)
+class _Prompts(inference.Resampling):
+    """Prompts with text and special tokens: first themselves, then resampled."""
+
+    def __init__(self, states: States, n_boot: int, seed: int):
+        self.part = states.of("text", "special")
+        super().__init__(self.part.tokens, "special", n_boot, 0, seed)
+        self.weights = np.vstack([np.ones((1, self.group.size)), self.token_draws])
+
+    def axis_ends(self) -> Iterator[np.ndarray]:
+        """Of each token, by layer [1 + n_boot, token]; the axis and the text are resampled too."""
+        for x in self.part.hidden:
+            along = clouds.principal_axis(x[~self.own], self.weights[:, ~self.own]) @ x.T
+            pairs = zip(along, self.weights[:, None], strict=True)
+            yield np.concatenate([clouds.extremity(z, self.own[None], w) for z, w in pairs])
+
+    def shares(self, tokens: np.ndarray) -> np.ndarray:
+        """What each token is of the mean of prompts' means over `tokens`, [1 + n_boot, token].
+
+        Averaged over n choices of tokens, bool [n, token]; NaN where nothing is chosen.
+        """
+        held = tokens @ np.eye(self.size)[self.group]
+        prompts = self.by_sample(self.weights) @ (held > 0).T
+        each = np.divide(1, prompts, out=np.zeros_like(prompts), where=prompts > 0)
+        with np.errstate(invalid="ignore"):
+            each = each / (prompts > 0).sum(1, keepdims=True)
+        return self.weights * (each @ (tokens / np.maximum(held, 1)[:, self.group]))
+
+
+@computation(version=2)
 def telomeres(
-    states: States, *, k: int = 10, n_boot: int = 1000, n_null: int = 200, seed: int = 0
-) -> pd.DataFrame:
-    """Whether special tokens sit at the ends of the text and hold on to it, by layer (finding IV).
+    states: States, *, k: int = 10, share: float = 0.1, n_boot=500, n_null=200, seed: int = 0
+) -> xr.DataArray:
+    """Whether special tokens sit at the ends of the text and hold on to it (finding IV).
 
-    Measures: `axis_end`, how far out the special tokens lie on the text cloud's principal axis,
-    as percentiles of the text tokens folded about the median (0 the middle, 1 an end; text itself
-    averages 0.5); `sequence_end`, the same along the prompt; `axis_order`, absolute rank
-    correlation of that axis with the text's order; `attachment`, share of the k nearest tokens of
-    text and media that are text, over chance (no row without media). Null: labels shuffled within
-    each sample (special with text; for attachment, text with media); text tokens' places shuffled.
-    Columns layer and those of `inference.table_row`.
+    Measures: `axis_end`, whose null takes as many different tokens as the special ones, drawn from
+    those of text in at least `share` of the prompts, since any token that recurs has some fixed
+    place; `beyond_words`, the same less its null's mean (NaN where too few recur); `axis_order`,
+    absolute rank correlation of the axis with the text's order (null: places shuffled within each
+    prompt); `attachment`, share of the k nearest tokens of text and media that are text, over
+    chance (null: these labels shuffled; only where there are media).
+    Returns [measure, layer, draw] as in `probing`; attributes special, recurring: different tokens.
     """
-    part = states.of("text", "special")
-    r = inference.Resampling(part.tokens, "special", n_boot, n_null, seed)
-    along = (part.tokens["position"] / (part.tokens["length"] - 1)).to_numpy()
-    text, kinds, of = ~r.own, states.tokens["kind"], states.tokens["sample"]
+    r = _Prompts(states, n_boot, seed)
+    text, ids, kinds = ~r.own, r.part.tokens["id"], states.tokens["kind"]
+    along = r.part.tokens["position"] / (r.part.tokens["length"] - 1)
     places = inference.shuffles(clouds.standard_ranks(along[text]), r.group[text], n_null, seed)
-    sequence = r.means(clouds.extremity(along, r.second), r.second)
-    used, ends = of.isin(part.tokens["sample"]), kinds == "special"
+    prompts = r.part.tokens[text].groupby("id")["sample"].nunique()
+    recurring, n = prompts.index[prompts / r.size >= share], ids[r.own].nunique()
+    words, rng = np.zeros((n_null, len(ids)), bool), np.random.default_rng(seed)
+    if len(recurring) >= n:
+        words = np.stack([ids.isin(rng.choice(recurring, n, replace=False)) & text for _ in words])
+    special, word = r.shares(r.own[None]), r.shares(words)
+    used, ends = states.tokens["sample"].isin(r.part.tokens["sample"]), kinds == "special"
     ends, anchors = used & ends, used & ~ends
     is_text = (kinds[anchors] == "text").to_numpy()
-    labels = inference.shuffles(is_text, of[anchors].to_numpy(), n_null, seed)
-    table = []
-    for layer, x in enumerate(part.hidden):
-        z, values = x @ clouds.principal_axis(x[text]), np.zeros((n_null + 1, len(x)))
-        values[:, text] = places * clouds.standard_ranks(z[text])
-        found = {
-            "axis_end": r.means(clouds.extremity(z, r.second), r.second),
-            "sequence_end": sequence,
-            "axis_order": map(np.abs, r.means(values, text)),
-        }
+    labels = inference.shuffles(is_text, states.tokens["sample"][anchors].to_numpy(), n_null, seed)
+    layers = []
+    for i, (x, out) in enumerate(zip(r.part.hidden, r.axis_ends(), strict=True)):
+        far = (special * out).sum(1)
+        each = r.by_sample(np.broadcast_to(out[0], words.shape), words)
+        each = inference.weighted(each.T, np.ones((1, r.size)))[0]
+        beyond = far - (word * out).sum(1)
+        found = [np.append(far, each), np.append(beyond, each - each.mean())]
+        values = np.zeros((n_null + 1, len(x)))
+        values[:, text] = places * clouds.standard_ranks(x[text] @ clouds.principal_axis(x[text]))
+        found.append(np.abs(np.hstack(r.means(values, text))))
         if not is_text.all():
-            to = pairwise_distances(*(states.hidden[layer, side] for side in (ends, anchors)))
+            to = pairwise_distances(*(states.hidden[i, side] for side in (ends, anchors)))
             near = np.argpartition(to, min(k, to.shape[1]) - 1, axis=1)[:, :k]
             values[:, r.own] = np.stack([row[near].mean(1) for row in labels]) / is_text.mean()
-            found["attachment"] = r.means(values, r.own)
-        for measure, means in found.items():
-            table.append({"layer": layer, **inference.table_row(measure, *means)})
-    return pd.DataFrame(table)
-
-
-def _outwardness(part: States, own: np.ndarray) -> Iterator[np.ndarray]:
-    """How far out each token lies on the axis of those that are not `own`, [1, token] by layer."""
-    for x in part.hidden:
-        yield clouds.extremity(x @ clouds.principal_axis(x[~own]), own[None])
+            found.append(np.hstack(r.means(values, r.own)))
+        layers.append(found)
+    names = ["axis_end", "beyond_words", "axis_order", "attachment"][: len(found)]
+    values, layer = np.swapaxes(np.array(layers), 0, 1), range(len(layers))
+    drawn = labelled(values, n_boot, n_null, measure=names, layer=layer)
+    return drawn.assign_attrs(special=n, recurring=len(recurring))
 
 
 @computation(version=1)
-def against_recurring(
-    states: States, *, share: float = 0.1, n_boot: int = 1000, n_null: int = 200, seed: int = 0
-) -> pd.DataFrame:
-    """`axis_end` under a stricter null, for any token that recurs has some fixed place on an axis.
+def mean_ends(states: States, *, n_boot: int = 500, seed: int = 0) -> xr.DataArray:
+    """The `axis_end` of `telomeres` without its null, [layer, draw]."""
+    r = _Prompts(states, n_boot, seed)
+    special = r.shares(r.own[None])
+    ends = [(special * out).sum(1) for out in r.axis_ends()]
+    return labelled(ends, n_boot, 0, layer=range(len(ends)))
 
-    A draw takes as many different tokens as the special ones, of text tokens in at least `share` of
-    the prompts. Columns of `telomeres`, n (special tokens), among (text); no rows where n > among.
+
+def doubled(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples with their question asked twice."""
+    return [replace(sample, prompt=f"{sample.prompt}\n{sample.prompt}") for sample in samples]
+
+
+def fall(before: xr.DataArray, after: xr.DataArray) -> Estimate:
+    """What [layer, draw] falls by in the mean over layers from 1 on, on the same resamplings."""
+    (a, resampled, _), (b, again, _) = mean_draws(before), mean_draws(after)
+    return inference.from_draws(a[0] - b[0], resampled - again)
+
+
+@computation(version=2)
+def massive_activations(states: States) -> pd.DataFrame:
+    """Largest over median magnitude of hidden states that are not normed (Sun et al. 2024).
+
+    Means over each prompt's tokens of a kind: sample, kind, layer, ratio, massive (share of them
+    above `MASSIVE`).
     """
-    part = states.of("text", "special")
-    r = inference.Resampling(part.tokens, "special", n_boot, 0, seed)
-    ids = part.tokens["id"].to_numpy()
-    prompts = part.tokens[~r.own].groupby("id")["sample"].nunique()
-    recurring = prompts.index[prompts / r.size >= share].to_numpy()
-    n, among = len(np.unique(ids[r.own])), len(recurring)
-    if among < n:
-        return pd.DataFrame(columns=["layer", "n", "among"])
-    rng = np.random.default_rng(seed)
-    words = (rng.choice(recurring, n, replace=False) for _ in range(n_null))
-    chosen = np.stack([r.own, *(np.isin(ids, draw) & ~r.own for draw in words)])
-    outs = (np.broadcast_to(out, chosen.shape) for out in _outwardness(part, r.own))
-    rows = [inference.table_row("axis_end", *r.means(out, chosen)) for out in outs]
-    return pd.DataFrame(rows).assign(layer=range(len(rows)), n=n, among=among)
-
-
-def axis_ends(states: States) -> pd.DataFrame:
-    """Mean axis end of each prompt's special tokens: columns layer, sample, axis_end."""
-    part = states.of("text", "special")
-    own = (part.tokens["kind"] == "special").to_numpy()
-    sample = part.tokens["sample"][own].to_numpy()
-    outs = enumerate(_outwardness(part, own))
-    means = {layer: pd.Series(out[0, own]).groupby(sample).mean() for layer, out in outs}
-    return pd.concat(means, names=["layer", "sample"]).rename("axis_end").reset_index()
-
-
-def reversed_parts(prompt: str) -> str | None:
-    """The prompt's blank-line blocks, or a single block's sentences, in reverse; None if one."""
-    parts = prompt.split("\n\n")
-    if len(parts) == 1:
-        parts = prompt.replace("? ", "?\n").replace(". ", ".\n").split("\n")
-    return "\n".join(parts[::-1]) if len(parts) > 1 else None
-
-
-CHANGES: dict[str, Callable[[str], str | None]] = {  # None leaves a prompt out
-    "doubled": lambda prompt: f"{prompt}\n{prompt}",
-    "reversed": reversed_parts,
-}
+    tokens, by = states.tokens[["sample", "kind"]], ["sample", "kind", "layer"]
+    ratios = enumerate(map(clouds.massive, states.hidden))
+    each = (tokens.assign(layer=i, ratio=ratio, massive=ratio > MASSIVE) for i, ratio in ratios)
+    return pd.concat(each).groupby(by, sort=False, as_index=False).mean()
 
 
 @computation(version=1)
-def changed_ends(
-    mllm: MLLM, samples: Sequence[Sample], states: States, change: str, **drawn
-) -> pd.DataFrame:
-    """Axis ends of the special tokens before and after a change (of `CHANGES`) of the prompts.
-
-    states are those of the samples as they are, drawn as `drawn` (for `hidden_states`) says.
-    Columns condition ("as it is", the change, "change": the paired one), layer, axis_end, low,
-    high, n (prompts); no rows where no prompt can be changed.
-    """
-    texts = (CHANGES[change](sample.prompt) for sample in samples)
-    new = {i: replace(samples[i], prompt=t) for i, t in enumerate(texts) if t is not None}
-    if not (kept := list(new)):
-        return pd.DataFrame(columns=["condition", "layer", *ENDS, "n"])
-    now, by = axis_ends(hidden_states(mllm, list(new.values()), **drawn)), ("axis_end", ["layer"])
-    now["sample"] = np.array(kept)[now["sample"]]
-    before = axis_ends(states.where(states.tokens["sample"].isin(kept)))
-    each = {"as it is": before, change: now, "change": inference.paired(before, now, *by)}
-    means = [inference.mean_over_samples(t, *by).assign(condition=c) for c, t in each.items()]
-    return pd.concat(means, ignore_index=True)
+def collected(mllm: MLLM, samples: Sequence[Sample]) -> pd.DataFrame:
+    """`attention_sinks` of each prompt: columns sample, layer (from 1), set, collected."""
+    tables = {i: attention_sinks(mllm, [sample]) for i, sample in enumerate(samples)}
+    table = pd.concat(tables, names=["sample", "row"]).reset_index("sample")
+    return table.assign(layer=table["layer"] + 1)[["sample", "layer", "set", "collected"]]
 
 
-@computation(version=1)
-def massive_activations(states: States, n_boot: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Largest over median magnitude of the hidden states, by layer and kind (Sun et al. 2024).
-
-    Columns layer, kind, ratio (mean over samples), low, high, massive (tokens above `MASSIVE`).
-    """
-    table = []
-    for layer, x in enumerate(states.hidden):
-        tokens = states.tokens.assign(ratio=clouds.massive(x))
-        for kind, of in tokens.groupby("kind", sort=False):
-            ends = inference.interval(of.groupby("sample")["ratio"].mean(), n_boot, seed)
-            table.append((layer, kind, *map(float, ends), (of["ratio"] > MASSIVE).mean()))
-    return pd.DataFrame(table, columns=["layer", "kind", "ratio", "low", "high", "massive"])
-
-
-def ends_and_rivals(states: States, sinks: pd.DataFrame) -> pd.DataFrame:
-    """Axis end of each prompt, and the other measures, as means over the decoder layers.
-
-    sinks as of `attention_sinks`. Columns sample, axis_end and, the same in every row, axis_order,
-    attachment (NaN without media), attention on first and on later special, largest coordinate.
-    """
-    ends = axis_ends(states).query("layer > 0").groupby("sample", as_index=False)["axis_end"].mean()
-    table = telomeres(states, n_boot=2, n_null=2).query("layer > 0")
-    own = table.groupby("measure")["value"].mean().reindex(["axis_order", "attachment"])
-    collected = sinks.groupby("set")["collected"].mean()
-    others = {f"attention on {of}": collected[of] for of in ("first", "later special")}
-    peaks = massive_activations(states, n_boot=2).query("layer > 0 and kind == 'special'")
-    return ends.assign(**own, **others, **{"largest coordinate": peaks["ratio"].mean()})
-
-
-@computation(version=1)
-def silenced_ends(mllm: MLLM, bench, neurons: xr.DataArray, **drawn) -> pd.DataFrame:
-    """`ends_and_rivals` with these neurons silenced; `drawn` as in `hidden_states`."""
+@computation(version=2)
+def silenced_ends(mllm: MLLM, samples, neurons, *, n_boot: int = 100, **drawn) -> xr.DataArray:
+    """`mean_ends` with these neurons silenced; `drawn` as for `hidden_states`."""
     with deactivate(mllm, neurons):
-        sinks = attention_sinks(mllm, bench, batch_size=drawn.get("batch_size", 8))
-        return ends_and_rivals(hidden_states(mllm, bench, **drawn), sinks)
+        states = hidden_states(mllm, samples, **drawn)
+    return mean_ends(states, n_boot=n_boot, seed=drawn.get("seed", 0))
 
 
-def silenced_beside(
-    before: pd.DataFrame, after: pd.DataFrame, draws: Sequence[pd.DataFrame]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Tables of `ends_and_rivals` as the model is, silenced, and with each random draw silenced.
+def moved(change: xr.DataArray) -> tuple[Estimate, np.ndarray]:
+    """How much further own neurons move the ends than random ones; and draws where it is no more.
 
-    Returns a row per measure with a column for each, the draws' mean and range; and the change of
-    axis_end, low, high: rows special (95 % interval, paired over prompts) and random (the draws').
+    change [set, layer, draw], of the own neurons and then of random ones, in magnitude averaged
+    over layers from 1 on; less the mean of the random sets, of the same resampled prompts.
     """
-    mean, own, *random = (t.drop(columns="sample").mean() for t in (before, after, *draws))
-    each = pd.concat(random, axis=1)
-    summary = {"as it is": mean, "special silenced": own, "random silenced": each.mean(axis=1)}
-    summary |= {"lowest draw": each.min(axis=1), "highest draw": each.max(axis=1)}
-    moved = each.loc["axis_end"] - mean["axis_end"]
-    paired = inference.paired(before, after, "axis_end", [])["axis_end"].to_numpy()
-    ends = inference.interval(paired), (moved.mean(), moved.min(), moved.max())
-    change = pd.DataFrame(ends, ["special", "random"], ENDS)
-    return pd.DataFrame(summary).rename(index=lambda name: name.replace("_", " ")), change
+    own, *random = abs(change.sel(layer=slice(1, None))).mean("layer").values
+    beyond, null = own - np.mean(random, axis=0), np.array(random)[:, 0]
+    return inference.from_draws(beyond[0], beyond[1:]), null - null.mean()
 
 
-def claims(
-    measured, recurring, without_first, changed: Mapping, sinks, peaks, moved, sink: float
-) -> list[dict]:
-    """The closing table's lines.
+@computation(version=1)
+def in_short(mllm: MLLM, samples: Sequence[Sample], n_null: int = 200, **drawn) -> pd.DataFrame:
+    """For untrained controls: measures of `telomeres`, and `attention` on later special tokens.
 
-    measured and without_first are of `telomeres`, the others of `against_recurring`, `changed_ends`
-    by name, `attention_sinks` with layers from 1, `massive_activations` and `silenced_beside`.
+    Columns measure, layer, value; drawn as for `hidden_states`.
     """
-
-    def of(table: pd.DataFrame, column: str, name: str) -> pd.DataFrame:
-        return table[(table[column] == name) & (table["layer"] > 0)]
-
-    def signed(ends: pd.Series) -> str:
-        return inference.spread(*ends[ENDS], sign="+")
-
-    ends = of(measured, "measure", "axis_end")
-    at_ends, bound = inference.over_layers(ends), ends["null_high"].to_numpy()
-    lines = [at_ends.claim("special tokens lie at the ends of the text cloud")]
-    nulls = {
-        "further out than as many recurring words": recurring[recurring["layer"] > 0],
-        "the same without the first token": of(without_first, "measure", "axis_end"),
-        "the text cloud's axis is the order of the text": of(measured, "measure", "axis_order"),
-        "special tokens have text, not media, around them": of(measured, "measure", "attachment"),
-    }
-    lines += [inference.over_layers(table).claim(t) for t, table in nulls.items() if len(table)]
-    for name, table in changed.items():
-        if len(table):
-            stays = inference.over_layers(of(table, "condition", name), bound, value="axis_end")
-            most = of(table, "condition", "change").loc[lambda t: t["axis_end"].abs().idxmax()]
-            claim = f"they stay at the ends when the prompt is {name}"
-            measured = f"change {signed(most)} at most, layer {most['layer']}"
-            measured += f"; yes at {stays.yes.sum()} of {len(bound)}"
-            verdict = inference.given(at_ends.verdict, stays.verdict)
-            lines.append(inference.line(claim, measured, f"text below {bound.max():.2f}", verdict))
-    sets = {"first": "the first token is an attention sink"}
-    sets["later special"] = "later special tokens are attention sinks"
-    for name, text in sets.items():
-        layers = inference.over_layers(of(sinks, "set", name), sink, value="collected")
-        lines.append(layers.claim(f"rival: {text}", f"sink from {sink:.2f}", "collected"))
-    layers = inference.over_layers(of(peaks, "kind", "special"), MASSIVE, value="ratio")
-    claim = "rival: special tokens are massive activations"
-    lines.append(layers.claim(claim, f"massive from {MASSIVE}", "ratio"))
-    own, random = moved.loc["special"], moved.loc["random"]
-    claim, null = "silencing the special neurons moves them off the ends", signed(random)
-    verdict = inference.beyond(own["low"], own["high"], min(0, random["low"]), greater=False)
-    return [*lines, inference.line(claim, signed(own), f"{null} (random neurons)", verdict)]
+    states, seed = hidden_states(mllm, samples, **drawn), drawn.get("seed", 0)
+    table = by_layer(telomeres(states, n_boot=2, n_null=n_null, seed=seed))
+    sinks = attention_sinks(mllm, samples, batch_size=drawn.get("batch_size", 8))
+    later = sinks[sinks["set"] == "later special"].rename(columns={"collected": "value"})
+    later = later.assign(measure="attention", layer=later["layer"] + 1)
+    return pd.concat([table, later], ignore_index=True)[["measure", "layer", "value"]]

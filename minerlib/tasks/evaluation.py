@@ -90,7 +90,7 @@ def _encode_media(mllm: MLLM, batch: Any) -> dict:
     return batch | {"mm_encoder_outputs": seen} if seen else batch
 
 
-@computation(version=1)
+@computation(version=2)
 def evaluate(
     mllm: MLLM,
     bench: Benchmark | Prepared,
@@ -110,8 +110,8 @@ def evaluate(
     yet. Raises RowError for a row that cannot be used; on_error="skip" leaves it out, warns and
     names it in attrs["skipped"].
 
-    Columns: benchmark, row, prompt, answer, references, score (in [0, 1]) and the metric's own:
-    `cider_d` for captions, `contains` for exact match.
+    Columns: benchmark, row, prompt, answer, references, score (in [0, 1]), the metric's own
+    (`cider_d` for captions, `contains` for exact match), and `medium`, a hash of what is asked of.
     """
     if measure not in MEASURES:
         raise ValueError(f"measure={measure!r}: use one of {', '.join(MEASURES)}")
@@ -144,6 +144,8 @@ def evaluate(
         scores = metrics.columns(bench.metric, *given, bench.whole)
         for place, (name, values) in enumerate(scores.items(), start=5):
             table.insert(place, name, values)
+    about = bench.media
+    table["medium"] = [about[i] for i in sorted(rows)]
     table.attrs["skipped"] = skipped
     return table
 
@@ -158,29 +160,49 @@ def _answers(mllm: MLLM, bench: Benchmark, samples: list[Sample], batch, longest
     return [row[i] for row, i in zip(choices, np.argmax(told, axis=0), strict=True)]
 
 
-def _scores(table: pd.DataFrame, column: str = "score") -> dict[str, dict[str, np.ndarray]]:
+Strata = dict[str, np.ndarray]
+
+
+def by_benchmark(table: pd.DataFrame, column: str) -> Strata:
+    """A column's values of each benchmark; of `medium`, where it is missing, one for every row."""
+    if column == "medium" and column not in table:
+        table = table.assign(medium=np.arange(len(table)))
+    return {str(k): v.to_numpy() for k, v in table.groupby("benchmark", sort=False)[column]}
+
+
+def _scores(table: pd.DataFrame, column: str = "score") -> dict[str, Strata]:
     """Scores by benchmark, for each line of a summary: every benchmark, and their average."""
     if (bad := table.duplicated(KEY) | table[column].isna()).any():
         name, row = table.loc[bad, KEY].iloc[0]
         raise ValueError(f"{name} row {row} is there twice or has no score ({bad.sum()} such rows)")
-    scores = {k: v.to_numpy() for k, v in table.groupby("benchmark", sort=False)[column]}
+    scores = by_benchmark(table, column)
     lines = {name: {name: values} for name, values in scores.items()}
     return lines | ({AVERAGE: scores} if len(scores) > 1 else {})
 
 
-def summarise(table: pd.DataFrame, n: int = 10_000, seed: int = 0) -> pd.DataFrame:
-    """Mean score with its 95 % bootstrap interval, per benchmark and averaged over benchmarks.
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean score with its 95 % interval (`inference.estimate`), per benchmark and averaged.
 
     `corpus` is the figure that is published for a benchmark, see `corpus_score`, over these rows.
     """
-    lines = []
+    lines, media = [], by_benchmark(table, "medium")
     for name, scores in _scores(table).items():
         rows, corpus = table[table["benchmark"] == name], math.nan
         if name in REGISTRY and len(rows):
             corpus = _published(REGISTRY[name].metric, rows)
-        interval = inference.bootstrap(scores, n, seed)
-        lines.append([name, sum(map(len, scores.values())), *interval, corpus])
+        mean, low, high, *_ = inference.estimate(scores, media)
+        lines.append([name, sum(map(len, scores.values())), mean, low, high, corpus])
     return pd.DataFrame(lines, columns=["benchmark", "n", "mean", "low", "high", "corpus"])
+
+
+def chance(benchmark: str) -> float:
+    """The mean score of blind guesses."""
+    return REGISTRY[benchmark].chance if benchmark in REGISTRY else 0.0
+
+
+def above_chance(table: pd.DataFrame) -> float:
+    """The mean over benchmarks of the mean score less that of blind guesses."""
+    return float(np.mean([v.mean() - chance(k) for k, v in by_benchmark(table, "score").items()]))
 
 
 def _published(metric: str, rows: pd.DataFrame) -> float:
@@ -190,25 +212,37 @@ def _published(metric: str, rows: pd.DataFrame) -> float:
     return metrics.corpus_score(metric, rows["answer"], rows["references"])
 
 
-def compare(a: pd.DataFrame, b: pd.DataFrame, n: int = 10_000, seed: int = 0) -> pd.DataFrame:
+def compare(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
     """The paired change from `a` to `b` (b - a), per benchmark and averaged over benchmarks.
 
-    Both tables must hold the same rows, prompts and references, in any order; rows are resampled
-    in pairs. Columns: benchmark, n, a, b (mean scores), difference, low, high (95 % interval).
+    Both tables must hold the same rows, prompts and references, in any order. Columns: benchmark,
+    n, a, b (mean scores), difference, low, high (95 % interval, `inference.change`).
     """
+    pairs = paired(a, b)
+    media, after, lines = by_benchmark(pairs, "medium"), _scores(pairs, "score_b"), []
+    for name, first in _scores(pairs, "score_a").items():
+        difference, low, high, *_ = inference.change(first, second := after[name], media)
+        means = [np.mean([v.mean() for v in side.values()]) for side in (first, second)]
+        lines.append([name, sum(map(len, first.values())), *means, difference, low, high])
+    return pd.DataFrame(lines, columns=["benchmark", "n", "a", "b", "difference", "low", "high"])
+
+
+def _comparable(value: Any) -> Any:
+    """References, a list or an array once they were in a file, as a tuple."""
+    return value if isinstance(value, str | int) else tuple(value)
+
+
+def paired(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
+    """The rows of two tables of answers side by side, once it is certain that they are the same."""
     for table in (a, b):
         _scores(table)
     pairs = inference.matched(a, b, KEY)
-    for column in [c for c in ("prompt", "references") if f"{c}_a" in pairs]:
-        other = pairs[f"{column}_a"].map(tuple) != pairs[f"{column}_b"].map(tuple)
+    for column in [c for c in ("prompt", "references", "medium") if f"{c}_a" in pairs]:
+        one, two = (pairs[f"{column}_{side}"].map(_comparable) for side in "ab")
+        other = one != two
         if other.any():
             name, row = pairs.loc[other, KEY].iloc[0]
             what = f"{name} row {row}: its {column} differs ({other.sum()} such rows)"
             why = "the benchmark was changed in between: evaluate both conditions anew"
             raise ValueError(f"{what}, so {why}")
-    after, lines = _scores(pairs, "score_b"), []
-    for name, first in _scores(pairs, "score_a").items():
-        change = inference.paired_bootstrap(first, second := after[name], n, seed)
-        means = [np.mean([v.mean() for v in side.values()]) for side in (first, second)]
-        lines.append([name, sum(map(len, first.values())), *means, *change])
-    return pd.DataFrame(lines, columns=["benchmark", "n", "a", "b", "difference", "low", "high"])
+    return pairs.rename(columns={"medium_a": "medium"})

@@ -23,7 +23,7 @@ class Sample:
     `image` is an RGB picture, `video` uint8 [frame, height, width, channel] with `times` in
     seconds [frame] if known, `audio` float32 [time], mono at `sampling_rate` Hz. `choices` are
     answers to be ranked as the next token, instead of generation. `row` is the sample's number in
-    the whole split, `notice` what its medium lacks.
+    the whole split, `notice` what its medium lacks. `behind`: the medium comes after the prompt.
     """
 
     prompt: str
@@ -37,6 +37,7 @@ class Sample:
     times: np.ndarray | None = None
     sampling_rate: int = SAMPLING_RATE
     notice: str | None = None
+    behind: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Spec:
     references : row -> reference answers, texts or numbers, or one.
     modality : "text", "image", "video" or "audio"; the last three are decoded from the row.
     metric : a name in `metrics.ANSWER_METRICS`.
+    chance : the mean score of blind guesses.
     max_new_tokens : budget of a generated answer; 1 where `choices` are ranked instead.
     rows : samples in the published split; a different number is reported.
     options : row -> texts of which one is the answer, ranked by their mean log-probability after
@@ -90,6 +92,7 @@ class Spec:
     references: Callable[[dict], Any]
     modality: str
     metric: str
+    chance: float = 0.0
     max_new_tokens: int = 16
     rows: int | None = None
     choices: tuple[str, ...] | None = None
@@ -217,7 +220,7 @@ REGISTRY: dict[str, Spec] = {
         prompt="The following are multiple choice questions (with answers) about {topic}.\n\n"
         "{shots}{item}",
         references=lambda row: _LETTERS[row["answer"]],
-        modality="text", metric="choice_accuracy", max_new_tokens=1, rows=14042,
+        modality="text", metric="choice_accuracy", chance=1 / 4, max_new_tokens=1, rows=14042,
         choices=("A", "B", "C", "D"),
         fields=_mmlu_fields,
         join=Join(  # many: five of them are shown
@@ -234,6 +237,7 @@ REGISTRY: dict[str, Spec] = {
         references=lambda row: row["choices"][row["answer"]],
         modality="text",
         metric="choice_accuracy",
+        chance=1 / 4,
         max_new_tokens=1,
         rows=544,
         options=lambda row: row["choices"],
@@ -264,6 +268,6 @@ REGISTRY: dict[str, Spec] = {
         prompt="Which vocal sound is this: Laughter, Sniff, Throat clearing, Cough, Sigh or "
         "Sneeze? Answer with one name.",
         references=lambda row: row["answer"],
-        modality="audio", metric="vocal_sound",
+        modality="audio", metric="vocal_sound", chance=1 / 6,
     ),
 }  # fmt: skip

@@ -1,0 +1,114 @@
+"""What neurons write into the residual stream, and random neurons that write as much.
+
+A neuron writes its down-projection input times its column of the down projection. A selection by
+activation takes loud neurons; whether it finds more than loudness shows only beside others as loud.
+"""
+
+from collections.abc import Iterable
+from itertools import chain
+
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+
+from minerlib.artifacts import computation
+from minerlib.model import MLLM
+from minerlib.separation import SETS, separate, stack
+
+STATISTICS = ("mean", "max")
+
+
+@computation(version=1)
+@torch.inference_mode()
+def loudness(
+    mllm: MLLM, benches: Iterable, *, what: str = "written", batch_size: int = 8
+) -> xr.DataArray:
+    """How much each neuron writes: |down-projection input| x norm of its column.
+
+    Mean and maximum over all tokens of a set in the benchmarks' prompts: DataArray [statistic,
+    modality, layer, neuron] float32, 0 where a set does not occur. Of its activations, as they are,
+    where `what` is "activation".
+    """
+    shape = len(SETS), mllm.n_layers, mllm.n_neurons
+    total, top = torch.zeros(shape), torch.zeros(shape)
+    tokens = torch.zeros(len(SETS))
+    down = [mllm.family.down_projection(layer).weight for layer in mllm.layers]
+    norms = [weight.float().norm(dim=0) for weight in down]
+    parts = (mllm.batches(bench, batch_size, "what neurons write") for bench in benches)
+    for _, batch in chain.from_iterable(parts):
+        masks = stack(separate(mllm, batch))
+
+        def write(layer, x, masks=masks):
+            size = x.float().abs() * norms[layer] if what == "written" else x.float()
+            for i, mask in enumerate(masks.to(x.device).unbind(1)):
+                if mask.any():
+                    of = size[mask]
+                    total[i, layer] += of.sum(0).cpu()
+                    top[i, layer] = torch.maximum(top[i, layer], of.amax(0).cpu())
+
+        with mllm.tap(written=write) if what == "written" else mllm.tap(activation=write):
+            mllm.forward(batch)
+        tokens += masks.sum((0, 2)).cpu()
+    values = torch.stack([total / tokens.clamp(min=1)[:, None, None], top]).numpy()
+    coords = {"statistic": list(STATISTICS), "modality": list(SETS), "layer": range(shape[1])}
+    return xr.DataArray(values, coords, ("statistic", "modality", "layer", "neuron"), "loudness")
+
+
+def as_loud(
+    neurons: xr.DataArray, loud: xr.DataArray, seed: int, caliper: float = 0.25
+) -> tuple[xr.DataArray, pd.DataFrame]:
+    """Random neurons that write as much as the selected ones, and who stands for whom.
+
+    Each selected neuron is paired with one of its own layer that is not selected, drawn from those
+    whose log mean and log maximum over the tokens of the (first) modality it is selected for both
+    lie within `caliper` of the layer's standard deviations (Rosenbaum and Rubin 1985); no neuron is
+    drawn twice. Returns bool [modality "random", layer, neuron], and pairs: modality, layer,
+    neuron, partner (-1: none is as loud), and each statistic of the selected and of the drawn one,
+    in standard deviations.
+    """
+    chosen: np.ndarray = np.asarray(neurons.values.any(0))
+    if not chosen.any():
+        raise ValueError("no neurons are selected, so none can have a partner")
+    log = np.log(loud.sel(modality=neurons.modality.values).values + 1e-9)
+    space = (log - log.mean(-1, keepdims=True)) / log.std(-1, keepdims=True)
+    rng, free, pairs = np.random.default_rng(seed), ~chosen, []
+    for layer, k in rng.permutation(np.argwhere(chosen)):
+        m = int(neurons.values[:, layer, k].argmax())
+        at = space[:, m, layer]
+        near = np.flatnonzero((np.abs(at - at[:, [k]]) <= caliper).all(0) & free[layer])
+        partner = int(rng.choice(near)) if near.size else -1
+        free[layer, partner] &= partner < 0
+        drawn = at[:, partner] if near.size else np.full(len(at), np.nan)
+        values = {f"{s} of {w}": x for s, *two in zip(STATISTICS, at[:, k], drawn, strict=True)
+                  for w, x in zip(("selected", "drawn"), two, strict=True)}  # fmt: skip
+        name = str(neurons.modality.values[m])
+        pairs.append({"modality": name, "layer": layer, "neuron": k, "partner": partner} | values)
+    table = pd.DataFrame(pairs)
+    there = table[table["partner"] >= 0]
+    mask = np.zeros_like(neurons.values[:1])
+    mask[0, there["layer"], there["partner"]] = True
+    coords = {"modality": ["random"], "layer": neurons.layer.values}
+    attrs = {"strategy": "as loud", "seed": seed}
+    return xr.DataArray(mask, coords, neurons.dims, "neurons", attrs), table
+
+
+def with_partner(neurons: xr.DataArray, pairs: pd.DataFrame, there: bool = True) -> xr.DataArray:
+    """The selected neurons that have a partner in `pairs` of `as_loud`, or else those without."""
+    of = pairs[(pairs["partner"] >= 0) == there]
+    mask = np.zeros(neurons.shape[1:], bool)
+    mask[of["layer"], of["neuron"]] = True
+    return neurons & mask
+
+
+def balance(pairs: pd.DataFrame) -> pd.DataFrame:
+    """By modality: neurons, those with a partner, and the mean difference of each statistic.
+
+    Differences are in standard deviations; below 0.1 counts as balanced.
+    """
+    table = pairs.assign(
+        **{s: pairs[f"{s} of selected"] - pairs[f"{s} of drawn"] for s in STATISTICS}
+    )
+    table["with partner"] = pairs["partner"] >= 0
+    how = {"neurons": ("partner", "size"), "with partner": ("with partner", "sum")}
+    return table.groupby("modality", sort=False).agg(**how, **{s: (s, "mean") for s in STATISTICS})

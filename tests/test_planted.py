@@ -1,0 +1,122 @@
+"""Planted neurons: neutral, needed by one kind of token alone, and as loud as one likes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import footprints
+
+from minerlib import planted
+from minerlib.deactivation import deactivate
+from minerlib.separation import separate
+from minerlib.written import loudness
+
+EACH = 2
+
+
+@pytest.fixture
+def medium(exact_mllm) -> str:
+    return "image" if "image" in exact_mllm.kinds else "audio"
+
+
+@pytest.fixture
+def sites(exact_mllm, samples_of, medium) -> pd.DataFrame:
+    written = loudness(exact_mllm, [samples_of])
+    return planted.sites(written, ["text", medium], [0, 2], EACH, seed=0)
+
+
+@pytest.fixture
+def samples_of(exact_mllm, request):
+    from conftest import samples_for
+
+    return samples_for(exact_mllm)
+
+
+def states(mllm, batch) -> np.ndarray:
+    """The residual stream [depth, token, hidden] of the first prompt."""
+    seen = []
+    with torch.inference_mode(), mllm.tap(hidden=lambda d, h: seen.append(h[0].double().numpy())):
+        mllm.forward(batch)
+    return np.stack(seen)
+
+
+def test_sites_are_the_quietest_and_as_many_of_each_role(exact_mllm, samples_of, medium, sites):
+    assert (sites.groupby(["modality", "role"]).size() == EACH).all() and len(sites) == 2 * 3 * EACH
+    assert set(sites["layer"]) == {0, 2} and not sites.duplicated(["layer", "neuron"]).any()
+    written = loudness(exact_mllm, [samples_of]).sel(statistic="max", modality="prompt").values
+    for layer, of in sites.groupby("layer"):
+        assert set(of["neuron"]) == set(np.argsort(written[layer])[: len(of)])
+
+
+def test_the_intact_model_computes_what_it_did_however_loud(exact_mllm, samples_of, sites):
+    before, batch = footprints(exact_mllm), exact_mllm.encode(samples_of)
+    quiet = planted.plant(exact_mllm, sites, np.full(len(sites), 0.01), 3.0, seed=1)
+    loud = planted.plant(exact_mllm, sites, np.full(len(sites), 50.0), 3.0, seed=1)
+    none = planted.plant(exact_mllm, sites, np.full(len(sites), 1.0), 0.0, seed=1)
+    with torch.inference_mode():
+        a, b, c = (m.forward(batch).logits for m in (quiet, loud, none))
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(a, c, rtol=1e-6, atol=1e-8)
+    assert footprints(exact_mllm) == before
+
+
+@pytest.mark.parametrize("role", planted.ROLES)
+def test_silencing_leaves_the_direction_at_the_tokens_that_need_it(
+    exact_mllm, samples_of, medium, role
+):
+    sites = planted.sites(loudness(exact_mllm, [samples_of]), ["text", medium], [0], EACH, seed=0)
+    batch = exact_mllm.encode(samples_of[1:2])
+    mllm = planted.plant(exact_mllm, sites, np.full(len(sites), 2.0), 3.0, seed=1)
+    of = sites[(sites["modality"] == medium) & (sites["role"] == role)][:1]
+    mask = planted.mask(of, (mllm.n_layers, mllm.n_neurons))
+    intact = states(mllm, batch)
+    with deactivate(mllm, mask[None]):
+        change = states(mllm, batch)[1] - intact[1]
+    there = separate(mllm, batch)["prompt" if role == "everywhere" else medium][0].numpy()
+    size = np.linalg.norm(change, axis=1)
+    if role == "idle":
+        assert size.max() < 1e-9
+        return
+    assert (size[there] > 1e-3).all() and (size[~there] < 1e-9).all()
+    ways = change[there] / size[there][:, None]
+    np.testing.assert_allclose(ways, ways[:1].repeat(len(ways), 0), atol=1e-6)  # one direction
+    length = np.concatenate([m for m in lengths(mllm, batch)])[there]
+    ratio = size[there] / length
+    np.testing.assert_allclose(ratio, ratio[0], rtol=1e-6)
+    assert ratio[0] == pytest.approx(3.0)
+
+
+def lengths(mllm, batch):
+    """The length of what enters layer 0's MLP, [token]."""
+    seen = []
+    mlp = mllm.family.mlp(mllm.layers[0])
+    handle = mlp.register_forward_pre_hook(lambda m, a: seen.append(a[0][0].norm(dim=-1).numpy()))
+    with torch.inference_mode():
+        mllm.forward(batch)
+    handle.remove()
+    return seen
+
+
+def test_the_model_generates(exact_mllm, samples_of, sites):
+    mllm = planted.plant(exact_mllm, sites, np.full(len(sites), 1.0), 1.0, seed=0)
+    none = planted.plant(exact_mllm, sites, np.full(len(sites), 1.0), 0.0, seed=0)
+    batch = exact_mllm.encode(samples_of[:2])
+    assert mllm.generate(batch, 4) == none.generate(batch, 4)
+
+
+def test_found_by_hand():
+    sites = pd.DataFrame(
+        {
+            "modality": ["image", "image", "image", "text"],
+            "role": ["needed", "needed", "idle", "needed"],
+            "layer": [0, 1, 0, 1],
+            "neuron": [0, 2, 1, 0],
+        }
+    )
+    scores = np.array([[0.9, 1.0, 0.1, 0.0], [0.2, 0.3, 0.5, 0.4]])
+    # Needed: 0.9 (second) and 0.5 (third) of eight; the idle one is above both.
+    assert planted.found(scores, sites, "image") == pytest.approx(
+        {"recall": 0.5, "auc": 10 / 12, "percentile": 1 - 1.5 / 8}
+    )
