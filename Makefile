@@ -15,6 +15,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TINY := data/models/tiny-qwen2-vl data/models/tiny-qwen2-audio
 TESTING := HF_HUB_OFFLINE=1 TQDM_DISABLE=1 OMP_NUM_THREADS=1
 GIVEN = $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
 
@@ -35,16 +36,15 @@ models: env
 workbook: models
 	$(BIN)/python notebooks/run.py $(foreach v,$(filter-out PYTHON,$(GIVEN)),$(v)="$$$(v)")
 
-# Execute the committed notebooks in place, after a change that is meant to change their outputs.
-# The figures that the README shows are drawn here and nowhere else.
+# Execute the committed notebooks in place, after a change that is meant to change their outputs;
+# what they compute is published. The figures that the README shows are drawn here, nowhere else.
 notebooks: models
-	$(TESTING) MINER_FIGURES=figures $(BIN)/python notebooks/run.py full=1
-	$(TESTING) MINER_FIGURES=figures $(BIN)/jupyter nbconvert --to notebook --execute --inplace \
-		--ExecutePreprocessor.record_timing=False notebooks/[0-9]*.ipynb
+	$(TESTING) MINER_PUBLISH=1 MINER_FIGURES=figures $(BIN)/jupyter nbconvert --to notebook --execute \
+		--inplace --ExecutePreprocessor.record_timing=False notebooks/[0-9]*.ipynb
 
-# The notebooks that nbval executes find the artefacts that the workbook has just made.
+# Every notebook from nothing, small; then the committed ones, which find what is published.
 test: models
-	$(TESTING) $(BIN)/python notebooks/run.py full=1
+	$(TESTING) $(BIN)/python notebooks/run.py quick=1 model="$(TINY)"
 	$(TESTING) $(BIN)/python -m pytest tests notebooks -n 2 --dist loadfile \
 		--no-loadscope-reorder --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg -p tests.plain_tables
 

@@ -233,9 +233,21 @@ def _json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def _to_netcdf(value: xr.DataArray, path: Path) -> None:
+    """Compressed, floats in 32 bits unless the array's encoding says otherwise."""
+    if value.dtype.kind == "f" and not value.encoding:
+        value = value.copy(deep=False)
+        value.encoding = {"dtype": "float32", "zlib": True}
+    value.to_netcdf(path, **_H)
+
+
 _H: dict[str, Any] = {"engine": "h5netcdf"}
 _FORMATS: dict[type, tuple[str, Callable, Callable]] = {  # suffix, write, read
-    xr.DataArray: (".nc", partial(xr.DataArray.to_netcdf, **_H), partial(xr.load_dataarray, **_H)),
-    pd.DataFrame: (".parquet", pd.DataFrame.to_parquet, pd.read_parquet),
+    xr.DataArray: (".nc", _to_netcdf, partial(xr.load_dataarray, **_H)),
+    pd.DataFrame: (
+        ".parquet",
+        partial(pd.DataFrame.to_parquet, compression="zstd"),
+        pd.read_parquet,
+    ),
     dict: (".json", lambda value, p: p.write_text(json.dumps(value, indent=1)), _json),
 }

@@ -9,7 +9,7 @@ ranks among draws from a null (Phipson and Smyth 2010). `decide` is the rule of 
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,7 +107,8 @@ def estimate(
     extra : further variance of the mean, such as that of the draws it is compared with.
 
     The error is the clusters' (Taylor linearisation of a ratio; Cochran 1977, 6.8 and 9A); its
-    degrees of freedom are Satterthwaite's. NaN if a value is.
+    degrees of freedom are Satterthwaite's. NaN if a value is, the error and the ends where a
+    benchmark has one medium and nothing is added.
     """
     strata = _strata(values)
     about = media if isinstance(media, Mapping) else dict.fromkeys(strata, media)
@@ -127,12 +128,13 @@ def estimate(
         squares = (off**2).sum() + added * ends_off
         count = len(sizes) + 2 * added
         middles.append(middle)
-        variances.append(squares * count / (count - 1) / n**2)
+        variances.append(squares * count / (count - 1) / n**2 if count > 1 else np.nan)
         freedom.append(max(len(sizes) - 1, 1))
     mean = np.mean([group.mean() for group in strata.values()])
     parts = np.array(variances) / len(strata) ** 2
     variance = parts.sum() + extra
-    df = variance**2 / (parts**2 / freedom).sum()
+    spread_of = (parts**2 / freedom).sum()
+    df = variance**2 / spread_of if spread_of else np.inf  # all alike: what is left is certain
     error, middle = np.sqrt(variance), float(np.mean(middles))
     about_low, about_high = sorted((middle, mean)) if least < 0 else (middle, middle)
     least, most = (-np.inf, np.inf) if ends is None else (min(least, mean), max(most, mean))
@@ -143,11 +145,29 @@ def estimate(
     return Estimate(*map(float, (mean, *found, error)))
 
 
-def from_draws(value: float, draws: ArrayLike) -> Estimate:
-    """The estimate of any statistic: percentiles of its values under resamplings of the prompts."""
+def from_draws(value: float, draws: ArrayLike, biased: bool = False) -> Estimate:
+    """The estimate of any statistic: percentiles of its values under resamplings of the prompts.
+
+    biased: of a magnitude, to which noise adds, and to a resampling's once more. What it adds (the
+    bootstrap's estimate; Efron and Tibshirani 1993, chapter 10) is taken from the value and the
+    upper ends once, from the lower ends twice: it is uncertain, and either verdict must be sure.
+    """
     draws = _draws(draws)
-    ends = np.nanquantile(draws, [0.025, 0.975, 0.05, 0.95])
-    return Estimate(*map(float, (value, *ends, np.nanstd(draws))))
+    bias = biased * (np.nanmean(draws) - value)
+    ends = np.nanquantile(draws, [0.025, 0.975, 0.05, 0.95]) - bias * np.array([2, 1, 2, 1])
+    return Estimate(*map(float, (value - bias, *ends, np.nanstd(draws))))
+
+
+def moved(change: np.ndarray) -> tuple[Estimate, np.ndarray]:
+    """How much further own neurons move a curve than random ones; and draws where it is no more.
+
+    change [kind, set, layer, draw]: what each set of neurons changes, its own first, then random
+    ones; draw 0 of the prompts themselves, then of their resamplings, the same for all sets. In
+    magnitude, averaged over layers and kinds; less the mean of the random sets.
+    """
+    own, *random = np.abs(change).mean((0, 2))  # [draw] each
+    beyond, null = own - np.mean(random, axis=0), np.array(random)[:, 0]
+    return from_draws(beyond[0], beyond[1:], biased=True), null - null.mean()
 
 
 def change(a: Scores, b: Scores, media=None, extra: float = 0.0) -> Estimate:
@@ -265,7 +285,7 @@ def table_row(measure: str, value, draws, null, *, greater: bool = True) -> dict
 
 # --- claims and verdicts --------------------------------------------------------------------------
 
-WORDS = HOLDS, FAILS, UNKNOWN, PART = "holds", "does not hold", "cannot be told", "holds in part"
+WORDS = HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told"
 LEVEL = 0.05
 TOLERANCE = 0.02
 """How far a number may move on another processor: absolute up to 1, a share of larger numbers."""
@@ -342,66 +362,15 @@ class Verdict(NamedTuple):
         return self.word + (" (close)" if self.margin < 1 else "")
 
 
-class Layers(NamedTuple):
-    """A verdict over layers: which rows say yes, bool [layer], and the most favourable row."""
+def _more(a: float, b: float, tolerance: float = TOLERANCE) -> float:
+    """By how many tolerances a > b: negative if it is not, -inf with NaN, and never 0.
 
-    verdict: Verdict
-    yes: np.ndarray
-    line: pd.Series
-
-    def claim(self, text: str, null: str | None = None, value: str = "value") -> dict:
-        """The line of a `claims_table`: the most favourable layer, and how many say yes."""
-        at, size = self.line, spread(*self.line[[value, "low", "high"]])
-        measured = f"{size} at layer {at['layer']:.0f}; yes at {self.yes.sum()} of {len(self.yes)}"
-        null = null or spread(*at[["null", "null_low", "null_high"]])
-        return line(text, measured, null, self.verdict, at.get("p"))
-
-
-# A rule is written in signed numbers: a comparison is its distance in tolerances, positive if it
-# is true and never 0; `and` is the minimum, `or` the maximum, `not` the minus sign (Zadeh 1965).
-# So one expression gives a rule's word and its margin.
-
-
-def _more(a, b, tolerance: float = TOLERANCE, equal: bool = False) -> np.ndarray:
-    """a > b (a >= b if equal) as a signed number; -inf with NaN, which is never true."""
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    size = np.maximum(1, np.maximum(np.abs(a), np.abs(b)))
-    with np.errstate(invalid="ignore"):
-        away = np.maximum(np.abs(a - b) / (tolerance * size), np.finfo(float).tiny)
-    return np.where(a >= b if equal else a > b, 1, -1) * np.nan_to_num(away, nan=np.inf)
-
-
-def _verdict(holds, fails, neither=None) -> Verdict:
-    """The verdict of a rule that says when a claim holds, and when it does not."""
-    neither = min(-holds, -fails) if neither is None else neither
-    word = HOLDS if holds > 0 else FAILS if fails > 0 else UNKNOWN
-    return Verdict(word, float({HOLDS: holds, FAILS: fails, UNKNOWN: neither}[word]))
-
-
-def beyond(low: float, high: float, bound: float, *, greater: bool = True) -> Verdict:
-    """Whether an interval lies wholly above (else below) a bound; fails if no part of it does."""
-    if not greater:
-        low, high, bound = -high, -low, -bound
-    return _verdict(_more(low, bound), _more(bound, high, equal=True))
-
-
-def change_against_draws(
-    value: float, low: float, high: float, draws: ArrayLike, n: int = 8, tolerance=TOLERANCE
-) -> Verdict:
-    """Whether a change and its interval are clear of the changes that random draws make.
-
-    Holds if the interval is clear of their range; fails if the change is within it. Cannot be told
-    if only the change is clear, the interval spans the range, n < 8 samples or there is no number.
+    So `and` is the minimum, `not` the minus sign (Zadeh 1965).
     """
-    null = _draws(draws)
-    null = null[np.isfinite(null)]
-    if n < 8 or not null.size or not np.isfinite([value, low, high]).all():
-        return Verdict(UNKNOWN, np.inf)
-    more, least, most = partial(_more, tolerance=tolerance), null.min(), null.max()
-    spans = min(more(least, low), more(high, most))
-    within = min(more(value, least, equal=True), more(most, value, equal=True))
-    clear = max(more(low, most), more(least, high))
-    return _verdict(min(-spans, -within, clear), min(-spans, within))
+    if math.isnan(a) or math.isnan(b):
+        return -math.inf
+    away = max(abs(a - b) / (tolerance * max(1.0, abs(a), abs(b))), math.ulp(0))
+    return away if a > b else -away
 
 
 def decide(effect: Estimate, smallest: float, p: float | None = None) -> Verdict:
@@ -411,10 +380,11 @@ def decide(effect: Estimate, smallest: float, p: float | None = None) -> Verdict
     hold* if its 90 % interval ends before it (Schuirmann 1987: equivalence at 5 %). Else it *cannot
     be told*: `settles` says what would.
     """
-    holds = _more(effect.low, smallest)
+    holds, fails = _more(effect.low, smallest), _more(smallest, effect.high90)
     if p is not None:
         holds = min(holds, _more(LEVEL, p, LEVEL / 10))
-    return _verdict(holds, _more(smallest, effect.high90))
+    word = HOLDS if holds > 0 else FAILS if fails > 0 else UNKNOWN
+    return Verdict(word, {HOLDS: holds, FAILS: fails, UNKNOWN: min(-holds, -fails)}[word])
 
 
 POWER = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)
@@ -437,86 +407,6 @@ def settles(effect: Estimate, smallest: float, rows: float) -> float:
     return float(np.ceil(need))
 
 
-def by_p(p: float, level: float = LEVEL) -> Verdict:
-    """Holds if p is at most the level, else does not hold; p's tolerance is a tenth of it."""
-    return _verdict(_more(level, p, level / 10, equal=True), _more(p, level, level / 10))
-
-
-def over_layers(
-    table: pd.DataFrame, bound=None, *, greater=True, need=None, corrected=False, value="value"
-) -> Layers:
-    """Whether a claim holds in at least `need` layers (default: half of them).
-
-    table has one row per layer: `value`, low, high, and null_low and null_high unless bounds are
-    given. A layer says yes if its interval lies wholly beyond the bound and, if corrected, p is at
-    most 0.05 over the number of layers (Bonferroni); no if no part of it does. Fails if too many
-    say no. The most favourable row is the furthest beyond, if corrected of those of smallest p.
-    """
-    need = (len(table) + 1) // 2 if need is None else need
-    if not 1 <= need <= len(table):
-        raise ValueError(f"need={need} of {len(table)} layers: give between 1 and all of them")
-    sign, null = (1, "null_high") if greater else (-1, "null_low")
-    bound = np.asarray(table[null] if bound is None else bound, float)
-    bound = sign * np.broadcast_to(bound, len(table))
-    ends = sign * table[["low", "high"]].to_numpy(float)
-    yes = _more(ends.min(1), bound)
-    no = _more(bound, ends.max(1), equal=True)
-    p = np.zeros(len(table))
-    if corrected:
-        p, level = table["p"].to_numpy(float), LEVEL / len(table)
-        yes = np.minimum(yes, _more(level, p, level / 10, equal=True))
-    best = np.lexsort((bound - sign * table[value].to_numpy(float), p))[0]
-    verdict = _verdict(np.sort(yes)[-need], -np.sort(-no)[-need])  # as many of them or more
-    return Layers(verdict, yes > 0, table.iloc[best])
-
-
-def given(premise: Verdict, verdict: Verdict) -> Verdict:
-    """A verdict that has a meaning only if its premise holds, else the premise's own."""
-    margin = min(premise.margin, verdict.margin)
-    return verdict._replace(margin=margin) if premise.word == HOLDS else premise
-
-
-def converged(
-    curve: pd.DataFrame, half: Sequence[float], middle: float, *, falling: bool
-) -> tuple[Verdict, int, bool]:
-    """Whether two kinds converge in the lower layers; the closest layer; whether it is nearer.
-
-    curve: value, low and high by layer (its index), embeddings first; falling: smaller is closer.
-    half: the interval of the layer in which half of the convergence is done. The closest layer is
-    nearer if its interval is clear of the first's. Holds if it is and half lies below the middle;
-    fails if the closest is the first, or nearer and half from the middle on.
-    """
-    sign = 1 if falling else -1
-    values = sign * curve["value"].to_numpy(float)
-    ends = sign * curve[["low", "high"]].to_numpy(float)
-    best = int(values.argmin())
-    # Which layer is closest may change too: the others count unless they are further by more.
-    near = _more(ends[0].min(), ends.max(1))
-    further = _more(values, values[best], equal=True)
-    further[best] = -np.inf
-    nearer, not_nearer = (np.maximum(further, x).min() for x in (near, -near))
-    never = _more(values[1:].min(initial=np.inf), values[0], equal=True)
-    early, late = _more(middle, half[1]), _more(half[0], middle, equal=True)
-    neither = min(-never, max(not_nearer, -early), max(not_nearer, -late))
-    verdict = _verdict(min(nearer, early), max(never, min(nearer, late)), neither)
-    return verdict, curve.index[best], bool(nearer > 0)
-
-
-def by_share(share: float, n: int, yes: float = 0.9, no: float = 0.5) -> Verdict:
-    """Of n cases: *holds* from a share of yes on, *does not hold* up to no, in between in part."""
-    word = HOLDS if share >= yes else FAILS if share <= no else PART
-    return Verdict(word, round(n * min(abs(share - yes), abs(share - no)), 6))  # in cases
-
-
-def majority(verdicts: Sequence[Verdict]) -> Verdict:
-    """The word on which more than half of the verdicts agree, else cannot be told."""
-    if not len(verdicts):
-        raise ValueError("no verdicts, so no majority")
-    words, margins = (np.array(x) for x in zip(*verdicts, strict=True))
-    signed = (np.where(words == word, margins, -margins) for word in (HOLDS, FAILS))
-    return _verdict(*(np.sort(x)[-(len(words) // 2 + 1)] for x in signed))
-
-
 def spread(mean: float, low: float, high: float, *, sign: str = "", digits: int = 2) -> str:
     """A mean with its interval as text, "0.98 [0.96, 0.99]"; sign="+" shows it, -0.00 never."""
     return "{} [{}, {}]".format(*(f"{x:{sign}z.{digits}f}" for x in (mean, low, high)))
@@ -531,13 +421,6 @@ def range_of(draws: ArrayLike) -> str:
 def line(claim: str, measured: str, null: str, verdict: Verdict, p: float | None = None) -> dict:
     """A line of a `claims_table`."""
     return {"claim": claim, "measured": measured, "null": null, "p": p, "verdict": verdict}
-
-
-def whole(claim: str, lines: Sequence[Mapping], what: str = "lines") -> dict:
-    """The line of a claim that holds if most of these lines do."""
-    verdicts = [x["verdict"] for x in lines]
-    held = sum(verdict.word == HOLDS for verdict in verdicts)
-    return line(claim, f"{held} of {len(lines)} {what} hold", "the lines below", majority(verdicts))
 
 
 MEASURED = ["name", "effect", "low", "high", "smallest", "settles"]

@@ -15,9 +15,16 @@ import pandas as pd
 import torch
 import xarray as xr
 from sklearn.metrics import roc_auc_score
+from tqdm import tqdm
 
+from minerlib.aggregation import aggregate
+from minerlib.artifacts import computation
+from minerlib.deactivation import deactivate
 from minerlib.model import MLLM
+from minerlib.scoring import METRICS, score
+from minerlib.selection import STRATEGIES, first, weighted
 from minerlib.separation import separate
+from minerlib.tasks.evaluation import evaluate, prepare
 
 ROLES = ("needed", "idle", "everywhere")
 
@@ -44,7 +51,7 @@ def plant(
 ) -> MLLM:
     """A copy of the model with neurons planted at the sites, of activation `loud` each.
 
-    strength is the length of the added direction over that of the hidden state that it is added to.
+    strength is the length of the added direction over that of the normed state that enters the MLP.
     Tokens that are generated count as what they are: text or special.
     """
     model = copy.deepcopy(mllm.model)
@@ -115,19 +122,126 @@ def mask(sites: pd.DataFrame, shape: tuple[int, int]) -> np.ndarray:
     return found
 
 
+def as_loud(activation: xr.DataArray, sites: pd.DataFrame, share: float) -> np.ndarray:
+    """How loud each site fires, [site]: a quantile of its layer's neurons' greatest activations.
+
+    activation is `loudness` of activations; they are taken at the tokens of the site's modality.
+    """
+    at = {k: xr.DataArray(sites[k], dims="site") for k in ("modality", "layer")}
+    return np.quantile(activation.sel(at).sel(statistic="max").values, share, axis=-1)
+
+
+def roles(sites: pd.DataFrame, modality: str, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    """The neurons of each role for a modality, bool [layer, neuron]; everywhere is everywhere."""
+    own = sites[(sites["modality"] == modality) | (sites["role"] == "everywhere")]
+    return {role: mask(part, shape) for role, part in own.groupby("role")}
+
+
 def found(scores: np.ndarray, sites: pd.DataFrame, modality: str) -> dict[str, float]:
     """How well scores [layer, neuron] of a modality find what is needed for it.
 
-    recall: share of the needed neurons among as many of highest score; auc: how often one scores
-    higher than a neuron that is not needed there; percentile: their mean rank, 1 the highest.
+    auc: how often a needed neuron scores higher than one that is not needed there; percentile:
+    their mean rank, 1 the highest. And the shares of each role among as many neurons as are needed,
+    of highest score: recall (the needed), idle, everywhere.
     """
-    own = sites[(sites["modality"] == modality) & (sites["role"] == "needed")]
-    needed = mask(own, scores.shape).ravel()
+    of = {role: neurons.ravel() for role, neurons in roles(sites, modality, scores.shape).items()}
+    needed = of.pop("needed")
     order = np.argsort(-scores, axis=None, kind="stable")
     rank = np.empty(needed.size)
     rank[order] = np.arange(needed.size)
+    taken = order[: needed.sum()]
     return {
-        "recall": float(needed[order[: needed.sum()]].mean()),
         "auc": float(roc_auc_score(needed, scores.ravel())),
         "percentile": float(1 - rank[needed].mean() / needed.size),
+        "recall": float(needed[taken].mean()),
+        **{role: float(neurons[taken].mean()) for role, neurons in of.items()},
     }
+
+
+@computation(version=1)
+def necessity(
+    mllm: MLLM,
+    benches: Iterable,
+    sites: pd.DataFrame,
+    loud: Sequence[float],
+    *,
+    strength: float,
+    seed: int = 0,
+    max_new_tokens: int | None = None,
+) -> pd.DataFrame:
+    """Mean scores as the model is, planted and intact, and with each role's neurons silenced.
+
+    Columns silenced ("as it is", "intact" or a role), modality ("" of the first two), benchmark,
+    score.
+    """
+    other = plant(mllm, sites, loud, strength, seed)
+    ready = [prepare(other, bench) for bench in benches]
+    shape, rows = (other.n_layers, other.n_neurons), list[tuple]()
+    parts = sites.groupby(["role", "modality"], sort=False)
+    conditions = [(mllm, "as it is", "", sites[:0]), (other, "intact", "", sites[:0])]
+    conditions += [(other, *names, part) for names, part in parts]
+    for of, role, modality, part in tqdm(conditions, "roles", leave=False):
+        with deactivate(of, mask(part, shape)[None]):
+            tables = [evaluate(of, x, max_new_tokens=max_new_tokens) for x in ready]
+        rows += [(role, modality, t["benchmark"].iloc[0], t["score"].mean()) for t in tables]
+    return pd.DataFrame(rows, columns=["silenced", "modality", "benchmark", "score"])
+
+
+@computation(version=1)
+def recovered(
+    mllm: MLLM,
+    mined: Iterable,
+    held: Iterable,
+    sites: pd.DataFrame,
+    loud: Sequence[float],
+    *,
+    strength: float,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> pd.DataFrame:
+    """What every metric and strategy finds of planted neurons, and what silencing that costs.
+
+    Planted as by `plant`, mined on the benchmarks `mined`. Rows: the modality and `by`, which is
+    "planted", what is needed itself; a metric alone, which takes as many neurons of the modality as
+    are needed; or a strategy with the paper's weights, which takes as many of all modalities
+    together (left out if it takes more at once). Columns of `found` (of strategies: recall, and
+    idle and everywhere as shares of what it takes); and by benchmark of `held` the nats a token of
+    the references that silencing them costs.
+    """
+    other = plant(mllm, sites, loud, strength, seed)
+    total = aggregate(score(other, bench, batch_size=batch_size) for bench in mined)
+    ready = [prepare(other, bench, batch_size) for bench in held]
+
+    def nats(neurons: np.ndarray) -> pd.Series:
+        with deactivate(other, neurons):
+            told = pd.concat([evaluate(other, rows, measure="logprob only") for rows in ready])
+        return told.groupby("benchmark", sort=False)["logprob"].mean()
+
+    shape = other.n_layers, other.n_neurons
+    intact = nats(np.zeros((1, *shape), bool))
+    needed = sites[sites["role"] == "needed"]
+    each = needed.groupby("modality", sort=False).size()
+    rows, taken = list[dict](), list[np.ndarray]()
+    for modality, n in each.items():
+        own = mask(needed[needed["modality"] == modality], shape)
+        rows.append({"by": "planted", "modality": modality, "recall": 1.0})
+        taken.append(own[None])
+        for metric in METRICS:
+            values = weighted(total.sel(modality=[modality]), {metric: 1.0})[0]
+            rows.append({"by": metric, "modality": modality, **found(values, sites, modality)})
+            top = np.argsort(-values, axis=None, kind="stable")[:n]
+            taken.append(np.isin(np.arange(values.size), top).reshape(1, *shape))
+    for name in (name for name in STRATEGIES if name != "random"):
+        try:
+            chosen = first(total.sel(modality=[*each.index]), int(each.sum()), name)
+        except ValueError:  # its first step takes more
+            continue
+        for modality in each.index:
+            own = chosen.sel(modality=[modality]).values
+            parts = roles(sites, modality, shape)
+            recall = own[0][parts.pop("needed")].mean()
+            shares = {role: own[0][of].sum() / max(own.sum(), 1) for role, of in parts.items()}
+            rows.append({"by": name, "modality": modality, "recall": recall, **shares})
+            taken.append(own)
+    lost = [intact - nats(of) for of in tqdm(taken, "what is found, silenced", leave=False)]
+    return pd.DataFrame(rows).join(pd.DataFrame(lost).reset_index(drop=True))

@@ -16,13 +16,13 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from minerlib.inference import FAILS, HOLDS, PART, UNKNOWN, spread
+from minerlib.inference import FAILS, HOLDS, UNKNOWN, spread
 from minerlib.parameters import assigned, declared, listed
 from minerlib.shipped import CARD
 from minerlib.workbook import MODELS, RESULTS, ROOT, NotApplicable, Workbook, save
 
 COLUMNS = ["finding", "of", "claim", "measured", "null", "p", "verdict", "effect", "low", "high"]
-MARKS = {PART: (1, "part"), HOLDS: (2, "yes"), FAILS: (0, "no"), UNKNOWN: (1, "?")}
+MARKS = {HOLDS: (2, "yes"), FAILS: (0, "no"), UNKNOWN: (1, "?")}
 
 
 class Finding(NamedTuple):
@@ -86,7 +86,7 @@ class Scorecard:
             if asked and (not changed or configurations != "default"):
                 held[value["finding"], of] = value["claims"]
             elif asked:
-                other.append(f"{value['finding']} of {of}")
+                other.append(f"{value['finding']} of {', '.join([value['model'], *changed])}")
         if not held:
             makers = ", ".join(finding.notebook for finding in self.findings.values())
             way_out = f"; run {makers}"

@@ -11,7 +11,7 @@ import json
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from minerlib import shipped
 from minerlib.aggregation import aggregate
-from minerlib.artifacts import Checkpoint, Run, atomically, digest
+from minerlib.artifacts import Run, atomically, digest
 from minerlib.controls import CONTROLS, permuted, untrained
 from minerlib.deactivation import deactivate
 from minerlib.model import MLLM, load, starts
@@ -174,17 +174,45 @@ class Workbook(Parameters):
             self.run.notices[bench.name]["notices"] += skipped
         return bench[kept]
 
-    def cached(self, name: str, compute: Callable, *, of, rows=None, made_by="", **config) -> Any:
+    def cached(
+        self, name: str, compute: Callable, *, of, rows=None, made_by="", part=False, **config
+    ) -> Any:
         """The artefact of this model, these rows (default: those to evaluate on) and config.
 
-        Computed where it is not there; made_by names the notebook that alone may compute it.
+        Computed where it is not there; made_by names the notebook that alone may compute it. A
+        part of another one lies apart, and is not published.
         """
         config["rows"] = _prints(self.evaluation if rows is None else rows)
         config["of"] = [*([of] if callable(of) else of), *self._plugged]
         config["on_error"] = self.on_error
         if made_by:
             return self.run.load(name, made_by, **config)
-        return self.run.cached(name, compute, **config)
+        run = Run(self.folder / "parts", self.mllm) if part else self.run
+        return run.cached(name, compute, **config)
+
+    def each(
+        self, name: str, compute: Callable, sets: Sequence[xr.DataArray | None], **config: Any
+    ) -> Any:
+        """What compute(neurons) makes of each set (None: of none), as one artefact; see `cached`.
+
+        Labelled arrays get a dimension `neurons` in front, tables a column of that name: the place
+        in `sets`. Interrupted, it continues.
+        """
+        if not sets:
+            raise ValueError("no sets of neurons to silence")
+        marks = [None if neurons is None else digest(_union(neurons)) for neurons in sets]
+
+        def whole() -> Any:
+            pairs = tqdm(zip(sets, marks, strict=True), name, len(sets), leave=False)
+            found = [
+                self.cached(name, partial(compute, neurons), silenced=mark, part=True, **config)
+                for neurons, mark in pairs
+            ]
+            if isinstance(found[0], xr.DataArray):
+                return xr.concat(found, "neurons").drop_encoding()
+            return pd.concat([t.assign(neurons=i) for i, t in enumerate(found)], ignore_index=True)
+
+        return self.cached(name, whole, silenced=marks, **config)
 
     def controls(
         self, name: str, compute: Callable[[MLLM], pd.DataFrame], *, of, **config: Any
@@ -276,10 +304,10 @@ class Workbook(Parameters):
     def answers(self, neurons=None, mode="zero", constants=None, rows=None) -> pd.DataFrame:
         """`evaluate` with neurons silenced (None: as it is), done once; rows: by default the
         evaluation rows."""
-        key: dict[str, Any] = {"max_new_tokens": self._longest, "on_error": self.on_error}
+        key: dict[str, Any] = {"max_new_tokens": self.longest, "on_error": self.on_error}
         key["of"] = (evaluate, deactivate)
         if neurons is not None:
-            key |= {"silenced": digest(np.asarray(neurons).any(0)), "mode": mode}
+            key |= {"silenced": digest(_union(neurons)), "mode": mode}
         if mode != "zero" and constants is not None:
             key["constants"] = digest(constants[f"activation_{mode}"])
 
@@ -300,46 +328,32 @@ class Workbook(Parameters):
     def logprobs(self, sets: Sequence[xr.DataArray], rows: int) -> pd.DataFrame:
         """Log-probabilities of the references, each set of neurons silenced in turn, done once.
 
-        On each benchmark's first `rows` evaluation rows; interrupted, it continues. Columns set
-        (its place in `sets`), benchmark, row, medium, logprob (mean per token, in nats).
+        On each benchmark's first `rows` evaluation rows; interrupted, it continues. Columns
+        benchmark, row, medium, logprob (mean per token, in nats), neurons (the place in `sets`).
         """
-        if not sets:
-            raise ValueError("no sets of neurons to silence")
         few = {name: bench[:rows] for name, bench in self.evaluation.items()}
-        silenced = [digest(np.asarray(neurons).any(0)) for neurons in sets]
-        key: dict[str, Any] = {"of": (evaluate, deactivate), "rows": _prints(few)}
-        key |= {"silenced": silenced, "on_error": self.on_error}
+        columns = ["benchmark", "row", "medium", "logprob"]
 
-        part = Checkpoint(self.folder / "logprobs", key | {"model": self.mllm.fingerprint})
+        @cache
+        def ready() -> list[Prepared]:
+            return [prepare(self.mllm, b, self.batch_size, self.on_error) for b in few.values()]
 
-        def compute() -> pd.DataFrame:
-            state: dict[str, list] = part.load() or {"rows": [], "logprob": []}
-            done = state["logprob"]
-            ready = [prepare(self.mllm, b, self.batch_size, self.on_error) for b in few.values()]
-            for neurons in tqdm(sets[len(done) :], "random draws", initial=len(done), leave=False):
-                with deactivate(self.mllm, neurons):
-                    tables = [evaluate(self.mllm, x, measure="logprob only") for x in ready]
-                told = pd.concat(tables)
-                done.append(told["logprob"].tolist())
-                state["rows"] = told[["benchmark", "row", "medium"]].to_numpy().tolist()
-                part.save(state)
-            own = pd.DataFrame(state["rows"], columns=["benchmark", "row", "medium"])
-            found = [own.assign(logprob=values, set=i) for i, values in enumerate(done)]
-            return pd.concat(found, ignore_index=True)
+        def told(neurons: xr.DataArray) -> pd.DataFrame:
+            with deactivate(self.mllm, neurons):
+                tables = [evaluate(self.mllm, x, measure="logprob only") for x in ready()]
+            return pd.concat(tables, ignore_index=True)[columns]
 
-        table = self.run.cached("logprobs", compute, **key)
-        part.done()
-        return table
+        return self.each("logprobs", told, sets, of=(evaluate, deactivate), rows=few)
 
     @property
-    def _longest(self) -> int | None:
+    def longest(self) -> int | None:
         """A silenced small model can ramble on to the real benchmarks' limits."""
         return self.max_new_tokens or (self.card.max_new_tokens if self.card else None)
 
     def _evaluated(self, bench: Benchmark) -> pd.DataFrame:
         if (rows := bench.fingerprint) not in self._ready:
             self._ready[rows] = prepare(self.mllm, bench, self.batch_size, self.on_error)
-        return evaluate(self.mllm, self._ready[rows], max_new_tokens=self._longest)
+        return evaluate(self.mllm, self._ready[rows], max_new_tokens=self.longest)
 
     def sanity(self) -> pd.DataFrame:
         """The model as it is beside its published figures, one row per benchmark.
@@ -385,6 +399,11 @@ def save(fig: Figure, file: Path, name: str, **about: Any) -> None:
     folder = os.environ.get("MINER_FIGURES")
     for path in [file, ROOT / folder / f"{name}.png"] if folder else [file]:
         atomically(path, lambda part: fig.savefig(part, **how))
+
+
+def _union(neurons: xr.DataArray) -> Any:
+    """The neurons of all modalities, bool [layer, neuron]: what silencing them depends on."""
+    return np.asarray(neurons).any(0)
 
 
 def _prints(rows: Benchmark | dict[str, Benchmark]) -> Any:

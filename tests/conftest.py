@@ -94,11 +94,15 @@ def samples(mllm) -> list[Sample]:
 
 @dataclass(frozen=True)
 class Rows:
-    """The least that `score` asks of a benchmark."""
+    """The least that `score` and `evaluate` ask of a benchmark."""
 
     samples: list[Sample]
     name: str = "rows"
     fingerprint: str = "rows"
+
+    @property
+    def media(self) -> list[str]:
+        return [str(i) for i in range(len(self))]
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -131,4 +131,4 @@ def test_a_findings_cells(monkeypatch, capsys):
     exec(claims + keeps, kept)
     name, table = kept["given"]
     assert {name, *table["finding"]} == {json.loads(about)["finding"]}
-    assert table["verdict"].tolist() == ["holds"] and "0.41" in capsys.readouterr().out
+    assert table["verdict"].tolist() == ["holds"] and "0.42" in capsys.readouterr().out

@@ -213,15 +213,17 @@ def test_distances_with_neurons_silenced_in_pairs(mllm, samples):
     assert (abs(plain - silenced).isel(layer=-1) > 1e-6).all()
 
 
+def sets_of(kind: str, curves: list) -> xr.DataArray:
+    """One curve per set of neurons, the same under three resamplings."""
+    return xr.concat([curves_of([x] * 3).assign_coords(kind=[kind]) for x in curves], "set")
+
+
 def test_silencing_beside_random_draws():
     """Changes of +2 and -1 at layers 1 and 2, over a start of 4, do not cancel."""
     base = [9, 4, 3, 2]
-    still = curves_of([[0, 2, 2, 2]] * 3)
-    before = {"image": curves_of([base] * 3), "video": still}
-    after = {"image": curves_of([[9, 6, 2, 2]] * 3), "video": still}
-    image = [curves_of([[9, 4, 3, 2 + x]]) for x in (0.4, -0.8)]
-    drawn = {"image": image, "video": [still] * 2}
-    effect, null, steps = room.moved(before, after, drawn)
+    sets = [base, [9, 6, 2, 2], [9, 4, 3, 2.4], [9, 4, 3, 1.2]]
+    apart = {"image": sets, "video": [[0, 2, 2, 2]] * 4}
+    effect, null, steps = room.moved({k: sets_of(k, x) for k, x in apart.items()})
     draws = np.array([0.4 / 3 / 4, 0.8 / 3 / 4]) / 2
     assert effect[:3] == pytest.approx(((3 / 3 / 4) / 2 - draws.mean(),) * 3)
     assert null == pytest.approx(draws - draws.mean())
@@ -233,7 +235,7 @@ def test_silencing_beside_random_draws():
 
 def test_intervals_resample_in_pairs():
     """Draws that differ widely, and change alike: the interval of the change is a point."""
-    wide = np.stack([np.array([1, 4, 2, 1.0])] * 4) + np.arange(4)[:, None] * [0, 0, 9, 5]
-    before, after = {"image": curves_of(wide)}, {"image": curves_of(wide + [0, 0, 1, 0])}
-    effect, *_ = room.moved(before, after, {"image": [curves_of(wide[:1])] * 20})
+    wide = np.stack([np.array([1, 4, 2, 4.0])] * 4) + np.arange(4)[:, None] * [0, 0, 9, 5]
+    apart = xr.concat([curves_of(x) for x in (wide, wide + [0, 0, 1, 0], *[wide] * 20)], "set")
+    effect, *_ = room.moved({"image": apart})
     assert effect[:3] == pytest.approx((1 / 3 / 4,) * 3)

@@ -214,12 +214,12 @@ def test_the_findings_are_measured_on_every_family(name, mllm, mined):
     few = {"n_boot": 20, "n_null": 20}
     special = {"special"} & {*states.tokens["kind"]}  # llama's test tokenizer has no chat template
     for kind in (*media[:1], *special):
-        curves, layers = convergence(states, ("text", kind), **few)
-        assert curves["layer"].nunique() == LAYERS + 1 and len(layers) == len(CONVERGENCE)
+        curves = convergence(states, ("text", kind), **few)
+        assert curves["layer"].nunique() == LAYERS + 1 and {*curves["measure"]} == {*CONVERGENCE}
     for kind in media:
-        assert probing(states.of("text", kind), **few)["layer"].nunique() == LAYERS + 1
+        assert probing(states.of("text", kind), **few).sizes["layer"] == LAYERS + 1
     if special:
-        assert telomeres(states, **few)["layer"].nunique() == LAYERS + 1
+        assert telomeres(states, **few).sizes["layer"] == LAYERS + 1
 
     within = attention_between(mllm, rows, batch_size=3)
     assert np.isfinite(within.select_dtypes("number").dropna()).all(axis=None)

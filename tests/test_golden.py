@@ -36,6 +36,7 @@ from made import states_of, table_of
 from PIL import Image
 
 import minerlib
+from minerlib import planted
 from minerlib.aggregation import aggregate
 from minerlib.artifacts import COMPUTATIONS, digest
 from minerlib.controls import permuted, untrained
@@ -189,6 +190,13 @@ def answered(*choices: str) -> pd.DataFrame:
     return evaluate(mllm(), Asked(samples(), choices=choices), 2).drop(columns="prompt")
 
 
+def sites() -> tuple:
+    """Where neurons are planted, and how loud."""
+    written = loudness(mllm(), [Rows(samples())])
+    where = planted.sites(written, ["text", "image"], [0, 1], 2, seed=1)
+    return where, np.linspace(1, 2, len(where))
+
+
 def grown() -> pd.DataFrame:
     choice = {"ratio": 0.1, "strategy": "LA_MU"}
     whole = neurons().assign_coords(modality=["text", "image"])
@@ -251,6 +259,12 @@ GOLDEN: dict[str, Callable[[], Any]] = {
         mllm(), samples(), n_null=20, **DRAWN
     ),
     "written.loudness": lambda: loudness(mllm(), [Rows(samples())]),
+    "planted.necessity": lambda: planted.necessity(
+        mllm(), [Asked(samples())], *sites(), strength=30.0, max_new_tokens=2
+    ),
+    "planted.recovered": lambda: planted.recovered(
+        mllm(), [Rows(samples())], [Asked(samples())], *sites(), strength=30.0
+    ),
     "controls.untrained": lambda: weights(untrained(mllm(), 1)),
     "controls.permuted": lambda: weights(permuted(mllm(), 1)),
 }

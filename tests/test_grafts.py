@@ -12,7 +12,10 @@ from hashlib import sha256
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from safetensors import safe_open
 
+import minerlib as ml
 from data.make import grafts, parts
 from data.make.parts import Package, Part, PartError
 from minerlib import shipped
@@ -251,6 +254,7 @@ def test_an_assembly_that_fails_leaves_what_was_there(models, monkeypatch, error
 
 
 NAMES = ("smol-qwen2-vl", "smol-qwen2-audio", "smol-qwen2.5-omni")
+GRAFTS = sorted(path.parent for path in ROOT.glob("data/models/*/graft.safetensors"))
 
 
 @pytest.mark.slow
@@ -269,6 +273,19 @@ def test_before_training_a_graft_is_smollm2_on_text(name):
     for key, weight in smol.model.state_dict().items():
         assert torch.equal(own.pop(key)[: len(weight)], weight), key
     assert own and all(k.endswith("proj.bias") and not w.any() for k, w in own.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", GRAFTS, ids=lambda folder: folder.name)
+def test_a_shipped_graft_keeps_smollm2(folder):
+    """MLPs, norms and embeddings; where the decoder stayed frozen, every weight of it."""
+    assert (folder / "graft.safetensors").stat().st_size < 15e6
+    with safe_open(folder / "graft.safetensors", "pt") as trained:
+        adapted = any("lora" in key for key in trained.keys())  # noqa: SIM118
+    own = ml.load(folder).model.get_decoder().state_dict()
+    for key, weight in parts.language_model().model.state_dict().items():
+        if not (adapted and ".self_attn." in key):
+            assert torch.equal(own[key][: len(weight)], weight), key
 
 
 @pytest.mark.slow

@@ -346,7 +346,8 @@ def silenced(media=None, draw=0.02, draws=DRAWS, **own) -> pd.DataFrame:
     for name, samples in HOLD.items():
         shifts = () if name == "text" else np.linspace(-draw, draw, draws)
         drawn = [table(samples, lambda at, shift=shift: shift) for shift in shifts]
-        after[name] = [table(samples, own.get(name, nothing)), *drawn]
+        sets = [table(samples, own.get(name, nothing)), *drawn]
+        after[name] = pd.concat([t.assign(neurons=i) for i, t in enumerate(sets)])
     return last_token.changes(table(range(N)), after, range(N) if media is None else media)
 
 
@@ -529,7 +530,7 @@ def test_everything_composes_with_silencing(name):
     free = last_token.measures(mllm, bench, answers, **settings)
     with deactivate(mllm, random_neurons(mllm, 0.5)):
         silent = last_token.measures(mllm, bench, answers, **settings)
-    moved = last_token.changes(free, {"some": [silent]}, range(len(bench)))
+    moved = last_token.changes(free, {"some": silent.assign(neurons=0)}, range(len(bench)))
     moved = moved.groupby("measure")["value"].agg(np.ptp)
     assert (moved > 0).all() and set(moved.index) == set(last_token.MEASURES)
     again = last_token.measures(mllm, bench, answers, **settings)

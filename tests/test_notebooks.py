@@ -29,7 +29,7 @@ NEEDED = (
     "07_last_token_flow",
     "08_semantic_probing",
     "09_semantic_telomeres",
-    "10_scorecard",
+    "20_scorecard",
 )
 ABSOLUTE_PATH = re.compile(
     r"(?<![\w.~:/-])/(home|root|work|tmp|Users|mnt|opt|usr|var)/|\b[A-Z]:\\\\?\w"

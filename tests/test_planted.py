@@ -6,10 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import footprints
+import xarray as xr
+from conftest import ROOT, footprints
 
+import minerlib as ml
 from minerlib import planted
 from minerlib.deactivation import deactivate
+from minerlib.scoring import METRICS
 from minerlib.separation import separate
 from minerlib.written import loudness
 
@@ -109,14 +112,62 @@ def test_the_model_generates(exact_mllm, samples_of, sites):
 def test_found_by_hand():
     sites = pd.DataFrame(
         {
-            "modality": ["image", "image", "image", "text"],
-            "role": ["needed", "needed", "idle", "needed"],
-            "layer": [0, 1, 0, 1],
-            "neuron": [0, 2, 1, 0],
+            "modality": ["image", "image", "image", "text", "text", "text"],
+            "role": ["needed", "needed", "idle", "needed", "everywhere", "idle"],
+            "layer": [0, 1, 0, 1, 1, 0],
+            "neuron": [0, 2, 1, 0, 3, 3],
         }
     )
     scores = np.array([[0.9, 1.0, 0.1, 0.0], [0.2, 0.3, 0.5, 0.4]])
     # Needed: 0.9 (second) and 0.5 (third) of eight; the idle one is above both.
     assert planted.found(scores, sites, "image") == pytest.approx(
-        {"recall": 0.5, "auc": 10 / 12, "percentile": 1 - 1.5 / 8}
+        {"recall": 0.5, "idle": 0.5, "everywhere": 0, "auc": 10 / 12, "percentile": 1 - 1.5 / 8}
     )
+    scores[1, 3] = 0.95  # of text, but it fires at pictures as well
+    found = planted.found(scores, sites, "image")
+    assert (found["recall"], found["idle"], found["everywhere"]) == (0, 0.5, 0.5)
+
+
+def test_loudness_is_a_quantile_of_the_layers_maxima_on_the_modality():
+    values = np.zeros((2, 2, 2, 5), np.float32)  # statistic, modality, layer, neuron
+    values[1, 1, 0] = [4, 0, 1, 3, 2]
+    values[1, 0, 1] = [10, 30, 20, 0, 40]
+    axes = {"statistic": ["mean", "max"], "modality": ["text", "image"], "layer": [0, 1]}
+    activation = xr.DataArray(values, axes, (*axes, "neuron"))
+    sites = pd.DataFrame({"modality": ["image", "text"], "layer": [0, 1], "neuron": [3, 3]})
+    assert planted.as_loud(activation, sites, 0.75).tolist() == [3, 30]
+
+
+@pytest.fixture
+def both(exact_mllm, medium):
+    """Sites of text and the medium, loud neurons, rows with the medium and rows of text."""
+    names = {"image": "text_vqa", "audio": "libri"}[medium], "mmlu"
+    rows = [ml.benchmark(name, str(ROOT / "data/benchmarks"))[:3] for name in names]
+    sites = planted.sites(loudness(exact_mllm, rows), ["text", medium], [0, 1], EACH, seed=0)
+    return sites, np.full(len(sites), 50.0), rows
+
+
+def test_what_is_needed_costs_and_nothing_else_does(exact_mllm, both, medium):
+    sites, loud, rows = both
+    name = rows[0].name
+    table = planted.recovered(exact_mllm, rows, rows, sites, loud, strength=30.0, batch_size=4)
+    own = table[table["by"] == "planted"].set_index("modality")
+    assert own["recall"].tolist() == [1, 1] and abs(own.loc[medium, name]) > 1e-3
+    assert abs(own.loc[medium, "mmlu"]) < 1e-9  # rows without the medium
+    assert (own.loc["text", [name, "mmlu"]].abs() > 1e-3).all()
+    alone = table[table["by"].isin(METRICS)]
+    assert len(alone) == 2 * len(METRICS) and alone["auc"].between(0, 1).all()
+    shares = table[["recall", "idle", "everywhere"]]
+    assert (shares.fillna(0) >= 0).all(axis=None) and (shares.fillna(0) <= 1).all(axis=None)
+    assert set(table["by"]) >= {"adaptive", "LA_MU"}
+
+
+def test_scores_as_it_is_intact_and_without_each_role(exact_mllm, both, medium):
+    sites, loud, rows = both
+    table = planted.necessity(exact_mllm, rows, sites, loud, strength=30.0, max_new_tokens=2)
+    assert list(table) == ["silenced", "modality", "benchmark", "score"]
+    conditions = table.groupby(["silenced", "modality"], sort=False).size()
+    assert (conditions == 2).all() and len(conditions) == 2 + 3 * 2
+    wide = table.pivot(index=["silenced", "modality"], columns="benchmark", values="score")
+    for same in [("as it is", ""), ("idle", "text"), ("idle", medium)]:
+        assert wide.loc[same].equals(wide.loc[("intact", "")])

@@ -90,6 +90,8 @@ def test_findings_of_other_parameters_only_are_named(project):
     with pytest.raises(NotApplicable, match=message):
         Scorecard()
     assert Scorecard(configurations="all").columns == ["tiny-a, limit=12", "tiny-b"]
+    newest = Scorecard(configurations="newest")
+    assert newest.columns == ["tiny-a", "tiny-b"] and newest.table["of"].tolist() == ["tiny-a"]
 
 
 @pytest.mark.parametrize(
@@ -129,11 +131,10 @@ def test_all_verdicts_at_a_glance(project, monkeypatch):
     assert {t.get_text() for t in ax.texts} >= {"yes~", "no", "?"}
     assert [t.get_text() for t in ax.get_yticklabels()] == ["I: neurons of I", "II: neurons of II"]
     monkeypatch.delenv("MINER_FIGURES", raising=False)
-    card.save_figure(fig, "10-scorecard")
-    assert (project / "runs/figures/10-scorecard.png").exists()
+    card.save_figure(fig, "20-scorecard")
+    assert (project / "runs/figures/20-scorecard.png").exists()
     plt.close(fig)
-    assert mark("holds in part (close)") == (1, "part~")
-    with pytest.raises(ValueError, match="verdict 'yes' is none of holds in part, holds, "):
+    with pytest.raises(ValueError, match="verdict 'yes' is none of holds, does not hold, "):
         mark("yes")
     assert mark("holds") == (2, "yes") and mark("cannot be told (close)") == (1, "?~")
 
@@ -142,7 +143,7 @@ def test_all_verdicts_at_a_glance(project, monkeypatch):
     ("given", "message"),
     [
         ({"runs": "elsewhere"}, "runs='elsewhere': no such folder; run `make workbook`"),
-        ({"configurations": "some"}, "configurations='some': use default or all"),
+        ({"configurations": "some"}, "configurations='some': use default, newest or all"),
     ],
 )
 def test_a_bad_parameter_is_named(project, given, message):

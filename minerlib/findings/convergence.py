@@ -206,32 +206,24 @@ def low(sits: pd.DataFrame, size: int, n: int = 9999, seed: int = 0) -> tuple[Es
     ].mean()
 
 
-def moved(
-    before: Mapping[str, xr.DataArray],
-    after: Mapping[str, xr.DataArray],
-    drawn: Mapping[str, Sequence],
-) -> tuple[Estimate, np.ndarray, pd.DataFrame]:
+def moved(apart: Mapping[str, xr.DataArray]) -> tuple[Estimate, np.ndarray, pd.DataFrame]:
     """How far silencing each medium's own neurons moves it, more than as many random ones.
 
-    before and after {kind: table} and drawn {kind: tables} are of `distances` of that kind, with
-    resamplings in before and after. The change of the distance in magnitude, averaged over layers
-    from 1 on, over the first; averaged over the media. Returns the effect, its null (each draw less
-    the draws' mean), and the steps: kind, what ("own", "random"), layer, value, low, high (of the
-    draws: their range).
+    apart {kind: [neurons, kind, draw, layer]} are `distances` of that kind as the model is, with
+    its own neurons silenced, then random ones, of the same resamplings. The change of the distance
+    from layer 1 on over the first, as in `inference.moved`: its effect and null. And the steps:
+    kind, what ("own", "random"), layer, value, low, high (of the random sets: their range).
     """
-    own, null, steps = [], [], []
-    for kind, table in after.items():
-        base = before[kind].values[0]
-        first, change = base[:, 1:2], table.values[0] - base
-        random = np.stack([t.values[0, 0] - base[0] for t in drawn[kind]])
-        own.append((np.abs(change[:, 1:]) / first).mean(1))
-        null.append((np.abs(random[:, 1:]) / first[0]).mean(1))
+    share, steps = [], []
+    for kind, tables in apart.items():
+        base, *silenced = tables.sel(kind=kind).values  # [draw, layer] each
+        change = np.stack(silenced) - base
+        share.append((change / base[:, 1:2])[:, :, 1:].swapaxes(1, 2))
+        own, random = change[0], change[1:, 0]
         for what, x, ends in (
-            ("own", change[0], inference.middle95(change[1:])),
+            ("own", own[0], inference.middle95(own[1:])),
             ("random", random.mean(0), (random.min(0), random.max(0))),
         ):
             band = {"layer": range(len(x)), "value": x, "low": ends[0], "high": ends[1]}
             steps.append(pd.DataFrame({"kind": kind, "what": what, **band}))
-    values, draws = np.mean(own, axis=0), np.mean(null, axis=0)
-    effect = inference.from_draws(values[0] - draws.mean(), values[1:] - draws.mean())
-    return effect, draws - draws.mean(), pd.concat(steps, ignore_index=True)
+    return *inference.moved(np.array(share)), pd.concat(steps, ignore_index=True)

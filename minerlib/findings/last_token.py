@@ -296,19 +296,20 @@ def measures(
 
 
 def changes(
-    before: pd.DataFrame, after: Mapping[str, Sequence[pd.DataFrame]], media: Sequence
+    before: pd.DataFrame, after: Mapping[str, pd.DataFrame], media: Sequence
 ) -> pd.DataFrame:
     """What silencing changes: columns silenced, draw, medium, and those of `measures`.
 
     after holds, by modality, the measures of the samples that hold it, with its own neurons
-    silenced (draw 0) and then with random ones in their place; media what each sample is about.
+    silenced (`neurons` 0) and then with random ones in their place; media what each is about.
     """
-    tables = {}
+    tables = []
     for name, found in after.items():
-        same = before[before["sample"].isin(found[0]["sample"])]
-        for draw, table in enumerate(found):
-            tables[name, draw] = inference.paired(same, table, "value", _BY)
-    changed = pd.concat(tables, names=["silenced", "draw"]).reset_index(["silenced", "draw"])
+        same = before[before["sample"].isin(found["sample"])]
+        for draw, table in found.groupby("neurons"):
+            change = inference.paired(same, table.drop(columns="neurons"), "value", _BY)
+            tables.append(change.assign(silenced=name, draw=draw))
+    changed = pd.concat(tables, ignore_index=True)
     changed = changed[changed["measure"] != "uniform"].reset_index(drop=True)
     return changed.assign(medium=np.asarray(media)[changed["sample"]])
 

@@ -48,10 +48,6 @@ def conditions(answers: Answers, picked: Sets, column: str = "condition") -> pd.
 # --- more than random neurons --------------------------------------------------------------------
 
 
-NULLS = {"any layer": False, "same layers": True}
-"""The nulls, and whether as many neurons are drawn in each layer as are selected there."""
-
-
 def beyond_draws(
     before: pd.DataFrame, after: pd.DataFrame, drawn: Sequence[pd.DataFrame]
 ) -> Estimate:
@@ -79,8 +75,8 @@ def beyond_draws(
 
 def nats(told: pd.DataFrame) -> np.ndarray:
     """Of each set silenced, the mean over benchmarks of the reference's log-probability [set]."""
-    means = told.groupby(["set", "benchmark"])["logprob"].mean()
-    return means.groupby("set").mean().to_numpy()
+    means = told.groupby(["neurons", "benchmark"])["logprob"].mean()
+    return means.groupby("neurons").mean().to_numpy()
 
 
 def judged(

@@ -145,23 +145,12 @@ def collected(mllm: MLLM, samples: Sequence[Sample]) -> pd.DataFrame:
     return table.assign(layer=table["layer"] + 1)[["sample", "layer", "set", "collected"]]
 
 
-@computation(version=2)
+@computation(version=3)
 def silenced_ends(mllm: MLLM, samples, neurons, *, n_boot: int = 100, **drawn) -> xr.DataArray:
     """`mean_ends` with these neurons silenced; `drawn` as for `hidden_states`."""
     with deactivate(mllm, neurons):
         states = hidden_states(mllm, samples, **drawn)
     return mean_ends(states, n_boot=n_boot, seed=drawn.get("seed", 0))
-
-
-def moved(change: xr.DataArray) -> tuple[Estimate, np.ndarray]:
-    """How much further own neurons move the ends than random ones; and draws where it is no more.
-
-    change [set, layer, draw], of the own neurons and then of random ones, in magnitude averaged
-    over layers from 1 on; less the mean of the random sets, of the same resampled prompts.
-    """
-    own, *random = abs(change.sel(layer=slice(1, None))).mean("layer").values
-    beyond, null = own - np.mean(random, axis=0), np.array(random)[:, 0]
-    return inference.from_draws(beyond[0], beyond[1:]), null - null.mean()
 
 
 @computation(version=1)
