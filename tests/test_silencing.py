@@ -187,14 +187,14 @@ def test_where_nothing_can_be_lost_there_is_no_share():
 def told(values: np.ndarray) -> pd.DataFrame:
     """A table of log-probabilities from values [set, row]; half the rows are of each benchmark."""
     sets, rows = values.shape
-    table = pd.DataFrame({"set": np.repeat(np.arange(sets), rows), "logprob": values.ravel()})
+    table = pd.DataFrame({"neurons": np.repeat(np.arange(sets), rows), "logprob": values.ravel()})
     return table.assign(benchmark=np.tile(np.repeat(["a", "b"], rows // 2), sets))
 
 
 def test_nats_weigh_benchmarks_alike():
     table = pd.DataFrame(
         [(1, "a", -1.0), (1, "b", -4.0), (0, "b", -6.0), (1, "a", -3.0), (0, "a", -1.0)],
-        columns=["set", "benchmark", "logprob"],
+        columns=["neurons", "benchmark", "logprob"],
     )
     assert silencing.nats(table).tolist() == [-3.5, -3.0]
     wide = -np.arange(24.0).reshape(12, 2)  # set 10 is behind set 9
