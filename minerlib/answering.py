@@ -40,7 +40,12 @@ def choose(mllm, batch, choices: Sequence[str]) -> list[str]:
 
 @torch.inference_mode()
 def logprob(mllm, batch, answers: Sequence[str]) -> list[float]:
-    """Mean log-probability per token, in nats, of each row's answer right after its prompt.
+    """Mean log-probability per token, in nats, of each row's answer right after its prompt."""
+    return logprobs(mllm, batch, answers).tolist()
+
+
+def logprobs(mllm, batch, answers: Sequence[str]) -> torch.Tensor:
+    """`logprob` as a tensor [row], which can be differentiated.
 
     One forward pass: answers are padded on the right, where causal attention does not look. After
     a prompt that ends in a special token or blank space an answer starts as it is, else with " ".
@@ -60,7 +65,7 @@ def logprob(mllm, batch, answers: Sequence[str]) -> list[float]:
     keep = new.shape[1] + 1
     logits = mllm.forward(whole, keep).logits[:, -keep:-1].float()
     probs = logits.log_softmax(-1).cpu().gather(-1, new[..., None])[..., 0]
-    return ((probs * told).sum(1) / told.sum(1)).tolist()
+    return (probs * told).sum(1) / told.sum(1)
 
 
 def _ids(mllm, text: str) -> list[int]:

@@ -36,7 +36,7 @@ from made import states_of, table_of
 from PIL import Image
 
 import minerlib
-from minerlib import planted
+from minerlib import critical, planted
 from minerlib.aggregation import aggregate
 from minerlib.artifacts import COMPUTATIONS, digest
 from minerlib.controls import permuted, untrained
@@ -259,6 +259,8 @@ GOLDEN: dict[str, Callable[[], Any]] = {
         mllm(), samples(), n_null=20, **DRAWN
     ),
     "written.loudness": lambda: loudness(mllm(), [Rows(samples())]),
+    "critical.attribution": lambda: critical.attribution(mllm(), [Rows(samples(4))]),
+    "critical.plain": lambda: critical.plain(mllm(), ["What is the word?", "A dog runs."]),
     "planted.necessity": lambda: planted.necessity(
         mllm(), [Asked(samples())], *sites(), strength=30.0, max_new_tokens=2
     ),

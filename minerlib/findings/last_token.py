@@ -4,7 +4,7 @@ Attention and saliency by source set, attention knockout and the logit lens, eac
 of one answer token, chosen before anything is silenced, so that conditions compare in pairs.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
@@ -30,8 +30,8 @@ def answer_tokens(mllm: MLLM, bench, target: str = "reference", *, batch_size=8)
     target "reference": the most frequent reference's first token; "model": the model's own first.
     """
     if target == "reference":
-        common = [Counter(sample.references).most_common(1)[0][0] for sample in bench]
-        ids = [mllm.tokenizer.encode(text, add_special_tokens=False) for text in common]
+        texts = [sample.reference for sample in bench]
+        ids = [mllm.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         if empty := [i for i, found in enumerate(ids) if not found]:
             raise ValueError(f"samples {empty[:5]} have an empty reference; use target='model'")
         return np.array([found[0] for found in ids])

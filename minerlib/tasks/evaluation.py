@@ -10,7 +10,6 @@ compare(before, after)                           # mean change per benchmark, wi
 import inspect
 import math
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -129,8 +128,7 @@ def evaluate(
         if measure != "logprob only":
             found["answer"] = _answers(mllm, bench, samples, batch, max_new_tokens)
         if measure != "score":
-            usual = [Counter(s.references).most_common(1)[0][0] for s in samples]
-            found["logprob"] = mllm.logprob(batch, usual)
+            found["logprob"] = mllm.logprob(batch, [s.reference for s in samples])
         for position, *values in zip(positions, *found.values(), strict=True):
             rows[position] = dict(zip(found, values, strict=True))
     if not rows:

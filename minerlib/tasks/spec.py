@@ -1,5 +1,6 @@
 """What a benchmark is: samples, specifications and the registry."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,11 @@ class Sample:
     sampling_rate: int = SAMPLING_RATE
     notice: str | None = None
     behind: bool = False
+
+    @property
+    def reference(self) -> str:
+        """The reference that is given most often, the first of them."""
+        return Counter(self.references).most_common(1)[0][0]
 
 
 @dataclass(frozen=True)

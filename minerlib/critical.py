@@ -1,0 +1,106 @@
+"""Critical neurons, the few without which nothing works, and random ones that do as much damage.
+
+A handful of units can break any language model (arXiv 2512.00918, 2510.10238). If a selection holds
+them, its damage says nothing of modalities: so they are looked for by themselves, taken out of the
+selection, and the selection is set beside random neurons that cost as much on plain text.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+import xarray as xr
+from numpy.typing import ArrayLike
+from torch.nn.utils.rnn import pad_sequence
+
+from minerlib.answering import logprobs
+from minerlib.artifacts import computation
+from minerlib.model import MLLM
+
+
+@computation(version=1)
+def attribution(mllm: MLLM, benches: Iterable, *, batch_size: int = 8) -> xr.DataArray:
+    """|activation x gradient| of every neuron, summed over the tokens: float32 [layer, neuron].
+
+    Of the mean log-probability of each row's commonest reference; the mean over rows.
+    """
+    total = torch.zeros(mllm.n_layers, mllm.n_neurons, dtype=torch.float64)
+    rows = 0
+    for bench in benches:
+        for first, batch in mllm.batches(bench, batch_size, "attribution"):
+            samples = [bench[i] for i in range(first, first + len(batch["input_ids"]))]
+            gates: dict[int, torch.Tensor] = {}
+
+            def gate(layer, x, gates=gates):
+                gates[layer] = torch.ones_like(x, requires_grad=True)
+                return x * gates[layer]
+
+            with torch.enable_grad(), mllm.tap(activation=gate):
+                told = logprobs(mllm, batch, [sample.reference for sample in samples]).sum()
+                slopes = torch.autograd.grad(told, [gates[i] for i in sorted(gates)])
+            for layer, slope in enumerate(slopes):  # with a gate of 1 it is activation x gradient
+                total[layer] += slope.abs().sum((0, 1)).double().cpu()
+            rows += len(samples)
+    axes = {"layer": range(mllm.n_layers)}
+    return xr.DataArray((total / rows).float().numpy(), axes, ("layer", "neuron"), "attribution")
+
+
+def candidates(attributed: xr.DataArray, n: int = 256) -> list[xr.DataArray]:
+    """The n neurons of greatest `attribution`, each by itself, bool [modality, layer, neuron]."""
+    order = np.argsort(-attributed.values, axis=None, kind="stable")[:n]
+    return [as_neurons(attributed, [i]) for i in order]
+
+
+def as_neurons(like: xr.DataArray, index: ArrayLike) -> xr.DataArray:
+    """Neurons of these flat indices of `like` [layer, neuron], as one modality."""
+    chosen = np.zeros(like.size, bool)
+    chosen[np.asarray(index, int)] = True
+    values = chosen.reshape(1, *like.shape)
+    axes = {"modality": ["critical"], "layer": like.layer.values}
+    return xr.DataArray(values, axes, ("modality", "layer", "neuron"), "neurons")
+
+
+@computation(version=1)
+@torch.inference_mode()
+def plain(mllm: MLLM, texts: Sequence[str], batch_size: int = 16) -> float:
+    """Mean log-probability of plain texts, in nats a token, read without a chat template."""
+    total, tokens = 0.0, 0
+    for first in range(0, len(texts), batch_size):
+        part = [torch.tensor(mllm.tokenizer.encode(x)) for x in texts[first : first + batch_size]]
+        real = pad_sequence([torch.ones_like(ids) for ids in part], batch_first=True)
+        batch = {"input_ids": pad_sequence(part, batch_first=True), "attention_mask": real}
+        batch = {name: x.to(mllm.model.device) for name, x in batch.items()}
+        told = mllm.forward(batch, real.shape[1]).logits[:, :-1].float().log_softmax(-1).cpu()
+        told = told.gather(-1, batch["input_ids"][:, 1:, None].cpu())[..., 0]
+        total += float((told * real[:, 1:]).sum())
+        tokens += int(real[:, 1:].sum())
+    return total / tokens
+
+
+def as_damaging(
+    cost: Callable[[xr.DataArray], float],
+    target: float,
+    outside: xr.DataArray,
+    seed: int,
+    start: int = 64,
+    tolerance: float = 0.05,
+) -> xr.DataArray:
+    """Random neurons, grown until they cost as much as the target, within a share of it.
+
+    In random order, from those that are not in `outside` [modality, layer, neuron]; their number is
+    doubled from `start` on, then halved between. Where one neuron more costs too much and one less
+    too little it is one more. ValueError where all of them cost less.
+    """
+    taken = outside.any("modality")
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(~taken.values))
+    low, n, high = 0, min(start, len(order)), len(order) + 1
+    while True:
+        value = cost(found := as_neurons(taken, order[:n]))
+        if abs(value - target) <= tolerance * target:
+            return found
+        if value < target and n == len(order):
+            raise ValueError(f"all {n} other neurons cost {value:.3f}, less than {target:.3f}")
+        low, high = (n, high) if value < target else (low, n)
+        if high - low == 1:
+            return as_neurons(taken, order[:high])
+        n = min(2 * n, len(order)) if high > len(order) else (low + high) // 2
