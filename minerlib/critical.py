@@ -51,6 +51,13 @@ def candidates(attributed: xr.DataArray, n: int = 256) -> list[xr.DataArray]:
     return [as_neurons(attributed, [i]) for i in order]
 
 
+def together(neurons: Iterable[xr.DataArray]) -> xr.DataArray:
+    """Several sets of neurons as one."""
+    first, *others = neurons
+    values = np.any([first.values, *(x.values for x in others)], axis=0)
+    return first.copy(data=values)
+
+
 def as_neurons(like: xr.DataArray, index: ArrayLike) -> xr.DataArray:
     """Neurons of these flat indices of `like` [layer, neuron], as one modality."""
     chosen = np.zeros(like.size, bool)

@@ -11,6 +11,7 @@ import json
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -280,22 +281,27 @@ class Workbook(Parameters):
     def half_dose(self) -> int:
         """How many neurons, of those the strategy takes first, cost half of the score above chance.
 
-        Measured on at most 24 mined rows a benchmark, to a factor of two; the number that a whole
-        budget holds where no dose up to a tenth of all neurons costs as much.
+        To a factor of two, by `costs_half`; the number that a whole budget holds where no dose up
+        to a tenth of all neurons costs as much.
         """
-        few = {name: bench[:24] for name, bench in self.mining.items()}
-        start = above_chance(self.answers(rows=few))
         doses = [round(self.total()[0, 0].size * 0.0002 * 2**i) for i in range(10)]
 
         def halved(n: int) -> bool:
             try:
-                neurons = first(self.total(), n, **self.how)
+                return self.costs_half(first(self.total(), n, **self.how))
             except ValueError:  # a strategy that takes more at once, or fewer in all
                 return n > doses[len(doses) // 2]
-            return above_chance(self.answers(neurons, rows=few)) <= start / 2
 
         at = bisect_left(doses, True, key=halved)
         return doses[at] if at < len(doses) else unique(self.select())
+
+    def costs_half(self, neurons: xr.DataArray) -> bool:
+        """Whether silencing them costs half of the score above chance, on at most 24 mined rows."""
+        few = {name: bench[:24] for name, bench in self.mining.items()}
+        return (
+            above_chance(self.answers(neurons, rows=few))
+            <= above_chance(self.answers(rows=few)) / 2
+        )
 
     def draws(self, neurons: xr.DataArray, n: int, by_layer: bool = False) -> list[xr.DataArray]:
         """A null: n random draws of as many different neurons, with by_layer in each layer."""
@@ -325,21 +331,25 @@ class Workbook(Parameters):
         whole.attrs = {"skipped": [line for t in tables for line in t.attrs.get("skipped", [])]}
         return whole
 
-    def logprobs(self, sets: Sequence[xr.DataArray], rows: int) -> pd.DataFrame:
+    def logprobs(
+        self, sets: Sequence[xr.DataArray | None], rows: int | dict[str, Benchmark]
+    ) -> pd.DataFrame:
         """Log-probabilities of the references, each set of neurons silenced in turn, done once.
 
-        On each benchmark's first `rows` evaluation rows; interrupted, it continues. Columns
-        benchmark, row, medium, logprob (mean per token, in nats), neurons (the place in `sets`).
+        On these rows, or on each benchmark's first so many to evaluate on; interrupted, it
+        continues. Columns benchmark, row, medium, logprob (mean per token, in nats), neurons (the
+        place in `sets`).
         """
-        few = {name: bench[:rows] for name, bench in self.evaluation.items()}
+        whole = self.evaluation
+        few = {k: b[:rows] for k, b in whole.items()} if isinstance(rows, int) else rows
         columns = ["benchmark", "row", "medium", "logprob"]
 
         @cache
         def ready() -> list[Prepared]:
             return [prepare(self.mllm, b, self.batch_size, self.on_error) for b in few.values()]
 
-        def told(neurons: xr.DataArray) -> pd.DataFrame:
-            with deactivate(self.mllm, neurons):
+        def told(neurons: xr.DataArray | None) -> pd.DataFrame:
+            with nullcontext() if neurons is None else deactivate(self.mllm, neurons):
                 tables = [evaluate(self.mllm, x, measure="logprob only") for x in ready()]
             return pd.concat(tables, ignore_index=True)[columns]
 

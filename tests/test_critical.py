@@ -51,6 +51,8 @@ def test_attribution_is_the_mean_over_rows_whatever_the_batches(exact_mllm):
     assert first.dims == ("modality", "layer", "neuron") and first.sum() == second.sum() == 1
     (best,), (next_best,) = (whole.values[x.values[0]] for x in (first, second))
     assert best == whole.values.max() >= next_best
+    both = critical.together([first, second])
+    assert both.dims == first.dims and both.sum() == 2 and not (first & ~both).any()
 
 
 def test_plain_text_by_hand(exact_mllm):

@@ -363,6 +363,33 @@ def test_logprobs_of_a_stopped_run_are_kept(tmp_path, passes, done):
     assert turned["logprob"].tolist() != found["logprob"].tolist()
 
 
+def test_logprobs_on_other_rows_and_of_the_model_as_it_is(tmp_path):
+    wb = make(tmp_path, **FEW)
+    rows = {"mmlu": wb.mining["mmlu"]}
+    table = wb.logprobs([None, *some_sets(wb.mllm, 1)], rows)
+    plain = ml.evaluate(wb.mllm, rows["mmlu"], measure="logprob only")
+    own = table[table["neurons"] == 0]["logprob"]
+    np.testing.assert_allclose(own, plain["logprob"], rtol=1e-4)
+    assert table["row"].tolist() == [*plain["row"]] * 2 and table["logprob"].nunique() == 4
+
+
+def test_what_costs_half_of_the_score(tmp_path, monkeypatch):
+    """Of what lies above chance, on at most 24 mined rows."""
+    wb = make(tmp_path, benchmarks="mmlu", limit=30)
+    neurons, asked, left = some_sets(wb.mllm, 1)[0], [], [0.75]
+
+    def answers(self, neurons=None, rows=None):
+        asked.append(len(rows["mmlu"]))
+        score = 0.75 if neurons is None else left[-1]
+        return pd.DataFrame({"benchmark": "mmlu", "score": [score] * 4})
+
+    monkeypatch.setattr(ml.Workbook, "answers", answers)
+    for score, half in [(0.75, False), (0.51, False), (0.5, True), (0.0, True)]:
+        left.append(score)
+        assert wb.costs_half(neurons) == half
+    assert set(asked) == {24}
+
+
 def test_each_set_of_neurons_in_one_artefact(tmp_path):
     wb = make(tmp_path, **FEW)
     sets = [None, *some_sets(wb.mllm, 2)]
