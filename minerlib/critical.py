@@ -94,20 +94,28 @@ def as_damaging(
 ) -> xr.DataArray:
     """Random neurons, grown until they cost as much as the target, within a share of it.
 
-    In random order, from those that are not in `outside` [modality, layer, neuron]; their number is
-    doubled from `start` on, then halved between. Where one neuron more costs too much and one less
-    too little it is one more. ValueError where all of them cost less.
+    In random order, from those that are not in `outside`, bool [layer, neuron]; their number is
+    doubled from `start` on, then halved between. ValueError where nothing costs, all of them cost
+    less, or one neuron more costs too much and one less too little, by more than a fifth.
     """
-    taken = outside.any("modality")
-    order = np.random.default_rng(seed).permutation(np.flatnonzero(~taken.values))
+    if not target > 0:
+        raise ValueError(
+            f"the target is {target:.3f}: there is no cost that random neurons can match"
+        )
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(~outside.values))
     low, n, high = 0, min(start, len(order)), len(order) + 1
-    while True:
-        value = cost(found := as_neurons(taken, order[:n]))
-        if abs(value - target) <= tolerance * target:
-            return found
-        if value < target and n == len(order):
-            raise ValueError(f"all {n} other neurons cost {value:.3f}, less than {target:.3f}")
-        low, high = (n, high) if value < target else (low, n)
-        if high - low == 1:
-            return as_neurons(taken, order[:high])
+    costs = {0: 0.0}
+    while high - low > 1:
+        costs[n] = cost(as_neurons(outside, order[:n]))
+        if abs(costs[n] - target) <= tolerance * target:
+            break
+        if costs[n] < target and n == len(order):
+            raise ValueError(f"all {n} other neurons cost {costs[n]:.3f}, less than {target:.3f}")
+        low, high = (n, high) if costs[n] < target else (low, n)
         n = min(2 * n, len(order)) if high > len(order) else (low + high) // 2
+    nearest = min(costs, key=lambda n: abs(costs[n] - target))
+    if abs(costs[nearest] - target) > max(tolerance, 0.2) * target:
+        raise ValueError(
+            f"{nearest} neurons cost {costs[nearest]:.3f}, the nearest to {target:.3f}"
+        )
+    return as_neurons(outside, order[:nearest])

@@ -94,6 +94,7 @@ def estimate(
     ends: tuple[float, float] | None = (0.0, 1.0),
     added: float = 2.0,
     extra: float = 0.0,
+    draws: float = math.inf,
 ) -> Estimate:
     """The mean of values with a t interval that keeps its coverage near bounds.
 
@@ -104,7 +105,8 @@ def estimate(
         scores (Agresti and Coull 1998), 1 for paired differences (Agresti and Min 2005), of which
         verdicts are made: there it is a whole medium's rows, and the interval reaches as far from
         the mean itself too. None: unbounded, and nothing is added.
-    extra : further variance of the mean, such as that of the draws it is compared with.
+    extra : further variance of the mean, such as that of the draws it is compared with, of which
+        there are so many `draws`.
 
     The error is the clusters' (Taylor linearisation of a ratio; Cochran 1977, 6.8 and 9A); its
     degrees of freedom are Satterthwaite's. NaN if a value is, the error and the ends where a
@@ -133,7 +135,7 @@ def estimate(
     mean = np.mean([group.mean() for group in strata.values()])
     parts = np.array(variances) / len(strata) ** 2
     variance = parts.sum() + extra
-    spread_of = (parts**2 / freedom).sum()
+    spread_of = (parts**2 / freedom).sum() + extra**2 / (draws - 1)
     df = variance**2 / spread_of if spread_of else np.inf  # all alike: what is left is certain
     error, middle = np.sqrt(variance), float(np.mean(middles))
     about_low, about_high = sorted((middle, mean)) if least < 0 else (middle, middle)
@@ -145,17 +147,11 @@ def estimate(
     return Estimate(*map(float, (mean, *found, error)))
 
 
-def from_draws(value: float, draws: ArrayLike, biased: bool = False) -> Estimate:
-    """The estimate of any statistic: percentiles of its values under resamplings of the prompts.
-
-    biased: of a magnitude, to which noise adds, and to a resampling's once more. What it adds (the
-    bootstrap's estimate; Efron and Tibshirani 1993, chapter 10) is taken from the value and the
-    upper ends once, from the lower ends twice: it is uncertain, and either verdict must be sure.
-    """
+def from_draws(value: float, draws: ArrayLike) -> Estimate:
+    """The estimate of any statistic: percentiles of its values under resamplings of the prompts."""
     draws = _draws(draws)
-    bias = biased * (np.nanmean(draws) - value)
-    ends = np.nanquantile(draws, [0.025, 0.975, 0.05, 0.95]) - bias * np.array([2, 1, 2, 1])
-    return Estimate(*map(float, (value - bias, *ends, np.nanstd(draws))))
+    ends = np.nanquantile(draws, [0.025, 0.975, 0.05, 0.95])
+    return Estimate(*map(float, (value, *ends, np.nanstd(draws))))
 
 
 def moved(change: np.ndarray) -> tuple[Estimate, np.ndarray]:
@@ -164,10 +160,23 @@ def moved(change: np.ndarray) -> tuple[Estimate, np.ndarray]:
     change [kind, set, layer, draw]: what each set of neurons changes, its own first, then random
     ones; draw 0 of the prompts themselves, then of their resamplings, the same for all sets. In
     magnitude, averaged over layers and kinds; less the mean of the random sets.
+
+    Noise adds to a magnitude, and to a resampling's once more: of noise alone the factor is the
+    root of 2, and so all that a resampling has more, over root 2 less 1, is taken off (the
+    bootstrap's estimate of bias; Efron and Tibshirani 1993, chapter 10). Where something moves that
+    is too much. So an interval's lower end takes it off the own magnitude alone, its upper end off
+    the random ones' alone.
     """
     own, *random = np.abs(change).mean((0, 2))  # [draw] each
-    beyond, null = own - np.mean(random, axis=0), np.array(random)[:, 0]
-    return from_draws(beyond[0], beyond[1:], biased=True), null - null.mean()
+    both = own, np.mean(random, axis=0)
+    noise = [(size[1:].mean() - size[0]) / (math.sqrt(2) - 1) for size in both]
+    added, taken = (np.clip(x, 0, size[0]) for x, size in zip(noise, both, strict=True))
+    value, *draws = both[0] - both[1]
+    found = from_draws(value, draws - (np.mean(draws) - value))
+    off = taken - added, -added, taken, -added, taken, 0.0  # of an estimate's parts
+    effect = Estimate(*(float(x + y) for x, y in zip(found, off, strict=True)))
+    null = np.array(random)[:, 0]
+    return effect, null - null.mean()
 
 
 def change(a: Scores, b: Scores, media=None, extra: float = 0.0) -> Estimate:

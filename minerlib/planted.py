@@ -52,8 +52,16 @@ def plant(
     """A copy of the model with neurons planted at the sites, of activation `loud` each.
 
     strength is the length of the added direction over that of the normed state that enters the MLP.
-    Tokens that are generated count as what they are: text or special.
+    Tokens that are generated count as what they are: text or special. ValueError for a model of 16
+    bits, in which what is added and taken away leaves more than it should, for an MLP that is not
+    gated with projections of its own, and for a loudness that is not above 0.
     """
+    if mllm.model.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"{mllm.name} is {mllm.model.dtype}: neurons are planted in float32 only")
+    if not (np.asarray(loud) > 0).all():
+        raise ValueError(f"loudness {np.min(loud):.3g}: a planted neuron must fire")
+    if not hasattr(mllm.family.mlp(mllm.layers[0]), "up_proj"):
+        raise ValueError(f"{mllm.name}: neurons are planted in an MLP with an up_proj of its own")
     model = copy.deepcopy(mllm.model)
     other = MLLM(model, mllm.processor, f"{mllm.name}, planted", mllm.settings)
     kinds: dict[str, torch.Tensor] = {}
@@ -132,8 +140,8 @@ def as_loud(activation: xr.DataArray, sites: pd.DataFrame, share: float) -> np.n
 
 
 def roles(sites: pd.DataFrame, modality: str, shape: tuple[int, int]) -> dict[str, np.ndarray]:
-    """The neurons of each role for a modality, bool [layer, neuron]; everywhere is everywhere."""
-    own = sites[(sites["modality"] == modality) | (sites["role"] == "everywhere")]
+    """The neurons of each role for a modality, as many of each, bool [layer, neuron]."""
+    own = sites[sites["modality"] == modality]
     return {role: mask(part, shape) for role, part in own.groupby("role")}
 
 

@@ -114,9 +114,13 @@ class Scorecard:
         return [f"{k}={v}" for k, v in value["parameters"].items() if usual.get(k, ...) != v]
 
     def draw(self) -> plt.Figure:
-        """All verdicts: a row per claim, a column per model; word, effect and 95 % interval."""
-        rows = (self.table["finding"] + ": " + self.table["claim"]).map(wrapped)
-        grid = self.table.assign(row=rows).drop_duplicates(["row", "of"]).set_index(["row", "of"])
+        """The verdicts: a row per claim, a column per model; word, effect and 95 % interval.
+
+        Without rivals, which are other explanations and no claims of the paper.
+        """
+        table = self.table[~self.table["claim"].str.startswith("rival")]
+        rows = (table["finding"] + ": " + table["claim"]).map(wrapped)
+        grid = table.assign(row=rows).drop_duplicates(["row", "of"]).set_index(["row", "of"])
         shape = {"index": rows.unique(), "columns": self.columns}
         codes = grid["verdict"].map(lambda v: mark(v)[0]).unstack().reindex(**shape)
         signs = grid.apply(told, axis=1).unstack().reindex(**shape).fillna("")

@@ -185,18 +185,23 @@ def overlap(neurons: xr.DataArray) -> pd.DataFrame:
 
 
 @computation(version=1)
-def matched_random(neurons: xr.DataArray, seed: int, by_layer: bool = False) -> xr.DataArray:
+def matched_random(
+    neurons: xr.DataArray, seed: int, by_layer: bool = False, outside: xr.DataArray | None = None
+) -> xr.DataArray:
     """A random draw of as many unique neurons, bool [modality "random", layer, neuron].
+
+    From all, or from those that are not in `outside`, bool [layer, neuron].
 
     by_layer keeps the number in each layer too: the stricter null, which asks whether the
     neurons matter or merely the layers that they sit in.
     """
     rng = np.random.default_rng(seed)
     union = neurons.any("modality").values
-    groups = union if by_layer else union.reshape(1, -1)
+    free = np.ones_like(union) if outside is None else ~outside.values
+    groups, free = (x if by_layer else x.reshape(1, -1) for x in (union, free))
     mask = np.zeros(groups.shape, bool)
-    for row, count in zip(mask, groups.sum(-1), strict=True):
-        row[rng.choice(row.size, count, replace=False)] = True
+    for row, count, there in zip(mask, groups.sum(-1), free, strict=True):
+        row[rng.choice(np.flatnonzero(there), count, replace=False)] = True
     attrs = {"strategy": "matched_random", "by_layer": int(by_layer), "seed": seed}
     return _labelled(mask.reshape(1, *union.shape), ["random"], neurons.layer, attrs)
 

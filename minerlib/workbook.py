@@ -281,31 +281,36 @@ class Workbook(Parameters):
     def half_dose(self) -> int:
         """How many neurons, of those the strategy takes first, cost half of the score above chance.
 
-        To a factor of two, by `costs_half`; the number that a whole budget holds where no dose up
-        to a tenth of all neurons costs as much.
+        To a factor of two, by `costs_half`. Where no dose up to a tenth of all neurons costs as
+        much it says so, and is the number that a whole budget holds.
         """
         doses = [round(self.total()[0, 0].size * 0.0002 * 2**i) for i in range(10)]
 
         def halved(n: int) -> bool:
             try:
-                return self.costs_half(first(self.total(), n, **self.how))
+                neurons = first(self.total(), n, **self.how)
             except ValueError:  # a strategy that takes more at once, or fewer in all
                 return n > doses[len(doses) // 2]
+            return self.costs_half(neurons)
 
         at = bisect_left(doses, True, key=halved)
-        return doses[at] if at < len(doses) else unique(self.select())
+        if at < len(doses):
+            return doses[at]
+        print(
+            "no dose up to a tenth of all neurons costs half of the score: a whole budget instead"
+        )
+        return unique(self.select())
 
     def costs_half(self, neurons: xr.DataArray) -> bool:
         """Whether silencing them costs half of the score above chance, on at most 24 mined rows."""
         few = {name: bench[:24] for name, bench in self.mining.items()}
-        return (
-            above_chance(self.answers(neurons, rows=few))
-            <= above_chance(self.answers(rows=few)) / 2
-        )
+        start, left = (above_chance(self.answers(x, rows=few)) for x in (None, neurons))
+        return start > 0 and left <= start / 2
 
-    def draws(self, neurons: xr.DataArray, n: int, by_layer: bool = False) -> list[xr.DataArray]:
-        """A null: n random draws of as many different neurons, with by_layer in each layer."""
-        return [matched_random(neurons, self.seed + i, by_layer) for i in range(n)]
+    def draws(self, neurons: xr.DataArray, n: int, by_layer=False, **how) -> list[xr.DataArray]:
+        """A null: n draws of as many different neurons (`matched_random`), with by_layer in each
+        layer."""
+        return [matched_random(neurons, self.seed + i, by_layer, **how) for i in range(n)]
 
     def answers(self, neurons=None, mode="zero", constants=None, rows=None) -> pd.DataFrame:
         """`evaluate` with neurons silenced (None: as it is), done once; rows: by default the

@@ -56,11 +56,16 @@ def loudness(
 
 
 def as_loud(
-    neurons: xr.DataArray, loud: xr.DataArray, seed: int, caliper: float = 0.25
+    neurons: xr.DataArray,
+    loud: xr.DataArray,
+    seed: int,
+    caliper: float = 0.25,
+    outside: xr.DataArray | None = None,
 ) -> tuple[xr.DataArray, pd.DataFrame]:
     """Random neurons that write as much as the selected ones, and who stands for whom.
 
-    Each selected neuron is paired with one of its own layer that is not selected, drawn from those
+    Each selected neuron is paired with one of its own layer that is not selected (nor in `outside`,
+    bool [modality, layer, neuron]), drawn from those
     whose log mean and log maximum over the tokens of the (first) modality it is selected for both
     lie within `caliper` of the layer's standard deviations (Rosenbaum and Rubin 1985); no neuron is
     drawn twice. Returns bool [modality "random", layer, neuron], and pairs: modality, layer,
@@ -73,6 +78,8 @@ def as_loud(
     log = np.log(loud.sel(modality=neurons.modality.values).values + 1e-9)
     space = (log - log.mean(-1, keepdims=True)) / log.std(-1, keepdims=True)
     rng, free, pairs = np.random.default_rng(seed), ~chosen, []
+    if outside is not None:
+        free &= ~outside.values.any(0)
     for layer, k in rng.permutation(np.argwhere(chosen)):
         m = int(neurons.values[:, layer, k].argmax())
         at = space[:, m, layer]

@@ -90,6 +90,10 @@ class Rows(list):
         self.spec = SimpleNamespace(choices=choices, options=None)
         self.fingerprint = f"{len(self)} {choices}"
 
+    @property
+    def media(self) -> list[str]:
+        return [str(i) for i in range(len(self))]
+
     def __getitem__(self, which):
         found = super().__getitem__(which)
         return Rows(found, self.spec.choices) if isinstance(which, slice) else found

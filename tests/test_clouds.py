@@ -71,23 +71,6 @@ def test_cka_null_keeps_its_level():
     assert sum((null >= v).sum() + 1 <= 5 for v, _, null in found) <= MOST
 
 
-@pytest.mark.parametrize(
-    "curve, falling, layer",
-    [
-        ([4, 4, 2, 0, 0], True, 2),
-        ([4, 0, 0, 0], True, 0.5),
-        ([0, 0, 1], False, 1.5),
-        ([4, 0, 4, 4], True, 0.5),  # a later divergence does not undo it
-        ([0, 1, 2], True, np.nan),  # never converges
-        ([1, 1, 1], True, np.nan),
-        ([3, 5, 1, 1], True, 1.75),  # counts from the start, not from the peak
-    ],
-)
-def test_convergence_layer(curve, falling, layer):
-    found = clouds.convergence_layer(np.array([curve, curve], float), falling)
-    np.testing.assert_allclose(found, [layer, layer], equal_nan=True)
-
-
 # --- one cloud reaching for another --------------------------------------------------------------
 
 

@@ -72,16 +72,13 @@ def test_plain_text_by_hand(exact_mllm):
 
 
 def test_as_many_random_neurons_as_cost_the_target():
-    outside = xr.DataArray(
-        np.arange(200).reshape(1, 4, 50) < 20,
-        {"modality": ["m"], "layer": range(4)},
-        ("modality", "layer", "neuron"),
-    )
+    values = np.arange(200).reshape(4, 50) < 20
+    outside = xr.DataArray(values, {"layer": range(4)}, ("layer", "neuron"))
     calls = []
 
     def cost(neurons):
         calls.append(int(neurons.sum()))
-        assert not (neurons.values & outside.values).any()
+        assert not (neurons.values[0] & outside.values).any()
         return neurons.sum().item() / 100
 
     found = critical.as_damaging(cost, 0.9, outside, seed=0, start=8)
@@ -90,10 +87,25 @@ def test_as_many_random_neurons_as_cost_the_target():
     exact = critical.as_damaging(cost, 0.37, outside, seed=0, start=8, tolerance=0)
     other = critical.as_damaging(cost, 0.37, outside, seed=1, start=8, tolerance=0)
     assert exact.sum() == other.sum() == 37 and not exact.equals(other)
-    jump = critical.as_damaging(lambda n: float(n.sum() >= 50), 0.5, outside, seed=0)
-    assert jump.sum() == 50  # nothing between
-    with pytest.raises(ValueError, match=r"all 180 other neurons cost 1.800, less than 3.000"):
-        critical.as_damaging(cost, 3.0, outside, seed=0)
+    for size, n in [(0.45, 49), (0.55, 50)]:  # one neuron more is 0.4 more: the nearer side
+        jump = critical.as_damaging(lambda x, n=n: 0.4 + 0.2 * (x.sum() > 49), size, outside, 0)
+        assert abs(0.4 + 0.2 * (n > 49) - size) < 0.06 and (jump.sum() > 49) == (n > 49)
+
+
+@pytest.mark.parametrize(
+    ("cost", "target", "message"),
+    [
+        (lambda x: 0.01 * float(x.sum()), 3.0, "all 200 other neurons cost 2.000, less than 3.000"),
+        (lambda x: float(x.sum() >= 50), 0.5, "neurons cost .*, the nearest to 0.500"),
+        (lambda x: 1.0, 0.0, "the target is 0.000: there is no cost"),
+        (lambda x: 1.0, -0.1, "the target is -0.100"),
+        (lambda x: 1.0, float("nan"), "the target is nan"),
+    ],
+)
+def test_what_random_neurons_cannot_cost_is_said(cost, target, message):
+    nothing = xr.DataArray(np.zeros((4, 50), bool), {"layer": range(4)}, ("layer", "neuron"))
+    with pytest.raises(ValueError, match=message):
+        critical.as_damaging(cost, target, nothing, seed=0)
 
 
 def test_plain_text_is_used_nowhere_else():

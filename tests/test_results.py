@@ -66,9 +66,11 @@ def test_the_numbers_are_the_committed_ones(finding):
 
 
 def test_one_line_for_each_claim_of_the_finding(finding):
-    _, found = finding
+    """Of a model that knows no plain text there is nothing that costs it."""
+    name, found = finding
     names = [claim["name"] for claim in found["claims"]]
-    assert names == [n for n in inference.claims() if n == "I" or n.startswith("I ")]
+    stated = [n for n in inference.claims() if n == "I" or n.startswith("I ")]
+    assert names == [n for n in stated if n != "I as damaging" or name.startswith("smol")]
 
 
 def test_verdicts_follow_from_the_numbers(finding):

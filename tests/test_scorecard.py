@@ -37,13 +37,14 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def leave(project, finding, model, verdict="holds", age=0, **parameters):
+def leave(project, finding, model, verdict="holds", age=0, rival=False, **parameters):
     """What `save_finding` leaves in a run folder."""
     name = f"{finding}-{abs(hash((verdict, age, *parameters.items()))):x}"
     file = project / f"runs/{model}/finding-{name}.json"
     file.parent.mkdir(exist_ok=True)
     claims = [{"claim": f"81 neurons of {finding}", "measured": "0.9", "null": "1.0",
                "p": "0.010", "verdict": verdict}]  # fmt: skip
+    claims += [claims[0] | {"claim": "rival: another"}] if rival else []
     value = {"finding": finding, "model": model, "parameters": USUAL | parameters}
     file.write_text(json.dumps(value | {"claims": claims}))
     file.with_name(f"{file.stem}.manifest.json").write_text("{}")
@@ -123,7 +124,7 @@ def test_a_new_finding_needs_no_list(project):
 
 def test_all_verdicts_at_a_glance(project, monkeypatch):
     leave(project, "I", "tiny-a", "holds (close)")
-    leave(project, "I", "tiny-b", "does not hold")
+    leave(project, "I", "tiny-b", "does not hold", rival=True)
     leave(project, "II", "tiny-b", "cannot be told")
     card = Scorecard()
     fig = card.draw()

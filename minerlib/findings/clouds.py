@@ -93,22 +93,6 @@ def _centred_gram(x: np.ndarray) -> np.ndarray:
     return gram
 
 
-def convergence_layer(curve: np.ndarray, falling: bool = True) -> np.ndarray:
-    """The layer by which half of all convergence is done, interpolated between layers.
-
-    curve [..., layer + 1], embeddings first; falling: smaller is more converged. The whole is the
-    furthest the curve ever gets from its start in that direction; NaN where it never does.
-    """
-    gain = (curve[..., :1] - curve) * (1 if falling else -1)
-    half = gain.max(-1, keepdims=True) / 2
-    after = (gain >= half).argmax(-1)[..., None]
-    before = (after - 1).clip(0)
-    low, high = (np.take_along_axis(gain, i, -1) for i in (before, after))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        at = before + (half - low) / (high - low)
-    return np.where(half > 0, at, np.nan)[..., 0]
-
-
 def reach(
     distance: np.ndarray, second: np.ndarray, k: int = 5, near: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -387,7 +387,7 @@ def judged(changed: pd.DataFrame, rows: int = 0) -> list[dict]:
             less = own[0] - other[against].mean(axis=1)
             of = {kind: values for kind, values in less.groupby("silenced")}
             about = {kind: values.index.get_level_values("medium") for kind, values in of.items()}
-            estimates.append(inference.estimate(of, about, None, extra=extra))
+            estimates.append(inference.estimate(of, about, None, extra=extra, draws=len(means)))
         middle, lower, upper = estimates
         ends = {"low": lower.low, "low90": lower.low90, "high": upper.high, "high90": upper.high90}
         lines.append(inference.judge(name, middle._replace(**ends), null, rows=rows))

@@ -74,7 +74,8 @@ def beyond_random(moved: Mapping[str, xr.DataArray]) -> tuple[Estimate, np.ndarr
     null = np.mean([x[1:].mean(1) for x in inner.values()], axis=0)
     beyond = {kind: x[0] - x[1:].mean(0) for kind, x in inner.items()}
     extra = float(null.var(ddof=1)) / len(null)
-    return inference.estimate(beyond, ends=None, extra=extra), null - null.mean()
+    found = inference.estimate(beyond, ends=None, extra=extra, draws=len(null))
+    return found, null - null.mean()
 
 
 def over_prompts(x: xr.DataArray) -> pd.DataFrame:

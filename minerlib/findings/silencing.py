@@ -68,9 +68,10 @@ def beyond_draws(
     share = lost / above
     rows["share"] = share + (rows["lost"] - share * rows["above"]) / above
     means = [above_chance(table) for table in drawn]
-    extra = np.var(means, ddof=1) / len(means) / above**2 if len(means) > 1 else 0.0
+    n = len(means)
+    extra = np.var(means, ddof=1) / n / above**2 if n > 1 else 0.0
     strata, media = by_benchmark(rows, "share"), by_benchmark(rows, "medium")
-    return inference.estimate(strata, media, (-1.0, 1.0), 1.0, extra)
+    return inference.estimate(strata, media, (-1.0, 1.0), 1.0, extra, max(n, 2))
 
 
 def nats(told: pd.DataFrame) -> np.ndarray:
@@ -84,15 +85,17 @@ def judged(
     before: pd.DataFrame,
     after: pd.DataFrame,
     drawn: Sequence[pd.DataFrame],
-    told: pd.DataFrame,
+    told: pd.DataFrame | None = None,
 ) -> dict:
     """The line of a claim (`inference.judge`): the effect in scores, its rank in log-probability.
 
     before, after and drawn hold answers; told the references' log-probabilities with the selected
-    neurons silenced (set 0) and each draw, as of `Workbook.logprobs`.
+    neurons silenced (set 0) and each draw, as of `Workbook.logprobs` (none: judged by the effect).
     """
-    effect, (selected, *null_nats) = beyond_draws(before, after, drawn), nats(told)
-    p = inference.rank_p(selected, null_nats, "less")
+    effect, p = beyond_draws(before, after, drawn), None
+    if told is not None:
+        selected, *null_nats = nats(told)
+        p = inference.rank_p(selected, null_nats, "less")
     start, end = (inference.spread(*average(table).values()) for table in (before, after))
     means = [average(table)["mean"] for table in drawn]
     null = f"{np.mean(means):.2f} ({len(means)} draws: {min(means):.2f} to {max(means):.2f})"
