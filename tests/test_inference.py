@@ -697,3 +697,16 @@ def test_unbounded_values_that_are_all_alike_and_a_single_medium():
     assert same == pytest.approx([0.2] * 5 + [0], abs=1e-9)
     assert one.mean == pytest.approx(0.125) and np.isnan(one[1:]).all()
     assert inference.decide(one, 0.1).word == inference.UNKNOWN
+
+
+def test_a_variance_from_a_few_draws_is_uncertain():
+    """Satterthwaite's degrees of freedom count it as their number less one."""
+    values = np.linspace(0, 1, 50)
+    sure, few = (inference.estimate(values, extra=0.01, draws=n) for n in (np.inf, 3))
+    assert few.error == sure.error and few.mean == sure.mean
+    own = sure.error**2 - 0.01
+    df = sure.error**4 / (own**2 / 49 + 0.01**2 / 2)
+    half = scipy.stats.t.ppf(0.975, df) * few.error
+    middle = 0.5
+    assert (few.low, few.high) == pytest.approx((max(0, middle - half), min(1, middle + half)))
+    assert few.high - few.low > sure.high - sure.low

@@ -379,3 +379,20 @@ def test_a_budget_is_of_different_neurons(monkeypatch):
 
 def test_the_shares_that_the_paper_compares():
     assert RATIOS == (0.001, 0.005, 0.01, 0.015, 0.02, 0.05, 0.1)
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_random_draws_from_outside_a_set(by_layer):
+    """Of those that are left as many as ever; without such a set the draws are what they were."""
+    rng = np.random.default_rng(0)
+    values = rng.random((1, 4, 50)) < 0.2
+    axes = {"modality": ["m"], "layer": range(4)}
+    neurons = xr.DataArray(values, axes, ("modality", "layer", "neuron"))
+    outside = xr.DataArray(rng.random((4, 50)) < 0.5, {"layer": range(4)}, ("layer", "neuron"))
+    found = matched_random(neurons, 3, by_layer, outside)
+    assert found.sum() == neurons.sum() and not (found.values[0] & outside.values).any()
+    if by_layer:
+        assert (found.sum("neuron").values == neurons.sum("neuron").values).all()
+    plain = matched_random(neurons, 3, by_layer)
+    assert plain.equals(matched_random(neurons, 3, by_layer, outside & False))
+    assert not plain.equals(found)

@@ -93,3 +93,11 @@ def test_balance():
     expected = (text["mean of selected"] - text["mean of drawn"]).mean()
     assert table.loc["text", "mean"] == pytest.approx(expected)
     assert table[list(STATISTICS)].abs().max().max() < 0.1
+
+
+def test_partners_are_not_from_outside():
+    neurons, loud = made()
+    outside = neurons.copy(data=np.zeros(neurons.shape, bool))
+    outside.values[0, :, 12:100] = True
+    drawn, pairs = as_loud(neurons, loud, seed=3, outside=outside)
+    assert (pairs["partner"] >= 0).any() and not (drawn.values[0] & outside.values[0]).any()
