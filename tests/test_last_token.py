@@ -405,7 +405,7 @@ def test_a_planted_change_is_found_and_its_numbers_are_these():
     def check(name, media, freedom=5, more=0.0):
         variances = [np.var(x, ddof=1) / 6 / 4 for x in media]  # of half of each mean
         variance = sum(variances) + more
-        df = variance**2 / (np.square(variances) / freedom).sum()
+        df = variance**2 / ((np.square(variances) / freedom).sum() + more**2 / (DRAWS - 1))
         half = stats.t.ppf(0.975, df) * np.sqrt(variance)
         mean = np.mean(media)
         ends = [lines[name][k] for k in ("effect", "low", "high")]

@@ -44,9 +44,9 @@ def test_all_are_there():
     assert not set(NEEDED) - {path.stem for path in NOTEBOOKS}
 
 
-def test_numbers_are_consecutive():
-    numbers = [path.name[:2] for path in NOTEBOOKS]
-    assert numbers == [f"{i:02}" for i in range(len(NOTEBOOKS))]
+def test_numbers_are_consecutive_and_the_scorecard_is_last():
+    *numbers, last = [path.name[:2] for path in NOTEBOOKS]
+    assert numbers == [f"{i:02}" for i in range(len(numbers))] and last == "20"
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)

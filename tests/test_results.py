@@ -26,8 +26,8 @@ def published(name: str) -> dict:
     """A model's finding I with the notebook's own parameters."""
     usual = scorecard.findings()["I"].parameters
     files = (ROOT / RESULTS / name).glob("finding-I-*[!t].json")  # but no manifest
-    found = [value for value in map(json.loads, (f.read_text() for f in files))
-             if value["parameters"] == usual | {"model": f"data/models/{name}"}]  # fmt: skip
+    found = [json.loads(file.read_text()) for file in files]
+    found = [value for value in found if value["parameters"] == usual]
     assert len(found) == 1, f"{name}: not one finding I in {RESULTS}: MINER_PUBLISH=1 FULL=1"
     return found[0]
 
@@ -43,6 +43,7 @@ def test_the_main_numbers_are_computed_again_from_nothing(finding, tmp_path, mon
     name, found = finding
     monkeypatch.setenv("MINER_FRESH", "1")
     given = {k: v for k, v in found["parameters"].items() if k in ml.Workbook.model_fields}
+    given["model"] = f"data/models/{name}"
     fresh = ml.Workbook(**given | {"run_dir": str(tmp_path / "fresh")})
     assert fresh.run.also == ()
     monkeypatch.delenv("MINER_FRESH")
@@ -66,11 +67,13 @@ def test_the_numbers_are_the_committed_ones(finding):
 
 
 def test_one_line_for_each_claim_of_the_finding(finding):
-    """Of a model that knows no plain text there is nothing that costs it."""
+    """But of a stand-in, which knows no plain text, and which no few neurons break."""
     name, found = finding
     names = [claim["name"] for claim in found["claims"]]
     stated = [n for n in inference.claims() if n == "I" or n.startswith("I ")]
-    assert names == [n for n in stated if n != "I as damaging" or name.startswith("smol")]
+    assert names == [n for n in stated if n in names]
+    assert set(stated) - set(names) <= {"I without critical", "I as damaging"}
+    assert names == stated or not name.startswith("smol")
 
 
 def test_verdicts_follow_from_the_numbers(finding):
