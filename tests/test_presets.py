@@ -46,7 +46,8 @@ def test_preset(family, home, tmp_path):
     model = hub.MODELS[family]
     project = tmp_path / "project"
     (project / "notebooks").mkdir(parents=True)
-    shutil.copy(ROOT / "notebooks/run.py", project / "notebooks")
+    for name in ("run.py", "sizes.yml"):
+        shutil.copy(ROOT / "notebooks" / name, project / "notebooks")
     for file in (ROOT / "notebooks").glob("*.ipynb"):
         if file.name[:2] in STAGES:
             shutil.copy(file, project / "notebooks")

@@ -71,7 +71,7 @@ HEARD = {"libri": 0.8, "vocal_sound": 0.2}
 BOTH = {k: 0.75 * v for k, v in SEEN.items()} | {k: 0.25 * v for k, v in HEARD.items()}
 RECIPES = {
     "smol-qwen2-audio": Recipe(HEARD, 2000, 3e-3),
-    "smol-qwen2-vl": Recipe(SEEN, 1200, 2e-3, rank=8, align=2500),
+    "smol-qwen2-vl": Recipe(SEEN, 1500, 2e-3, rank=8, align=2500),
     "smol-qwen2.5-omni": Recipe(
         BOTH, 1200, 2e-3, rank=8, align=1500, tower=2800, start="smol-qwen2-audio"
     ),
