@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from minerlib.answering import logprobs
 from minerlib.artifacts import computation
 from minerlib.model import MLLM
+from minerlib.selection import labelled
 
 
 @computation(version=1)
@@ -62,9 +63,7 @@ def as_neurons(like: xr.DataArray, index: ArrayLike) -> xr.DataArray:
     """Neurons of these flat indices of `like` [layer, neuron], as one modality."""
     chosen = np.zeros(like.size, bool)
     chosen[np.asarray(index, int)] = True
-    values = chosen.reshape(1, *like.shape)
-    axes = {"modality": ["critical"], "layer": like.layer.values}
-    return xr.DataArray(values, axes, ("modality", "layer", "neuron"), "neurons")
+    return labelled(chosen.reshape(1, *like.shape), ["critical"], like.layer, {})
 
 
 @computation(version=1)

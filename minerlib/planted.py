@@ -235,10 +235,10 @@ def recovered(
         rows.append({"by": "planted", "modality": modality, "recall": 1.0})
         taken.append(own[None])
         for metric in METRICS:
-            values = weighted(total.sel(modality=[modality]), {metric: 1.0})[0]
+            alone, weights = total.sel(modality=[modality]), {metric: 1.0}
+            values = weighted(alone, weights)[0]
             rows.append({"by": metric, "modality": modality, **found(values, sites, modality)})
-            top = np.argsort(-values, axis=None, kind="stable")[:n]
-            taken.append(np.isin(np.arange(values.size), top).reshape(1, *shape))
+            taken.append(first(alone, int(n), weights=weights).values)
     for name in (name for name in STRATEGIES if name != "random"):
         try:
             chosen = first(total.sel(modality=[*each.index]), int(each.sum()), name)

@@ -110,7 +110,7 @@ def select(
         rule = f"the most is its budget, int(ratio L N) = {budget}"
         raise ValueError(f"strategy {strategy!r} gave {many} different neurons; {rule}")
     attrs = {"ratio": ratio, "strategy": strategy, "split": split, "budget": budget, "seed": seed}
-    return _labelled(mask, modalities, scores.layer, attrs)
+    return labelled(mask, modalities, scores.layer, attrs)
 
 
 def first(scores: xr.DataArray, n: int, strategy: str = "LA_MU", **how) -> xr.DataArray:
@@ -203,9 +203,10 @@ def matched_random(
     for row, count, there in zip(mask, groups.sum(-1), free, strict=True):
         row[rng.choice(np.flatnonzero(there), count, replace=False)] = True
     attrs = {"strategy": "matched_random", "by_layer": int(by_layer), "seed": seed}
-    return _labelled(mask.reshape(1, *union.shape), ["random"], neurons.layer, attrs)
+    return labelled(mask.reshape(1, *union.shape), ["random"], neurons.layer, attrs)
 
 
-def _labelled(mask: np.ndarray, modalities: list[str], layer, attrs: dict) -> xr.DataArray:
+def labelled(mask: np.ndarray, modalities: list[str], layer, attrs: dict) -> xr.DataArray:
+    """A mask [modality, layer, neuron] as neurons with their names."""
     coords = {"modality": modalities, "layer": layer.values}
     return xr.DataArray(mask, coords, ("modality", "layer", "neuron"), "neurons", attrs)

@@ -303,9 +303,16 @@ class Workbook(Parameters):
 
     def costs_half(self, neurons: xr.DataArray) -> bool:
         """Whether silencing them costs half of the score above chance, on at most 24 mined rows."""
-        few = {name: bench[:24] for name, bench in self.mining.items()}
-        start, left = (above_chance(self.answers(x, rows=few)) for x in (None, neurons))
-        return start > 0 and left <= start / 2
+        start = self._above_chance
+        return start > 0 and above_chance(self.answers(neurons, rows=self._few)) <= start / 2
+
+    @cached_property
+    def _few(self) -> dict[str, Benchmark]:
+        return {name: bench[:24] for name, bench in self.mining.items()}
+
+    @cached_property
+    def _above_chance(self) -> float:
+        return above_chance(self.answers(rows=self._few))
 
     def draws(self, neurons: xr.DataArray, n: int, by_layer=False, **how) -> list[xr.DataArray]:
         """A null: n draws of as many different neurons (`matched_random`), with by_layer in each

@@ -14,6 +14,7 @@ import xarray as xr
 
 from minerlib.artifacts import computation
 from minerlib.model import MLLM
+from minerlib.selection import labelled
 from minerlib.separation import SETS, separate, stack
 
 STATISTICS = ("mean", "max")
@@ -95,9 +96,8 @@ def as_loud(
     there = table[table["partner"] >= 0]
     mask = np.zeros_like(neurons.values[:1])
     mask[0, there["layer"], there["partner"]] = True
-    coords = {"modality": ["random"], "layer": neurons.layer.values}
     attrs = {"strategy": "as loud", "seed": seed}
-    return xr.DataArray(mask, coords, neurons.dims, "neurons", attrs), table
+    return labelled(mask, ["random"], neurons.layer, attrs), table
 
 
 def with_partner(neurons: xr.DataArray, pairs: pd.DataFrame, there: bool = True) -> xr.DataArray:
