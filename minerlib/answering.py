@@ -19,7 +19,8 @@ def generate(mllm, batch, max_new_tokens: int = 32) -> list[str]:
     # A part of a larger model (Omni's thinker) has no generation settings of its own.
     end = mllm.model.generation_config.eos_token_id or mllm.tokenizer.eos_token_id
     ends = {"pad_token_id": mllm.tokenizer.pad_token_id, "eos_token_id": end}
-    tokens = mllm.model.generate(**batch, max_new_tokens=max_new_tokens, **_GREEDY, **ends)
+    with mllm.last_logits():
+        tokens = mllm.model.generate(**batch, max_new_tokens=max_new_tokens, **_GREEDY, **ends)
     new = tokens[:, batch["input_ids"].shape[1] :]
     return [t.strip() for t in mllm.tokenizer.batch_decode(new, skip_special_tokens=True)]
 

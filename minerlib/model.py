@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -168,12 +168,20 @@ class MLLM:
 
     def forward(self, batch, keep: int = 1) -> Any:
         """The prompt's forward pass (prefill), with logits of the last `keep` tokens only."""
-        last = {"logits_to_keep": keep} if "logits_to_keep" in self._arguments else {}
-        return self.model(**batch, use_cache=False, **last)
+        with self.last_logits(keep):
+            return self.model(**batch, use_cache=False)
 
-    @cached_property
-    def _arguments(self) -> frozenset[str]:
-        return frozenset(inspect.signature(self.model.forward).parameters)
+    @contextmanager
+    def last_logits(self, keep: int = 1) -> Iterator[None]:
+        """The output layer sees the last `keep` tokens only: not all models take logits_to_keep."""
+        if (head := self.model.get_output_embeddings()) is None:
+            yield
+            return
+        handle = head.register_forward_pre_hook(lambda _, seen: (seen[0][:, -keep:], *seen[1:]))
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def starts(bench, batch_size: int, first: int = 0) -> range:

@@ -6,6 +6,7 @@ model's kernel makes its output and no transformers source is changed.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -95,6 +96,41 @@ def tap(
         if due:
             stack.enter_context(mllm.model.register_forward_hook(settle))
         yield
+
+
+@contextmanager
+def hear_once(mllm: MLLM, memory: dict[str, Any]) -> Iterator[None]:
+    """Each sound goes through the audio tower once: what it made is kept in `memory`.
+
+    No condition changes a tower, and a whole window of 30 s, which most encode however short the
+    sound, costs a small model more than its decoder. Gradients end at what is kept.
+    """
+    tower = getattr(mllm.model.base_model, "audio_tower", None)
+    if tower is None:
+        yield
+        return
+    own, patched = tower.forward, "forward" in vars(tower)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        key = hashlib.sha256()
+        for value in (*args, *kwargs.values()):
+            if torch.is_tensor(value):  # the mask too: it tells padding from silence
+                flat = value.detach().cpu().contiguous().flatten()
+                key.update(f"{value.dtype}{value.shape}".encode())
+                key.update(flat.view(torch.uint8).numpy().data)
+        if (known := key.hexdigest()) not in memory:
+            with torch.inference_mode(False), torch.no_grad():  # for passes with gradients too
+                memory[known] = own(*args, **kwargs)
+        return memory[known]
+
+    tower.forward = forward
+    try:
+        yield
+    finally:
+        if patched:
+            tower.forward = own
+        else:
+            del tower.forward
 
 
 def _attend(module, query, key, value, attention_mask, *args, **kwargs):

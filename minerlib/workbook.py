@@ -33,6 +33,7 @@ from minerlib.parameters import Parameters, at_least
 from minerlib.plots import show
 from minerlib.scoring import METRICS, own_metrics, score
 from minerlib.selection import STRATEGIES, first, matched_random, select, unique
+from minerlib.tap import hear_once
 from minerlib.tasks import REGISTRY, Benchmark, benchmark
 from minerlib.tasks.evaluation import Prepared, above_chance, evaluate, prepare, summarise
 from minerlib.tasks.rows import split as apart
@@ -205,10 +206,11 @@ class Workbook(Parameters):
 
         def whole() -> Any:
             pairs = tqdm(zip(sets, marks, strict=True), name, len(sets), leave=False)
-            found = [
-                self.cached(name, partial(compute, neurons), silenced=mark, part=True, **config)
-                for neurons, mark in pairs
-            ]
+            with hear_once(self.mllm, {}):
+                found = [
+                    self.cached(name, partial(compute, neurons), silenced=mark, part=True, **config)
+                    for neurons, mark in pairs
+                ]
             if isinstance(found[0], xr.DataArray):
                 return xr.concat(found, "neurons").drop_encoding()
             return pd.concat([t.assign(neurons=i) for i, t in enumerate(found)], ignore_index=True)

@@ -9,11 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, random_neurons, samples_for, shared_mllm
 from scipy import stats
 
 from minerlib import inference
+from minerlib.deactivation import deactivate
 from minerlib.model import MLLM, RowError
+from minerlib.tap import hear_once
 from minerlib.tasks import REGISTRY, Repo, Spec, benchmark, evaluation, metrics
 from minerlib.tasks import rows as benchmarks
 from minerlib.tasks.evaluation import Prepared, compare, evaluate, prepare, summarise
@@ -27,7 +30,7 @@ class FakeMLLM:
     Refuses rows in `bad`, and batches of more than `most` samples.
     """
 
-    model = SimpleNamespace(forward=lambda ids: None)
+    model = SimpleNamespace(forward=lambda ids: None, base_model=None)
     gather = MLLM.gather
 
     def __init__(self, bad=(), most=99):
@@ -106,6 +109,46 @@ def test_prepared_encodes_once(echo):
     assert mllm.encoded == 40
     pd.testing.assert_frame_equal(first, again)
     pd.testing.assert_frame_equal(first, evaluate(mllm, bench, batch_size=3))
+
+
+@pytest.mark.parametrize("measure", ["score", "logprob only"])
+def test_a_sound_goes_through_the_tower_once_and_changes_nothing(measure):
+    mllm = shared_mllm("tiny-qwen2-audio")
+    tower, calls = mllm.model.base_model.audio_tower, []
+    handle = tower.conv1.register_forward_hook(lambda *seen: calls.append(len(seen[1][0])))
+    rows = benchmark("libri", source=ROOT / "data/benchmarks", limit=3)
+    how = {"measure": measure, "max_new_tokens": 4}
+    neurons = random_neurons(mllm)
+    alone = [evaluate(mllm, rows, 2, **how)]
+    with deactivate(mllm, neurons):
+        alone.append(evaluate(mllm, rows, 2, **how))
+    calls.clear()
+    prepared = prepare(mllm, rows, 2)
+    kept = [evaluate(mllm, prepared, **how)]
+    with deactivate(mllm, neurons):
+        kept.append(evaluate(mllm, prepared, **how))
+    handle.remove()
+    assert calls == [2, 1] and "forward" not in vars(tower)
+    for one, other in zip(alone, kept, strict=True):
+        pd.testing.assert_frame_equal(one, other)
+    assert not alone[0].equals(alone[1])
+
+
+def test_sounds_of_one_spectrogram_are_told_apart_by_their_mask():
+    mllm = shared_mllm("tiny-qwen2-audio")
+    (sample,) = [s for s in samples_for(mllm) if s.audio is not None][:1]
+    long = dataclasses.replace(
+        sample, audio=np.concatenate([sample.audio, np.zeros(3200, np.float32)])
+    )
+    batches = [mllm.encode([x]) for x in (sample, long)]
+    for batch in batches:
+        batch["input_features"] = batches[0]["input_features"]
+    plain = [mllm.forward(batch).logits for batch in batches]
+    with hear_once(mllm, memory := {}):
+        heard = [mllm.forward(batch).logits for batch in batches for _ in range(2)]
+    assert len(memory) == 2
+    for i, logits in enumerate(heard):
+        assert torch.equal(logits, plain[i // 2])
 
 
 def test_choices_are_ranked_not_generated(echo, tmp_path):

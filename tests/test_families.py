@@ -164,6 +164,7 @@ def test_silenced_neurons_are_constant_in_prompt_and_generation(name, mllm, mine
     }[mode]
     batch = mllm.encode(every(name))
     plain = mllm.forward(batch).logits
+    assert plain.shape[1] == 1 and mllm.forward(batch, 3).logits.shape[1] == 3
     seen = [[] for _ in range(LAYERS)]
     with ml.deactivate(mllm, neurons, mode=mode, constants=total):
         with mllm.tap(activation=lambda i, x: seen[i].append(x.clone())):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from minerlib import inference
 from minerlib.artifacts import computation
 from minerlib.model import MLLM, RowError, starts
+from minerlib.tap import hear_once
 from minerlib.tasks import REGISTRY, Benchmark, Sample, metrics
 
 KEY, AVERAGE = ["benchmark", "row"], "average"
@@ -36,18 +37,21 @@ class Prepared(NamedTuple):
 
     benchmark: Benchmark
     batches: list[Batch]
+    heard: dict[str, Any]  # as of `hear_once`
 
 
 def prepare(
     mllm: MLLM, bench: Benchmark, batch_size: int = 32, on_error: str = "raise"
 ) -> Prepared:
-    """Encode a benchmark once, pictures through their tower, for many evaluations of its rows.
+    """Encode a benchmark once, media through their towers, for many evaluations of its rows.
 
     All model inputs stay on the model's device: prepare as many rows as fit there (Qwen2-VL: some
-    19 kB per image token in float32), or let `evaluate` encode anew. Errors as in `evaluate`.
+    19 kB per image token in float32; Qwen2-Audio: 5 MB a row), or let `evaluate` encode anew.
+    Errors as in `evaluate`.
     """
     batches = _encode(mllm, bench, batch_size, on_error)
-    return Prepared(bench, [(i, s, x and _encode_media(mllm, x), out) for i, s, x, out in batches])
+    ready = [(i, s, x and _encode_media(mllm, x), left_out) for i, s, x, left_out in batches]
+    return Prepared(bench, ready, {})
 
 
 def _encode(mllm: MLLM, bench: Benchmark, batch_size: int, on_error: str) -> Iterator[Batch]:
@@ -114,12 +118,17 @@ def evaluate(
     """
     if measure not in MEASURES:
         raise ValueError(f"measure={measure!r}: use one of {', '.join(MEASURES)}")
-    rows, skipped = {}, []
     if isinstance(bench, Prepared):
-        bench, ready = bench
-        batches = tqdm(ready, bench.name, leave=False)
-    else:
-        batches = _encode(mllm, bench, batch_size, on_error)
+        bench, ready, heard = bench
+        with hear_once(mllm, heard):
+            batches = tqdm(ready, bench.name, leave=False)
+            return _evaluated(mllm, bench, batches, max_new_tokens, measure)
+    batches = _encode(mllm, bench, batch_size, on_error)
+    return _evaluated(mllm, bench, batches, max_new_tokens, measure)
+
+
+def _evaluated(mllm, bench, batches, max_new_tokens, measure) -> pd.DataFrame:
+    rows, skipped = {}, []
     for positions, samples, batch, left_out in batches:
         skipped += left_out
         if not samples:
