@@ -26,11 +26,18 @@ MARKS = {HOLDS: (2, "yes"), FAILS: (0, "no"), UNKNOWN: (1, "?")}
 
 
 class Finding(NamedTuple):
-    """A notebook that measures a finding: the paper's claim, its file, its default parameters."""
+    """A notebook that measures a finding: the paper's claim, its file, its default parameters, and
+    the heading under which the claims are judged."""
 
     claim: str
     notebook: str
     parameters: dict[str, Any]
+    heading: str = ""
+
+    @property
+    def link(self) -> str:
+        """The section that judges the claims, as Markdown that JupyterLab follows."""
+        return f"[{self.notebook}]({self.notebook}.ipynb#{self.heading.replace(' ', '-')})"
 
 
 def findings(folder: Path = ROOT / "notebooks") -> dict[str, Finding]:
@@ -53,8 +60,18 @@ def findings(folder: Path = ROOT / "notebooks") -> dict[str, Finding]:
             wb = Workbook.bind({"In": [cell], **assigned(cell)})
         except ValueError as error:
             raise ValueError(f"{file.name}: {error}") from None
-        found[name] = Finding(about["claim"], file.stem, wb.parameters)
+        found[name] = Finding(about["claim"], file.stem, wb.parameters, _judged(notebook["cells"]))
     return found
+
+
+def _judged(cells: list[dict]) -> str:
+    """The last heading before a finding is kept."""
+    texts = ["".join(cell["source"]) for cell in cells]
+    kept = next((i for i, text in enumerate(texts) if ".save_finding(" in text), 0)
+    prose = "\n".join(
+        t for t, c in zip(texts[:kept], cells, strict=False) if c["cell_type"] == "markdown"
+    )
+    return (re.findall(r"^#+ (.+)$", prose, re.MULTILINE) or [""])[-1]
 
 
 class Scorecard:
@@ -112,6 +129,11 @@ class Scorecard:
         """The parameters in which a finding differs from its notebook's own, as name=value."""
         usual = getattr(self.findings.get(value["finding"]), "parameters", value["parameters"])
         return [f"{k}={v}" for k, v in value["parameters"].items() if usual.get(k, ...) != v]
+
+    def title(self, name: str) -> str:
+        """A finding and where it is judged, as Markdown."""
+        known = self.findings.get(name)
+        return f"**Finding {name}**, judged in {known.link if known else 'a notebook not here'}"
 
     def draw(self) -> plt.Figure:
         """The verdicts: a row per claim, a column per model; word, effect and 95 % interval.

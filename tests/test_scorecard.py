@@ -14,6 +14,7 @@ from minerlib.scorecard import Scorecard, mark
 from minerlib.workbook import NotApplicable
 
 CELL = 'model = "data/models/tiny-qwen2-vl"\nlimit = 96\nratio = 0.02\ndraws = 10'
+FINDINGS = scorecard.findings  # before a fixture replaces it
 USUAL = {"limit": 96, "ratio": 0.02, "draws": 10}
 
 
@@ -58,6 +59,29 @@ def test_findings_are_those_of_notebooks_that_say_so(project):
     }
     assert scorecard.findings()["I"].claim == "claim I"
     assert scorecard.findings()["I"].parameters == USUAL
+
+
+def test_a_finding_is_linked_to_the_section_that_judges_it(project):
+    cells = [
+        nbformat.v4.new_markdown_cell("# Title\n## Before"),
+        nbformat.v4.new_markdown_cell("text\n## The claims, told\nmore\n"),
+        nbformat.v4.new_code_cell("# not a heading\nwb.save_finding('I', claims)"),
+        nbformat.v4.new_markdown_cell("## After"),
+    ]
+    path = project / "notebooks/05_one.ipynb"
+    notebook = nbformat.read(path, 4)
+    notebook.cells += cells
+    nbformat.write(notebook, path)
+    found = FINDINGS(project / "notebooks")
+    assert found["I"].link == "[05_one](05_one.ipynb#The-claims,-told)"
+    leave(project, "I", "tiny-a")
+    leave(project, "of a plug-in", "tiny-a")
+    card = Scorecard()
+    assert "a notebook not here" in card.title("of a plug-in")
+
+
+def test_every_finding_of_the_workbook_has_such_a_section():
+    assert all(finding.heading for finding in scorecard.findings().values())
 
 
 def test_what_is_missing_is_named_with_the_notebook_that_makes_it(project):
