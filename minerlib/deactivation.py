@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ import xarray as xr
 
 from minerlib.artifacts import computation
 from minerlib.model import MLLM
+from minerlib.separation import SETS, separate
 
 Neurons = xr.DataArray | np.ndarray
 Names = Sequence[str] | None
@@ -19,7 +20,12 @@ Names = Sequence[str] | None
 @computation(version=1)
 @contextmanager
 def deactivate(
-    mllm: MLLM, neurons: Neurons, modalities: Names = None, mode: str = "zero", constants=None
+    mllm: MLLM,
+    neurons: Neurons,
+    modalities: Names = None,
+    mode: str = "zero",
+    constants=None,
+    where: Names = None,
 ) -> Iterator[MLLM]:
     """Set the neurons' activation outputs to a constant while the block runs.
 
@@ -27,9 +33,11 @@ def deactivate(
     ...     table = evaluate(mllm, bench)
 
     neurons bool [modality, layer, neuron], modalities called "0", "1", ... without labels; default
-    all. The constant holds at every token, in prompt and generation: 0; or, recorded in scoring and
-    passed as constants=scores, each neuron's `mean` or its layer's minimum (`min`; the paper's code
-    takes that of the tensor at hand, which depends on batch, padding and decode step).
+    all. The constant is 0; or, recorded in scoring and passed as constants=scores, each neuron's
+    `mean` or its layer's minimum (`min`; the paper's code takes that of the tensor at hand, which
+    depends on batch, padding and decode step). It holds at every token, in prompt and generation,
+    or only at those of the token sets in `where` (as `separate` names them; what is generated is
+    text), which tells those who compute at a medium's tokens from those who read them later.
     RuntimeError when a silenced layer's hook does not fire in a forward pass.
     """
     chosen, _ = union(mllm, neurons, modalities)
@@ -37,15 +45,33 @@ def deactivate(
     index = {i: torch.from_numpy(np.flatnonzero(row)) for i, row in enumerate(chosen) if row.any()}
     value = {i: torch.from_numpy(values[i, chosen[i]]) for i in index}
 
+    wanted = [where] if isinstance(where, str) else where
+    if wanted is not None and not (wanted and set(wanted) <= set(SETS)):
+        raise ValueError(f"where={where!r}: use some of the token sets {SETS}")
+    there: dict[str, torch.Tensor] = {}
+
+    def locate(module, args, batch):
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        sets = separate(mllm, {"input_ids": ids, "attention_mask": mask[:, -ids.shape[1] :]})
+        there["at"] = torch.stack([sets[name] for name in wanted]).any(0)[..., None]
+
     def silence(layer, x):
         if index[layer].device != x.device or value[layer].dtype != x.dtype:
             index[layer], value[layer] = index[layer].to(x.device), value[layer].to(x)
         if torch.is_grad_enabled():
             x = x.clone()  # in place would break the activation's own backward pass
-        x[..., index[layer]] = value[layer]
+        if wanted is None:
+            x[..., index[layer]] = value[layer]
+        else:
+            at = there["at"].to(x.device)
+            x[..., index[layer]] = torch.where(at, value[layer], x[..., index[layer]])
         return x
 
-    with mllm.tap(activation=silence, layers=list(index)):
+    with ExitStack() as stack:
+        if wanted is not None:
+            handle = mllm.model.register_forward_pre_hook(locate, with_kwargs=True)
+            stack.callback(handle.remove)
+        stack.enter_context(mllm.tap(activation=silence, layers=list(index)))
         yield mllm
 
 

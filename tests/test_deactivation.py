@@ -12,6 +12,7 @@ from conftest import Rows, footprints, random_mllm, random_neurons, samples_for
 from minerlib.deactivation import deactivate
 from minerlib.exporting import export
 from minerlib.scoring import score
+from minerlib.separation import separate
 
 
 @pytest.fixture
@@ -76,6 +77,62 @@ def test_the_constant_at_every_token(mllm, samples, neurons, constants, mode, mo
         assert torch.equal(out[..., silenced], constant.expand_as(out[..., silenced]))
         own = torch.nn.functional.silu(gate)[..., ~silenced]
         assert torch.equal(out[..., ~silenced], own)
+
+
+@pytest.mark.parametrize("where", ["special", ["text", "image", "audio"], ["prompt"]])
+def test_only_at_the_tokens_of_some_sets(mllm, samples, neurons, where, monkeypatch):
+    """In the prompt where the set is; what is generated is text."""
+    monkeypatch.setattr(mllm.model.generation_config, "eos_token_id", None)
+    chosen = torch.from_numpy(neurons.any("modality").values)
+    batch, seen = mllm.encode(samples), []
+    sets, wanted = separate(mllm, batch), [where] if isinstance(where, str) else where
+    keep = mllm.tap(activation=lambda i, x: seen.append((i, x.clone())))
+    with deactivate(mllm, neurons, where=where), keep:
+        mllm.generate(batch, 3)
+    assert len(seen) == 3 * mllm.n_layers
+    first = torch.stack([sets[name] for name in wanted]).any(0)
+    for layer, x in seen:
+        prompt = x.shape[1] > 1
+        generated = torch.full(x.shape[:2], bool({"text", "prompt"} & set(wanted)))
+        at = first if prompt else generated
+        zero = x == 0
+        assert zero[at][:, chosen[layer]].all()
+        assert not zero[~at & sets["prompt"] if prompt else ~at].any()
+        assert not zero[sets["prompt"] if prompt else at | True][:, ~chosen[layer]].any()
+
+
+def test_everywhere_is_at_every_prompt_token(mllm, samples, neurons):
+    batch = mllm.encode(samples)
+    with deactivate(mllm, neurons):
+        everywhere = mllm.generate(batch, 4), logits(mllm, batch)
+    with deactivate(mllm, neurons, where=("special", "text", "image", "video", "audio")):
+        assert mllm.generate(batch, 4) == everywhere[0]
+        assert torch.equal(logits(mllm, batch), everywhere[1])
+    assert not torch.equal(logits(mllm, batch), everywhere[1])
+
+
+def test_what_comes_before_is_untouched(mllm, samples, neurons):
+    """Causal: hidden states of tokens before the first one silenced are the model's own."""
+    batch = mllm.encode([s for s in samples if s.image is not None or s.audio is not None][:1])
+    medium = "image" if "image" in mllm.kinds else "audio"
+    first = separate(mllm, batch)[medium][0].int().argmax().item()
+    states = {}
+    for name, how in {"own": None, "silenced": medium}.items():
+        some = neurons if how else xr.zeros_like(neurons)
+        keep = mllm.tap(hidden=lambda i, h, name=name: states.update({(name, i): h.clone()}))
+        with deactivate(mllm, some, where=how), keep, torch.inference_mode():
+            mllm.forward(batch)
+    last = mllm.n_layers
+    own, silenced = states["own", last][0], states["silenced", last][0]
+    assert torch.equal(own[:first], silenced[:first]) and first > 0
+    assert not torch.allclose(own[first], silenced[first])
+
+
+@pytest.mark.parametrize("where", ["pictures", [], ["image", "txt"]])
+def test_no_such_tokens(mllm, neurons, where):
+    wrong = pytest.raises(ValueError, match="where=.*use some of the token sets")
+    with wrong, deactivate(mllm, neurons, where=where):
+        pass
 
 
 def test_zero_reaches_the_down_projection(mllm, samples, neurons):
