@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from minerlib.artifacts import Checkpoint, computation, key
 from minerlib.model import MLLM, RowError, starts
-from minerlib.separation import BASE_SETS, SETS, separate, stack
+from minerlib.separation import BASE_SETS, SETS, UNIONS, separate, stack
 
 
 class Layer(NamedTuple):
@@ -53,7 +53,6 @@ order of the scores' `metric` coordinate: the paper's five, and whatever is regi
 
 _BASE = [SETS.index(name) for name in BASE_SETS]
 _MEAN, _PROMPT = list(METRICS).index("mean"), SETS.index("prompt")
-_UNIONS = {"special_text": ("special", "text"), "prompt": BASE_SETS}
 _BLOCK = 2**19  # elements of scratch memory: what stays in a core's cache between two passes
 _GPU_BLOCK = 2**25  # a GPU wants few large kernels instead
 
@@ -179,7 +178,7 @@ def metrics(x, weights_k, weights_q, masks, kinds) -> Tensor:
             top = highest[rows, _BASE[k]]
             torch.maximum(top, own.amax(1), out=top)
 
-    for union, names in _UNIONS.items():
+    for union, names in UNIONS.items():
         highest[:, SETS.index(union)] = highest[:, [SETS.index(k) for k in names]].amax(1)
     count = masks.sum(-1, keepdim=True)
     highest.masked_fill_(count == 0, 0)

@@ -13,6 +13,8 @@ SETS = ("text", "special", "special_text", "image", "video", "audio", "prompt")
 BASE_SETS = KINDS
 """The five disjoint sets the others are unions of."""
 
+UNIONS = {"special_text": ("special", "text"), "prompt": BASE_SETS}
+
 SPLITS = {
     "prompt": ("prompt",),
     "special_text_as_one": ("special_text", "image", "video", "audio"),

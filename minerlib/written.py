@@ -5,23 +5,21 @@ activation takes loud neurons; whether it finds more than loudness shows only be
 """
 
 from collections.abc import Iterable
-from itertools import chain
 
 import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
 
+from minerlib.activity import activity, means
 from minerlib.artifacts import computation
 from minerlib.model import MLLM
 from minerlib.selection import labelled
-from minerlib.separation import SETS, separate, stack
 
 STATISTICS = ("mean", "max")
 
 
 @computation(version=1)
-@torch.inference_mode()
 def loudness(
     mllm: MLLM, benches: Iterable, *, what: str = "written", batch_size: int = 8
 ) -> xr.DataArray:
@@ -31,29 +29,20 @@ def loudness(
     modality, layer, neuron] float32, 0 where a set does not occur. Of its activations, as they are,
     where `what` is "activation".
     """
-    shape = len(SETS), mllm.n_layers, mllm.n_neurons
-    total, top = torch.zeros(shape), torch.zeros(shape)
-    tokens = torch.zeros(len(SETS))
-    down = [mllm.family.down_projection(layer).weight for layer in mllm.layers]
-    norms = [weight.float().norm(dim=0) for weight in down]
-    parts = (mllm.batches(bench, batch_size, "what neurons write") for bench in benches)
-    for _, batch in chain.from_iterable(parts):
-        masks = stack(separate(mllm, batch))
+    unit, taken = "activation", {"total": "mean", "highest": "max"}
+    if what == "written":
+        unit, taken = "written", {"absolute": "mean", "loudest": "max"}
+    found = means(activity(mllm, benches, units=[unit], batch_size=batch_size)).sel(unit=unit)
+    found = found.sel(statistic=[*taken]).assign_coords(statistic=[*taken.values()]).clip(0)
+    found = found.drop_vars(["unit", "tokens"])
+    return (found * column_norms(mllm) if what == "written" else found).rename("loudness")
 
-        def write(layer, x, masks=masks):
-            size = x.float().abs() * norms[layer] if what == "written" else x.float()
-            for i, mask in enumerate(masks.to(x.device).unbind(1)):
-                if mask.any():
-                    of = size[mask]
-                    total[i, layer] += of.sum(0).cpu()
-                    top[i, layer] = torch.maximum(top[i, layer], of.amax(0).cpu())
 
-        with mllm.tap(written=write) if what == "written" else mllm.tap(activation=write):
-            mllm.forward(batch)
-        tokens += masks.sum((0, 2)).cpu()
-    values = torch.stack([total / tokens.clamp(min=1)[:, None, None], top]).numpy()
-    coords = {"statistic": list(STATISTICS), "modality": list(SETS), "layer": range(shape[1])}
-    return xr.DataArray(values, coords, ("statistic", "modality", "layer", "neuron"), "loudness")
+def column_norms(mllm: MLLM) -> xr.DataArray:
+    """The length of each neuron's column of the down projection, float32 [layer, neuron]."""
+    weights = (mllm.family.down_projection(layer).weight for layer in mllm.layers)
+    norms = torch.stack([weight.float().norm(dim=0).cpu() for weight in weights])
+    return xr.DataArray(norms.numpy(), {"layer": range(mllm.n_layers)}, ("layer", "neuron"))
 
 
 def as_loud(

@@ -1,0 +1,79 @@
+"""What neurons do at each set of tokens, in one streamed pass: what selections are made of.
+
+Two definitions of a neuron's value are in use: its activation, act_fn(gate), which the paper and
+activation-probability methods take, and what it hands to the down projection, act_fn(gate) x up.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+import xarray as xr
+
+from minerlib.artifacts import computation
+from minerlib.model import MLLM
+from minerlib.separation import BASE_SETS, SETS, UNIONS, separate, stack
+
+UNITS = ("activation", "written")
+
+_SUMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "positive": lambda x: (x > 0).float(),
+    "total": lambda x: x,
+    "absolute": torch.abs,
+    "square": torch.square,
+}
+_MAXIMA = {"highest": lambda x: x, "loudest": torch.abs}
+STATISTICS = (*_SUMS, *_MAXIMA)
+"""Over a set's tokens: how many values are above 0, their sum, the sums of |x| and x^2, the highest
+value and the highest |x|."""
+
+
+@computation(version=1)
+@torch.inference_mode()
+def activity(
+    mllm: MLLM, benches: Iterable, *, units: Iterable[str] = UNITS, batch_size: int = 8
+) -> xr.DataArray:
+    """Statistics of every neuron's values at the prompt tokens of each set.
+
+    DataArray float32 [unit, statistic, modality, layer, neuron] over all prompts of the benchmarks,
+    0 where a set does not occur, with the coordinate `tokens` [modality]: means are sums over it.
+    """
+    units = list(units)
+    shape = len(units), len(SETS), mllm.n_layers, mllm.n_neurons
+    sums = {name: torch.zeros(shape, dtype=torch.float64) for name in _SUMS}
+    tops = {name: torch.full(shape, -torch.inf) for name in _MAXIMA}
+    tokens = torch.zeros(len(SETS), dtype=torch.long)
+    parts = (mllm.batches(bench, batch_size, "activity") for bench in benches)
+    for _, batch in chain.from_iterable(parts):
+        members = stack(separate(mllm, batch)).transpose(0, 1).flatten(1)  # [set, batch x token]
+
+        def see(layer, x, unit, members=members):
+            x, of = x.float().flatten(0, 1), members.to(x.device)
+            for name, value in _SUMS.items():
+                sums[name][unit, :, layer] += (of.float() @ value(x)).cpu()
+            for i in (i for i, own in enumerate(of) if SETS[i] in BASE_SETS and own.any()):
+                for name, value in _MAXIMA.items():
+                    top = tops[name][unit, i, layer]
+                    torch.maximum(top, value(x[of[i]]).amax(0).cpu(), out=top)
+
+        taps: dict[str, Any] = {unit: partial(see, unit=i) for i, unit in enumerate(units)}
+        with mllm.tap(**taps):
+            mllm.forward(batch)
+        tokens += members.sum(1).cpu()
+    for top in tops.values():
+        for union, names in UNIONS.items():
+            top[:, SETS.index(union)] = top[:, [SETS.index(k) for k in names]].amax(1)
+        top[:, tokens == 0] = 0
+    values = torch.stack([x.float() for x in (*sums.values(), *tops.values())], 1)
+    coords: dict[str, Any] = {"unit": units, "statistic": list(STATISTICS), "modality": list(SETS)}
+    coords |= {"layer": range(shape[2]), "tokens": ("modality", tokens.numpy())}
+    dims = ("unit", "statistic", "modality", "layer", "neuron")
+    return xr.DataArray(values.numpy(), coords, dims, "activity")
+
+
+def means(found: xr.DataArray) -> xr.DataArray:
+    """The sums' means over a set's tokens; the highest values as they are."""
+    summed = found.statistic.isin(list(_SUMS))
+    return xr.where(summed, found / found.tokens.clip(1), found).transpose(*found.dims)
