@@ -13,8 +13,8 @@ import xarray as xr
 from numpy.typing import ArrayLike
 from torch.nn.utils.rnn import pad_sequence
 
-from minerlib.answering import logprobs
 from minerlib.artifacts import computation
+from minerlib.gradients import slopes
 from minerlib.model import MLLM
 from minerlib.selection import labelled
 
@@ -29,19 +29,10 @@ def attribution(mllm: MLLM, benches: Iterable, *, batch_size: int = 8) -> xr.Dat
     rows = 0
     for bench in benches:
         for first, batch in mllm.batches(bench, batch_size, "attribution"):
-            samples = [bench[i] for i in range(first, first + len(batch["input_ids"]))]
-            gates: dict[int, torch.Tensor] = {}
-
-            def gate(layer, x, gates=gates):
-                gates[layer] = torch.ones_like(x, requires_grad=True)
-                return x * gates[layer]
-
-            with torch.enable_grad(), mllm.tap(activation=gate):
-                told = logprobs(mllm, batch, [sample.reference for sample in samples]).sum()
-                slopes = torch.autograd.grad(told, [gates[i] for i in sorted(gates)])
-            for layer, slope in enumerate(slopes):  # with a gate of 1 it is activation x gradient
-                total[layer] += slope.abs().sum((0, 1)).double().cpu()
-            rows += len(samples)
+            answers = [bench[i].reference for i in range(first, first + len(batch["input_ids"]))]
+            for layer, (a, g) in enumerate(zip(*slopes(mllm, batch, answers), strict=True)):
+                total[layer] += (a * g).abs().sum((0, 1)).double().cpu()
+            rows += len(answers)
     axes = {"layer": range(mllm.n_layers)}
     return xr.DataArray((total / rows).float().numpy(), axes, ("layer", "neuron"), "attribution")
 
