@@ -37,11 +37,13 @@ from PIL import Image
 
 import minerlib
 from minerlib import critical, planted
+from minerlib.activity import activity
 from minerlib.aggregation import aggregate
 from minerlib.artifacts import COMPUTATIONS, digest
 from minerlib.controls import permuted, untrained
 from minerlib.deactivation import deactivate
 from minerlib.findings import attention, convergence, growth, last_token, probing, states, telomeres
+from minerlib.gradients import gradients
 from minerlib.model import MLLM
 from minerlib.scoring import score
 from minerlib.selection import PAPER_WEIGHTS, STRATEGIES, matched_random, select
@@ -259,6 +261,8 @@ GOLDEN: dict[str, Callable[[], Any]] = {
         mllm(), samples(), n_null=20, **DRAWN
     ),
     "written.loudness": lambda: loudness(mllm(), [Rows(samples())]),
+    "activity.activity": lambda: activity(mllm(), [Rows(samples())]),
+    "gradients.gradients": lambda: gradients(mllm(), [Rows(samples(4))], steps=2),
     "critical.attribution": lambda: critical.attribution(mllm(), [Rows(samples(4))]),
     "critical.plain": lambda: critical.plain(mllm(), ["What is the word?", "A dog runs."]),
     "planted.necessity": lambda: planted.necessity(

@@ -1,0 +1,168 @@
+"""Other ways to tell which neurons belong to a modality, beside the paper's: its rivals.
+
+A selector is a function of `Evidence`, gathered in one pass over the mined rows, to values
+[modality, layer, neuron], higher for neurons that belong more to the modality; `ranked` makes of
+them what `selection.first` takes, so that all are compared at one number of neurons and spend it
+alike. Each is the idea of the work it is named after, at MINER's token sets: not its whole method.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import xarray as xr
+from scipy.stats import entropy, rankdata
+
+from minerlib.selection import PAPER_WEIGHTS, weighted
+
+LIVELY = 0.95  # the quantile of activation probabilities above which a neuron counts as active
+
+
+class Evidence(NamedTuple):
+    """What selectors may look at, of the mined rows."""
+
+    scores: xr.DataArray  # the paper's, aggregated [metric, modality, layer, neuron]
+    activity: xr.DataArray  # of one unit [statistic, modality, layer, neuron], of `activity`
+    domains: Mapping[str, xr.DataArray]  # the same, of each benchmark alone
+    media: Mapping[str, str]  # the medium of each benchmark
+    gradients: xr.DataArray  # [by, modality, layer, neuron]
+    norms: xr.DataArray  # of what each neuron writes [layer, neuron]
+    modalities: list[str]  # whose neurons are wanted
+    seed: int = 0
+
+    def sums(self, statistic: str) -> xr.DataArray:
+        """A statistic over the tokens of each modality, [modality, layer, neuron]."""
+        return self.activity.sel(statistic=statistic, modality=self.modalities)
+
+    def mean(self, statistic: str) -> xr.DataArray:
+        """Its mean over them."""
+        return self.sums(statistic) / self.sums(statistic).tokens.clip(1)
+
+    def elsewhere(self, statistic: str) -> xr.DataArray:
+        """Its mean over all other prompt tokens."""
+        whole, own = self.activity.sel(statistic=statistic, modality="prompt"), self.sums(statistic)
+        return (whole.drop_vars("modality") - own) / (whole.tokens - own.tokens).clip(1)
+
+
+Selector = Callable[[Evidence], xr.DataArray]
+SELECTORS: dict[str, Selector] = {}
+
+
+def selector(function: Selector) -> Selector:
+    """Register a selector under the function's name, underscores as blanks."""
+    SELECTORS[function.__name__.replace("_", " ")] = function
+    return function
+
+
+def ranked(values: xr.DataArray) -> xr.DataArray:
+    """Values as scores of one metric, "rank": each modality's ranks in (0, 1], ties the mean."""
+    ranks = rankdata(values.values.reshape(len(values), -1), axis=1) / values[0].size
+    out = values.copy(data=ranks.reshape(values.shape).astype(np.float32))
+    return out.expand_dims(metric=["rank"]).drop_vars("samples", errors="ignore")
+
+
+@selector
+def miner(seen: Evidence) -> xr.DataArray:
+    """The paper's score with its default weights."""
+    own = seen.scores.sel(modality=seen.modalities)
+    return own[0].drop_vars("metric").copy(data=weighted(own, PAPER_WEIGHTS))
+
+
+@selector
+def contrast(seen: Evidence) -> xr.DataArray:
+    """The paper's score less the largest of any other modality."""
+    value = miner(seen)
+    others = [np.delete(value.values, i, 0).max(0) for i in range(len(value))]
+    return value - np.stack(others)
+
+
+def _low_entropy(share: xr.DataArray) -> xr.DataArray:
+    """Minus the entropy over the first axis, in nats, where a share is among the `LIVELY`."""
+    total = share.values.sum(0)
+    known = entropy(np.where(total > 0, share.values, 1), axis=0)
+    least = -np.log(len(share)) - 1  # below all entropies
+    lively = share.values >= np.quantile(share.values, LIVELY)
+    return share.copy(data=np.where(lively, -known, least))
+
+
+@selector
+def LAPE(seen: Evidence) -> xr.DataArray:
+    """Activation-probability entropy over modalities, low (Tang et al. 2024, arXiv 2402.16438)."""
+    return _low_entropy(seen.mean("positive"))
+
+
+@selector
+def MMNeuron(seen: Evidence) -> xr.DataArray:
+    """The same over benchmarks, of all prompt tokens (Huo et al. 2024, arXiv 2406.11193).
+
+    A benchmark's neurons go to its medium: kinds that are no benchmark's medium have none.
+    """
+    found = [
+        part.sel(statistic="positive", modality="prompt") / part.sel(modality="prompt").tokens
+        for part in seen.domains.values()
+    ]
+    domains = list(seen.domains)
+    value = _low_entropy(xr.concat(found, "domain").transpose("domain", ...))
+    media = [m for m in seen.modalities if m in set(seen.media[name] for name in domains)]
+    of = [value[[seen.media[name] == m for name in domains]].max("domain") for m in media]
+    return xr.concat(of, "modality").assign_coords(modality=media)
+
+
+def _ratio(own: xr.DataArray, elsewhere: xr.DataArray) -> xr.DataArray:
+    """Own over elsewhere, as MANU sets what to forget against what to keep."""
+    return own / (elsewhere + 1e-9)
+
+
+@selector
+def MANU_absolute(seen: Evidence) -> xr.DataArray:
+    """Mean |value| at the modality's tokens, over that elsewhere (Liu et al. 2025, 2502.15910)."""
+    return _ratio(seen.mean("absolute"), seen.elsewhere("absolute"))
+
+
+@selector
+def MANU_frequency(seen: Evidence) -> xr.DataArray:
+    """How often it is above 0, likewise."""
+    return _ratio(seen.mean("positive"), seen.elsewhere("positive"))
+
+
+@selector
+def MANU_variance(seen: Evidence) -> xr.DataArray:
+    """Its variance, likewise."""
+    own, other = (of("square") - of("total") ** 2 for of in (seen.mean, seen.elsewhere))
+    return _ratio(own.clip(0), other.clip(0))
+
+
+@selector
+def MANU_rms(seen: Evidence) -> xr.DataArray:
+    """Its root mean square, likewise."""
+    return _ratio(seen.mean("square") ** 0.5, seen.elsewhere("square") ** 0.5)
+
+
+@selector
+def loudness(seen: Evidence) -> xr.DataArray:
+    """Mean |value| times the length of what is written: no question of modality is asked."""
+    return seen.mean("absolute") * seen.norms
+
+
+def _gradient(by: str) -> Selector:
+    return lambda seen: abs(seen.gradients.sel(by=by, modality=seen.modalities)).drop_vars("by")
+
+
+SELECTORS |= {
+    "attribution": _gradient("attribution"),
+    "CAN": _gradient("can 0.5"),
+    "integrated gradients": _gradient("integrated"),
+}
+
+
+@selector
+def weight_norm(seen: Evidence) -> xr.DataArray:
+    """The length of what is written at 1, the same for every modality: no data at all."""
+    return seen.norms.expand_dims(modality=seen.modalities)
+
+
+@selector
+def random(seen: Evidence) -> xr.DataArray:
+    """Drawn."""
+    like = seen.sums("total")
+    return like.copy(data=np.random.default_rng(seed=seen.seed).random(like.shape))

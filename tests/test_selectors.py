@@ -1,0 +1,161 @@
+"""Selectors on a constructed case: who belongs to one kind of token, who is merely loud."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from minerlib.activity import STATISTICS
+from minerlib.gradients import METHODS
+from minerlib.scoring import METRICS
+from minerlib.selection import first, unique
+from minerlib.selectors import SELECTORS, Evidence, ranked, selector
+from minerlib.separation import SETS
+
+KINDS = ("text", "special", "image")
+TOKENS = {"text": 30, "special": 10, "image": 90}
+N = 200
+OWN, LOUD, SILENT, STEADY = 0, 1, 2, 3  # one of the image's, one everywhere, never, constant
+BENCHMARKS = {"vqa": "image", "mmlu": "text"}
+
+
+def values(kind: str, rng) -> np.ndarray:
+    """What each neuron does at the tokens of a kind, [token, neuron]."""
+    x = rng.normal(0, 1, (TOKENS[kind], N))
+    x[:, OWN] = np.abs(x[:, OWN]) + 1 if kind == "image" else -0.1
+    x[:, LOUD] = 50 + 5 * x[:, LOUD]
+    x[:, SILENT] = 0
+    x[:, STEADY] = 3
+    return x
+
+
+def statistics(by_kind: dict[str, np.ndarray]) -> xr.DataArray:
+    """As of `activity`, of one unit, one layer."""
+    sets = {**by_kind, "prompt": np.concatenate([*by_kind.values()])}
+    out, tokens = np.zeros((len(STATISTICS), len(SETS), 1, N)), np.zeros(len(SETS), int)
+    for name, x in sets.items():
+        of = (x > 0).sum(0), x.sum(0), np.abs(x).sum(0), (x**2).sum(0), x.max(0), np.abs(x).max(0)
+        out[:, SETS.index(name), 0], tokens[SETS.index(name)] = np.stack(of), len(x)
+    coords = {"statistic": [*STATISTICS], "modality": [*SETS], "layer": [0]}
+    coords["tokens"] = ("modality", tokens)
+    return xr.DataArray(out, coords, ("statistic", "modality", "layer", "neuron"))
+
+
+def evidence() -> tuple[Evidence, dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    own = {kind: values(kind, rng) for kind in KINDS}
+    domains = {"vqa": own, "mmlu": {k: own[k][::2] for k in ("text", "special")}}
+    shape = (len(METRICS), len(SETS), 1, N)
+    scores = xr.DataArray(
+        rng.random(shape) * 0.5,
+        {"metric": [*METRICS], "modality": [*SETS], "layer": [0]},
+        ("metric", "modality", "layer", "neuron"),
+    )
+    scores[:, SETS.index("image"), 0, OWN] = 1
+    scores[:, :, 0, LOUD] = 0.95
+    slopes = rng.normal(0, 1, (len(METHODS), len(SETS), 1, N))
+    gradients = xr.DataArray(
+        slopes,
+        {"by": [*METHODS], "modality": [*SETS], "layer": [0]},
+        ("by", "modality", "layer", "neuron"),
+    )
+    gradients[:, SETS.index("image"), 0, OWN] = -9
+    norms = xr.DataArray(np.linspace(1, 2, N)[None], {"layer": [0]}, ("layer", "neuron"))
+    parts = {name: statistics(of) for name, of in domains.items()}
+    seen = Evidence(scores, statistics(own), parts, BENCHMARKS, gradients, norms, [*KINDS])
+    return seen, own
+
+
+def best(name: str, modality: str = "image") -> int:
+    value = SELECTORS[name](evidence()[0])
+    assert value.dims == ("modality", "layer", "neuron") and np.isfinite(value).all()
+    return int(value.sel(modality=modality).values[0].argmax())
+
+
+ASK = ["LAPE", "MMNeuron", "MANU absolute", "MANU frequency", "MANU rms", "contrast"]
+GRADIENTS = ["attribution", "CAN", "integrated gradients"]
+
+
+@pytest.mark.parametrize("name", [*ASK, *GRADIENTS, "miner", "MANU variance"])
+def test_who_belongs_to_the_image_is_found(name):
+    assert best(name) == OWN
+
+
+def test_who_is_loud_is_found_by_loudness_alone():
+    assert best("loudness") == LOUD
+    seen, _ = evidence()
+    for name in ASK:
+        value = SELECTORS[name](seen).sel(modality="image").values[0]
+        assert value[OWN] > value[LOUD]
+
+
+def test_each_by_hand():
+    seen, own = evidence()
+    x, rest = own["image"], np.concatenate([own["text"], own["special"]])
+    ratios = {
+        "MANU absolute": np.abs(x).mean(0) / (np.abs(rest).mean(0) + 1e-9),
+        "MANU frequency": (x > 0).mean(0) / ((rest > 0).mean(0) + 1e-9),
+        "MANU variance": x.var(0) / (rest.var(0) + 1e-9),
+        "MANU rms": np.sqrt((x**2).mean(0)) / (np.sqrt((rest**2).mean(0)) + 1e-9),
+        "loudness": np.abs(x).mean(0) * np.linspace(1, 2, N),
+        "weight norm": np.linspace(1, 2, N),
+    }
+    for name, expected in ratios.items():
+        found = SELECTORS[name](seen).sel(modality="image").values[0]
+        usual = np.arange(N) != STEADY  # its variance is 0 over 0
+        np.testing.assert_allclose(found[usual], expected[usual], rtol=1e-6, atol=1e-12)
+    share = np.stack([(own[k] > 0).mean(0) for k in KINDS])
+    p = share / np.maximum(share.sum(0), 1e-12)
+    entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(0)
+    found = SELECTORS["LAPE"](seen).values[:, 0]
+    lively = share >= np.quantile(share, 0.95)
+    np.testing.assert_allclose(found[lively], -np.broadcast_to(entropy, share.shape)[lively])
+    assert found[~lively].max() < -np.log(len(KINDS))  # below all that are
+    assert lively[KINDS.index("image"), OWN] and found[KINDS.index("image"), OWN] == 0
+
+
+def test_benchmarks_without_a_medium_have_none():
+    value = SELECTORS["MMNeuron"](evidence()[0])
+    assert value.modality.values.tolist() == [
+        "text",
+        "image",
+    ]  # no benchmark asks of special tokens
+
+
+def test_contrast_is_the_paper_score_less_the_largest_other():
+    seen, _ = evidence()
+    own = SELECTORS["miner"](seen)
+    found = SELECTORS["contrast"](seen)
+    for i, name in enumerate(KINDS):
+        other = own.drop_sel(modality=name).max("modality")
+        np.testing.assert_allclose(found[i], own[i] - other)
+    assert float(found.sel(modality="image")[0, LOUD]) < float(found.sel(modality="image")[0, OWN])
+
+
+def test_ranked_is_what_selection_takes():
+    seen, _ = evidence()
+    for name, select in SELECTORS.items():
+        chosen = first(ranked(select(seen)), 6, weights={"rank": 1.0})
+        assert unique(chosen) == 6, name
+    values = SELECTORS["MANU rms"](seen)
+    ranks = ranked(values).values[0, :, 0]
+    assert ranks.max() == 1 and ranks.min() > 0
+    assert (np.argsort(ranks, axis=1) == np.argsort(values.values[:, 0], axis=1)).all()
+
+
+def test_random_has_a_seed():
+    seen, _ = evidence()
+    draw = SELECTORS["random"]
+    assert draw(seen).equals(draw(seen)) and not draw(seen).equals(draw(seen._replace(seed=1)))
+
+
+def test_a_selector_registers_itself():
+    @selector
+    def of_a_plug_in(seen):
+        return seen.sums("total")
+
+    try:
+        assert SELECTORS["of a plug in"] is of_a_plug_in
+    finally:
+        del SELECTORS["of a plug in"]
