@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from minerlib.inference import FAILS, HOLDS, UNKNOWN, spread
+from minerlib.inference import FAILS, HOLDS, UNKNOWN, claim, spread
 from minerlib.parameters import assigned, declared, listed
 from minerlib.shipped import CARD
 from minerlib.workbook import MODELS, RESULTS, ROOT, NotApplicable, Workbook, save
@@ -155,6 +155,20 @@ class Scorecard:
         ax.set_xticks(ax.get_xticks(), [of.replace(", ", "\n") for of in self.columns], rotation=0)
         ax.tick_params(length=0, labelsize=7, labeltop=True, labelbottom=False)
         return fig
+
+    def headlines(self) -> str:
+        """The findings' headlines as a Markdown table, a column per model that has any."""
+        firsts = self.table.groupby(["finding", "of"], sort=False).first()
+        cells = firsts["measured"] + "<br>**" + firsts["verdict"] + "**"
+        told = cells.unstack("of", fill_value="").sort_index(axis=1)
+        lines = [
+            ["the paper says", *told, "smallest effect of interest"],
+            ["---"] * (2 + len(told.T)),
+        ]
+        for name in (n for n in self.findings if n in told.index):
+            of = f"{name}: {self.findings[name].claim}"
+            lines.append([of, *told.loc[name], f"{claim(name).smallest:g}"])
+        return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
     def save_figure(self, fig: plt.Figure, name: str) -> None:
         """Beside the run folders and, where MINER_FIGURES names a folder, there."""

@@ -7,9 +7,9 @@ derived anew from the numbers it rests on.
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
-import printed
 import pytest
 from conftest import ROOT
 
@@ -17,6 +17,9 @@ import minerlib as ml
 from minerlib import inference, scorecard
 from minerlib.findings import silencing
 from minerlib.workbook import RESULTS
+
+sys.path.insert(0, str(ROOT / "notebooks"))
+import readme  # noqa: E402
 
 # Average score as it is, and the share of it lost beyond random neurons of the same layers.
 EXPECTED = {"tiny-qwen2-vl": {"baseline": 0.864, "effect": 0.0}}
@@ -97,23 +100,7 @@ def test_the_doses_rise_from_a_handful_and_have_random_neurons_beside_them(findi
     assert [d["neurons"] for d in by["selected"]] == sorted({d["neurons"] for d in by["selected"]})
 
 
-def test_the_readme_shows_these_numbers(finding):
-    """Up to another processor's rounding."""
-    name, found = finding
-    (row,) = [
-        line
-        for line in (ROOT / "README.md").read_text().splitlines()
-        if line.startswith("| Qwen2-") and f"| {name} |" in line
-    ]
-    cells = [list(printed.parts(cell)) for cell in row.split("|")]
-
-    def shown(text: str) -> bool:
-        wanted = list(printed.parts(text))
-        fitting = (zip(cell, wanted, strict=True) for cell in cells if len(cell) == len(wanted))
-        return any(all(printed.agree(k, a, b) for (k, a), (_, b) in pairs) for pairs in fitting)
-
-    claim = found["claims"][0]
-    before, after = claim["measured"].split(";")[0].split(" to ")
-    assert shown(before) and shown(after)
-    assert shown(inference.spread(*(claim[k] for k in ("effect", "low", "high")), sign="+"))
-    assert claim["verdict"].removesuffix(" (close)") in row or "(close)" in claim["verdict"]
+def test_the_readme_shows_what_is_published():
+    assert readme.BLOCK.search(text := readme.README.read_text())
+    assert readme.BLOCK.sub(lambda _: readme.headlines(), text) == text, "run notebooks/readme.py"
+    assert all(f"| {model} |" in readme.headlines() for model in EXPECTED)
