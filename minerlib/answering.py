@@ -46,27 +46,34 @@ def logprob(mllm, batch, answers: Sequence[str]) -> list[float]:
 
 
 def logprobs(mllm, batch, answers: Sequence[str]) -> torch.Tensor:
-    """`logprob` as a tensor [row], which can be differentiated.
+    """`logprob` as a tensor [row], which can be differentiated; one forward pass."""
+    whole, new, told = continued(mllm, batch, answers)
+    if empty := [text for text, row in zip(answers, told, strict=True) if not row.any()]:
+        raise ValueError(f"{mllm.name}: the answer {empty[0]!r} has no token to be probable")
+    keep = new.shape[1] + 1
+    logits = mllm.forward(whole, keep).logits[:, -keep:-1].float()
+    probs = logits.log_softmax(-1).cpu().gather(-1, new[..., None])[..., 0]
+    return (probs * told).sum(1) / told.sum(1)
 
-    One forward pass: answers are padded on the right, where causal attention does not look. After
-    a prompt that ends in a special token or blank space an answer starts as it is, else with " ".
+
+def continued(mllm, batch, answers: Sequence[str]) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """The prompts followed by their answers: model inputs, the answers' ids, and which are real,
+    both [batch, token].
+
+    Answers are padded on the right, where causal attention does not look. After a prompt that ends
+    in a special token or blank space an answer starts as it is, else with " ".
     """
     last, shape = batch["input_ids"][0, -1:], batch["input_ids"].shape
     met = last.item() in mllm.family.special() or mllm.tokenizer.decode(last)[-1:].isspace()
     rows = [torch.tensor(_ids(mllm, text if met else f" {text}")) for text in answers]
-    if empty := [text for text, row in zip(answers, rows, strict=True) if not len(row)]:
-        raise ValueError(f"{mllm.name}: the answer {empty[0]!r} has no token to be probable")
-    new = pad_sequence(rows, batch_first=True, padding_value=mllm.tokenizer.pad_token_id)
+    new = pad_sequence(rows, batch_first=True, padding_value=mllm.tokenizer.pad_token_id).long()
     told = torch.arange(new.shape[1]) < torch.tensor([[len(row)] for row in rows])
     more, whole = {"input_ids": new, "attention_mask": told}, dict(batch)
     for name, value in batch.items():
         if getattr(value, "shape", None) == shape:  # of what is per token, nothing else applies
             added = more.get(name, torch.zeros_like(new)).to(value)
             whole[name] = torch.cat([value, added], 1)
-    keep = new.shape[1] + 1
-    logits = mllm.forward(whole, keep).logits[:, -keep:-1].float()
-    probs = logits.log_softmax(-1).cpu().gather(-1, new[..., None])[..., 0]
-    return (probs * told).sum(1) / told.sum(1)
+    return whole, new, told
 
 
 def _ids(mllm, text: str) -> list[int]:

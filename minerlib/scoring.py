@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ import xarray as xr
 from torch import Tensor
 from tqdm import tqdm
 
+from minerlib.answering import continued
 from minerlib.artifacts import Checkpoint, computation, key
 from minerlib.model import MLLM, RowError, starts
 from minerlib.separation import BASE_SETS, SETS, UNIONS, separate, stack
@@ -80,12 +81,13 @@ def importance(
 
 @torch.no_grad()
 def attention_weights(
-    query: Tensor, key: Tensor, masks: Tensor, scaling: float | None = None
+    query: Tensor, key: Tensor, masks: Tensor, scaling: float | None = None, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Token weights of attn_k and attn_q, each [batch, set, token] float32, 0 outside the set.
 
     With P the head-averaged attention without causal mask and S = P[set, set], a token's attn_k
     weight is its row sum of softmax(S, 0), its attn_q weight its column sum of softmax(S, 1).
+    With `causal` P is as the model attends: the paper's is not.
     """
     heads, n = query.shape[1:3]
     masks = masks.float()
@@ -95,7 +97,11 @@ def attention_weights(
         m = masks[rows]
         # P lies in [0, 1], so its exponential needs no maximum subtracted. Columns of padding
         # never meet a weight: m is 0 there.
-        e = attention(query[rows], key[rows], m.any(1), scaling).exp_()
+        real = m.any(1)
+        if causal:  # a token of padding sees itself alone, so that no row is empty
+            every = torch.ones(n, n, dtype=torch.bool, device=m.device)
+            real = (real[:, None] & every.tril()) | torch.eye(n, dtype=torch.bool, device=m.device)
+        e = attention(query[rows], key[rows], real, scaling).exp_()
         of_rows, of_columns = e @ m.mT, m @ e
         weights_k[rows] = m * ((m / of_columns.clamp(min=1e-9)) @ e.mT)
         weights_q[rows] = m * ((m / of_rows.mT.clamp(min=1e-9)) @ e)
@@ -212,7 +218,15 @@ class Sums:
 
 @computation(version=1)
 def score(
-    mllm: MLLM, bench, *, batch_size: int = 8, checkpoint=None, every=60.0, on_error="raise"
+    mllm: MLLM,
+    bench,
+    *,
+    batch_size: int = 8,
+    checkpoint=None,
+    every: float = 60.0,
+    on_error: str = "raise",
+    causal: bool = False,
+    generated: int = 0,
 ) -> xr.DataArray:
     """Stage 2 for a benchmark: scores averaged over its samples (paper sections 3.2 and 3.3).
 
@@ -220,19 +234,21 @@ def score(
     `samples` (how many samples hold the set; its mean is over those) and, for silencing with a
     constant, `activation_mean` [layer, neuron] and `activation_min` [layer] over prompt tokens.
 
-    Only the prompt's forward pass is scored (prefill). With `checkpoint`, a path, the sums are
+    Only the prompt's forward pass is scored (prefill), as the paper does; with `generated` the
+    model's own answer of at most so many tokens too, as text; with `causal` attention is weighted
+    as the model attends. With `checkpoint`, a path, the sums are
     written beside it every `every` seconds and a rerun of the same rows continues from them.
     RowError for a row that cannot be used or gives what is not finite; on_error="skip" leaves it
     out, warns and names it in attrs["skipped"].
     """
-    sums, saved = Sums(mllm.n_layers), None
+    sums, saved, how = Sums(mllm.n_layers), None, {"causal": causal, "generated": generated}
     if checkpoint is not None:
         made_by = [score, *(METRICS[name] for name in own_metrics())]
-        made = key(mllm, made_by, data=bench.fingerprint, on_error=on_error)
+        made = key(mllm, made_by, data=bench.fingerprint, on_error=on_error, **how)
         saved = Checkpoint(checkpoint, made, every)
         vars(sums).update(saved.load() or {})
     for i in tqdm(starts(bench, batch_size, sums.done), desc=f"score {bench.name}", leave=False):
-        _add(mllm, bench, range(len(bench))[i : i + batch_size], sums, on_error)
+        _add(mllm, bench, range(len(bench))[i : i + batch_size], sums, on_error, **how)
         sums.done = i + batch_size
         if saved is not None and sums.rows:
             saved.save(vars(sums))
@@ -245,13 +261,14 @@ def score(
     return _to_array(sums, bench.name)
 
 
-def _add(mllm: MLLM, bench, positions, sums: Sums, on_error: str) -> None:
+def _add(mllm: MLLM, bench, positions, sums: Sums, on_error: str, **how: Any) -> None:
     """Add these rows; where one of them fails and may be skipped, the others one by one."""
     positions, samples, batch, skipped = mllm.gather(bench, positions, on_error)
     sums.skipped += skipped
     try:
         if samples:
-            add_batch(mllm, batch, sums, [(s.benchmark or bench.name, s.row) for s in samples])
+            rows = [(s.benchmark or bench.name, s.row) for s in samples]
+            add_batch(mllm, batch, sums, rows, **how)
     except RowError as error:
         if on_error == "raise":
             raise
@@ -259,22 +276,31 @@ def _add(mllm: MLLM, bench, positions, sums: Sums, on_error: str) -> None:
             sums.skipped.append(str(error))
         else:
             for i in positions:
-                _add(mllm, bench, [i], sums, on_error)
+                _add(mllm, bench, [i], sums, on_error, **how)
 
 
 @torch.inference_mode()
-def add_batch(mllm: MLLM, batch, sums: Sums, rows: Sequence[tuple[str, int]] = ()) -> None:
+def add_batch(
+    mllm: MLLM,
+    batch,
+    sums: Sums,
+    rows: Sequence[tuple[str, int]] = (),
+    causal: bool = False,
+    generated: int = 0,
+) -> None:
     """Run the prompts, whose (benchmark, row) are `rows`, and add their normalised scores.
 
     RowError for the first whose activations are not finite, which leaves the sums as they were.
     """
+    if generated:
+        batch, *_ = continued(mllm, batch, mllm.generate(batch, generated))
     masks = stack(separate(mllm, batch))
     kinds = layout(masks)
     weights, found, finite = {}, {}, {}
     masks_on = lru_cache(masks.to)
 
     def attend(layer, query, key, mask, scaling):
-        weights[layer] = attention_weights(query, key, masks_on(query.device), scaling)
+        weights[layer] = attention_weights(query, key, masks_on(query.device), scaling, causal)
 
     def activate(layer, x):
         if layer in weights:  # if its attention was not tapped, `tap` says so

@@ -18,12 +18,15 @@ def softmax(values: np.ndarray, axis: int) -> np.ndarray:
     return powers / powers.sum(axis, keepdims=True)
 
 
-def attention(query: np.ndarray, key: np.ndarray, scaling: float | None = None) -> np.ndarray:
+def attention(
+    query: np.ndarray, key: np.ndarray, scaling: float | None = None, causal: bool = False
+) -> np.ndarray:
     """Head-averaged attention of [head, token, dim], no causal mask; heads share keys in groups."""
     heads, _, dim = query.shape
     scale = 1 / np.sqrt(dim) if scaling is None else scaling
     group = heads // len(key)
-    per_head = [softmax(query[h] @ key[h // group].T * scale, axis=1) for h in range(heads)]
+    later = np.triu(np.full((query.shape[1],) * 2, -np.inf), 1) if causal else 0
+    per_head = [softmax(query[h] @ key[h // group].T * scale + later, axis=1) for h in range(heads)]
     return np.mean(per_head, axis=0)
 
 
@@ -46,16 +49,15 @@ def min_max(values: np.ndarray) -> np.ndarray:
     return (values - low) / np.where(high > low, high - low, 1)
 
 
-def importance(activations, query, key, masks, scaling=None) -> np.ndarray:
+def importance(activations, query, key, masks, scaling=None, causal=False) -> np.ndarray:
     """As `minerlib.scoring.importance`, on arrays: [batch, metric, set, neuron] float64."""
     batch, sets, _ = masks.shape
     result = np.zeros((batch, 5, sets, activations.shape[-1]))
     for b in range(batch):
         real = np.flatnonzero(masks[b].any(0))
         x = activations[b, real].astype(np.float64)
-        p = attention(
-            query[b][:, real].astype(np.float64), key[b][:, real].astype(np.float64), scaling
-        )
+        qk = query[b][:, real].astype(np.float64), key[b][:, real].astype(np.float64)
+        p = attention(*qk, scaling, causal)
         for m in range(sets):
             rows = np.flatnonzero(masks[b, m, real])
             if len(rows):

@@ -13,6 +13,7 @@ import torch
 from conftest import ROOT, Rows, footprints, random_mllm, samples_for
 
 from minerlib import artifacts, scoring
+from minerlib.answering import continued
 from minerlib.model import RowError
 from minerlib.scoring import METRICS, importance, score
 from minerlib.selection import select, weightings
@@ -75,9 +76,9 @@ def tensors(layout: str, heads: str, neurons: int = 33, dim: int = 8, seed: int 
     return x, query, key, torch.stack([masks_of(row) for row in kinds])
 
 
-def expected(x, query, key, masks, scaling=None) -> np.ndarray:
+def expected(x, query, key, masks, scaling=None, causal=False) -> np.ndarray:
     parts = (t.float().numpy() for t in (x, query, key))
-    return reference.importance(*parts, masks.numpy(), scaling)
+    return reference.importance(*parts, masks.numpy(), scaling, causal)
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -191,10 +192,15 @@ def scores_of(mllm, samples, **kwargs):
     return score(mllm, Rows(samples), **kwargs)
 
 
-def test_score_is_the_oracle_on_what_the_model_computes(mllm, samples):
+@pytest.mark.parametrize("how", [{}, {"causal": True}, {"generated": 3}], ids=str)
+def test_score_is_the_oracle_on_what_the_model_computes(mllm, samples, how, monkeypatch):
     """The hooks' streamed result against captured activations, queries and keys."""
-    batch = mllm.encode(samples)
-    seen = {}
+    monkeypatch.setattr(mllm.model.generation_config, "eos_token_id", None)
+    batch, seen = mllm.encode(samples), {}
+    if how.get("generated"):
+        length = batch["input_ids"].shape[1]
+        batch, *_ = continued(mllm, batch, mllm.generate(batch, 3))
+        assert batch["input_ids"].shape[1] > length
     with (
         torch.inference_mode(),
         mllm.tap(
@@ -205,12 +211,21 @@ def test_score_is_the_oracle_on_what_the_model_computes(mllm, samples):
         mllm.forward(batch)
     masks = stack(separate(mllm, batch))
     present = masks.any(-1).sum(0).clamp(min=1).numpy()
-    result = scores_of(mllm, samples, batch_size=len(samples))
+    result = scores_of(mllm, samples, batch_size=len(samples), **how)
     for layer in (0, mllm.n_layers - 1):
         query, key, scaling = seen["qk", layer]
-        per_sample = expected(seen["x", layer], query, key, masks, scaling)
+        causal = how.get("causal", False)
+        per_sample = expected(seen["x", layer], query, key, masks, scaling, causal)
         mean = per_sample.sum(0) / present[None, :, None]
         np.testing.assert_allclose(result.values[:, :, layer], mean, rtol=0, atol=1e-4)
+
+
+def test_causal_scores_differ_in_attention_only(mllm, samples):
+    plain, causal = scores_of(mllm, samples), scores_of(mllm, samples, causal=True)
+    for metric in ("prob", "mean", "max"):
+        np.testing.assert_array_equal(plain.sel(metric=metric), causal.sel(metric=metric))
+    for metric in ("attn_k", "attn_q"):
+        assert not np.allclose(plain.sel(metric=metric), causal.sel(metric=metric), atol=1e-3)
 
 
 def test_the_plain_way_gives_the_same(mllm, samples, tmp_path):
@@ -303,11 +318,11 @@ def test_a_killed_run_continues_to_identical_sums(mllm, samples, tmp_path, monke
     file = tmp_path / "sums"
     add, seen = scoring.add_batch, []
 
-    def killed(mllm, batch, sums, rows):
+    def killed(mllm, batch, sums, rows, **how):
         if len(seen) == 2:
             raise KeyboardInterrupt
         seen.append(batch)
-        add(mllm, batch, sums, rows)
+        add(mllm, batch, sums, rows, **how)
 
     def run(every):
         return scores_of(mllm, samples, batch_size=1, checkpoint=file, every=every)
@@ -322,7 +337,9 @@ def test_a_killed_run_continues_to_identical_sums(mllm, samples, tmp_path, monke
     (saved,) = tmp_path.iterdir()
     assert saved.name.startswith("sums-")
     done = []
-    monkeypatch.setattr(scoring, "add_batch", lambda *args: (done.append(1), add(*args)))
+    monkeypatch.setattr(
+        scoring, "add_batch", lambda *args, **how: (done.append(1), add(*args, **how))
+    )
     resumed = run(3600)
     assert len(done) == len(samples) - 2  # the two rows of the checkpoint are not run again
     np.testing.assert_array_equal(resumed, whole)
@@ -338,11 +355,11 @@ def test_a_checkpoint_is_continued_by_the_same_rows_model_and_version_only(
     half = random_mllm(mllm.name.rsplit("/")[-1], dtype=torch.bfloat16)
     add, runs = scoring.add_batch, []
 
-    def killed(mllm, batch, sums, rows):
+    def killed(mllm, batch, sums, rows, **how):
         runs.append(len(rows))
         if len(runs) == 2:
             raise KeyboardInterrupt
-        add(mllm, batch, sums, rows)
+        add(mllm, batch, sums, rows, **how)
 
     def run(mllm, fingerprint="rows", **options):
         runs.clear()
@@ -353,7 +370,9 @@ def test_a_checkpoint_is_continued_by_the_same_rows_model_and_version_only(
     monkeypatch.setattr(scoring, "add_batch", killed)
     with pytest.raises(KeyboardInterrupt):
         run(half)
-    monkeypatch.setattr(scoring, "add_batch", lambda *args: (runs.append(1), add(*args)))
+    monkeypatch.setattr(
+        scoring, "add_batch", lambda *args, **how: (runs.append(1), add(*args, **how))
+    )
     for other in (
         lambda: run(mllm),
         lambda: run(half, fingerprint="edited"),
@@ -365,7 +384,9 @@ def test_a_checkpoint_is_continued_by_the_same_rows_model_and_version_only(
     run(half)
     assert len(runs) == len(samples)
     monkeypatch.undo()
-    monkeypatch.setattr(scoring, "add_batch", lambda *args: (runs.append(1), add(*args)))
+    monkeypatch.setattr(
+        scoring, "add_batch", lambda *args, **how: (runs.append(1), add(*args, **how))
+    )
     run(half)
     assert len(runs) == len(samples) - 1
 
