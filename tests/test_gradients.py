@@ -82,7 +82,7 @@ def test_integrated_gradients_add_up_to_what_silencing_all_costs(exact_mllm, ask
         everything = np.ones((1, exact_mllm.n_layers, exact_mllm.n_neurons), bool)
         with deactivate(exact_mllm, everything):
             silenced = logprobs(exact_mllm, batch, answers)
-    total, steps = 0.0, 64
+    total, steps = 0.0, 16
     for step in range(steps):
         path = slopes(exact_mllm, batch, answers, (step + 0.5) / steps)
         total += sum(float((a * g).sum()) for a, g in zip(*path, strict=True)) / steps
