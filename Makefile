@@ -47,7 +47,8 @@ notebooks: models
 test: models
 	$(TESTING) $(BIN)/python notebooks/run.py quick=1 model="$(TINY)"
 	$(TESTING) $(BIN)/python -m pytest tests notebooks -n 2 --dist loadfile \
-		--no-loadscope-reorder --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg -p tests.plain_tables
+		--no-loadscope-reorder --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
+		-p tests.nbval_numbers
 
 test-fast: env
 	$(TESTING) $(BIN)/python -m pytest tests -n 2 --dist loadfile -m "not slow"

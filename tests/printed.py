@@ -1,8 +1,9 @@
 """The printed numbers of two executions of a notebook, side by side, by stated tolerances.
 
 nbval compares words and structure exactly and sees every number as `#` and every verdict as
-VERDICT (tests/nbval_sanitize.cfg). Here the numbers themselves are compared, each by its kind, and
-verdicts exactly, unless one of the two says that it is close to its boundary.
+VERDICT (tests/nbval_sanitize.cfg). Here, and for nbval by tests/nbval_numbers.py, the numbers
+themselves are compared, each by its kind, and verdicts exactly, unless one of the two says that it
+is close to its boundary.
 
     python tests/printed.py runs/tiny-qwen2-vl/notebooks     # against the committed notebooks
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import configparser
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import nbformat
@@ -81,15 +82,24 @@ def agree(kind: str, committed: str, fresh: str) -> bool:
     return abs(float(committed) - float(fresh)) <= room * (1 + 1e-9)
 
 
-def outputs(cell: nbformat.NotebookNode) -> str:
-    """The text that a cell prints and shows; a stream may come in pieces, cut anywhere."""
+def shown(outputs: Iterable) -> str:
+    """The text of a cell's outputs; a stream may come in pieces, cut anywhere."""
     found, stream = "", False
-    for output in cell.get("outputs", []):
+    for output in outputs:
         text = output.get("text", output.get("data", {}).get("text/plain", ""))
         found += "" if stream and output.output_type == "stream" else "\n\n"
         found += text if isinstance(text, str) else "".join(text)
         stream = output.output_type == "stream"
     return found.strip()
+
+
+def changes(committed: Iterable, fresh: Iterable) -> list[str]:
+    """What differs between two executions' outputs of a cell by more than it may, one line each."""
+    texts = shown(committed), shown(fresh)
+    if skeleton(texts[0]) != skeleton(texts[1]):
+        return ["words or structure differ"]
+    sides = zip(*(parts(text) for text in texts), strict=False)
+    return [f"{kind} {a} is now {b}" for (kind, a), (_, b) in sides if not agree(kind, a, b)]
 
 
 def compared(path: Path) -> list[nbformat.NotebookNode]:
@@ -101,20 +111,13 @@ def compared(path: Path) -> list[nbformat.NotebookNode]:
 
 def differences(committed: Path, fresh: Path) -> list[str]:
     """What differs by more than it may, one line each: cell, kind, committed and fresh."""
-    found = []
-    pairs = zip(compared(committed), compared(fresh), strict=True)
-    for i, (old, new) in enumerate(pairs):
-        if "chaotic" in old.metadata.get("tags", []):
-            continue
-        texts = outputs(old), outputs(new)
-        if skeleton(texts[0]) != skeleton(texts[1]):
-            found.append(f"{committed.stem} code cell {i}: words or structure differ")
-            continue
-        sides = [list(parts(text)) for text in texts]
-        for (kind, a), (_, b) in zip(*sides, strict=False):
-            if not agree(kind, a, b):
-                found.append(f"{committed.stem} code cell {i}: {kind} {a} is now {b}")
-    return found
+    pairs = enumerate(zip(compared(committed), compared(fresh), strict=True))
+    return [
+        f"{committed.stem} code cell {i}: {change}"
+        for i, (old, new) in pairs
+        if "chaotic" not in old.metadata.get("tags", [])
+        for change in changes(old.get("outputs", []), new.get("outputs", []))
+    ]
 
 
 def main(folders: list[str]) -> int:
