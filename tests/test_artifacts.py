@@ -625,6 +625,11 @@ def test_digests_are_equal_where_values_are(a, b):
     assert digest({"x": a}) != digest(a)
 
 
+def test_the_order_of_keys_does_not_count():
+    assert digest({"a": 1, "b": {"c": 2, "d": 3}}) == digest({"b": {"d": 3, "c": 2}, "a": 1})
+    assert digest([1, 2]) != digest([2, 1])
+
+
 # --- checkpoints ---------------------------------------------------------------------------------
 
 STATE = {"scores": [torch.rand(2, 3), 0], "half": torch.rand(3).bfloat16(), "n": torch.arange(4)}

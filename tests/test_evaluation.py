@@ -11,13 +11,14 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ROOT, random_neurons, samples_for, shared_mllm
+from PIL import Image
 from scipy import stats
 
 from minerlib import inference
 from minerlib.deactivation import deactivate
 from minerlib.model import MLLM, RowError
 from minerlib.tap import hear_once
-from minerlib.tasks import REGISTRY, Repo, Spec, benchmark, evaluation, metrics
+from minerlib.tasks import REGISTRY, Repo, Sample, Spec, benchmark, evaluation, metrics
 from minerlib.tasks import rows as benchmarks
 from minerlib.tasks.evaluation import Prepared, compare, evaluate, prepare, summarise
 
@@ -109,6 +110,26 @@ def test_prepared_encodes_once(echo):
     assert mllm.encoded == 40
     pd.testing.assert_frame_equal(first, again)
     pd.testing.assert_frame_equal(first, evaluate(mllm, bench, batch_size=3))
+
+
+def test_prompts_are_sorted_by_an_estimate_of_their_tokens():
+    """A quarter of the characters, 25 a second of sound, one for 28 x 28 pixels or two frames."""
+    picture, clip = Image.new("RGB", (56, 84)), np.zeros((6, 28, 56, 3), np.uint8)
+    sound = np.zeros(16_000, np.float32)
+    for media, more in [
+        ({}, 0),
+        ({"image": picture}, 6),
+        ({"video": clip}, 6),
+        ({"audio": sound}, 25),
+    ]:
+        assert evaluation._length(Sample("x" * 40, ("y",), **media)) == 10 + more
+
+
+def test_benchmarks_keep_their_order():
+    table = pd.DataFrame({"benchmark": ["b", "a", "b"], "score": [0.1, 0.2, 0.3]})
+    strata = evaluation.by_benchmark(table, "score")
+    assert {k: v.tolist() for k, v in strata.items()} == {"b": [0.1, 0.3], "a": [0.2]}
+    assert list(strata) == ["b", "a"]
 
 
 @pytest.mark.parametrize("measure", ["score", "logprob only"])
