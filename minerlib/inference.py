@@ -179,13 +179,13 @@ def moved(change: np.ndarray) -> tuple[Estimate, np.ndarray]:
     return effect, null - null.mean()
 
 
-def change(a: Scores, b: Scores, media=None, extra: float = 0.0) -> Estimate:
+def change(a: Scores, b: Scores, media=None) -> Estimate:
     """The mean of b - a over the same rows, scores in [0, 1]; arguments as in `estimate`."""
     first, second = _strata(a), _strata(b)
     if [(k, v.size) for k, v in first.items()] != [(k, v.size) for k, v in second.items()]:
         raise ValueError("paired values must come from the same benchmarks and rows")
     changes = {k: second[k] - first[k] for k in first}
-    return estimate(changes, media, (-1.0, 1.0), 1.0, extra)
+    return estimate(changes, media, (-1.0, 1.0), 1.0)
 
 
 def mean_over_samples(table: pd.DataFrame, value: str, by=("layer", "set")) -> pd.DataFrame:
