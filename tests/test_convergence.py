@@ -47,6 +47,7 @@ def test_convergence_does_not_see_rotation_scale_or_names(approach, curves):
     np.testing.assert_allclose(found[columns], curves[columns], atol=2e-2)
 
 
+@pytest.mark.slow
 def test_convergence_null_keeps_its_level():
     """200 pairs of clouds without a difference, each sample with a place of its own."""
     kinds, samples = table_of({"text": 4, "image": 4}, 12)

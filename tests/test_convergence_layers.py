@@ -117,6 +117,7 @@ def test_an_early_approach_is_found_and_exchanged_kinds_show_none():
     assert room.lower_less_upper(late, 50)[0].high < 0
 
 
+@pytest.mark.slow
 def test_the_level_under_no_difference():
     """Clouds of one kind, called two: at most one in twenty looks early."""
     rejected = 0

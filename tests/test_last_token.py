@@ -492,6 +492,7 @@ def test_samples_about_one_medium_count_together():
     assert [line["low"], line["high"]] == pytest.approx([0.2 - half, 0.2 + half])
 
 
+@pytest.mark.slow
 def test_the_claims_keep_their_level():
     """At the smallest effect, and where the neurons are one more draw."""
     rng = np.random.default_rng(3)

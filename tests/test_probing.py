@@ -75,6 +75,7 @@ def test_probing_does_not_see_rotation():
     np.testing.assert_allclose(a[columns], b[columns], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_probing_nulls_keep_their_level():
     """Clouds that are one, stretched like hidden states, with a text centre drawn like a token."""
     kinds, samples = table_of({"audio": 5, "text": 5}, 10)
