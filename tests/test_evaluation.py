@@ -238,6 +238,44 @@ def test_measures(echo):
         evaluate(Probable(), bench, measure="loss")
 
 
+def test_a_choice_among_answers_of_other_rows_needs_no_words(echo):
+    class Seeing(FakeMLLM):
+        """Finds the longest answer most probable for some rows, the right one for the others."""
+
+        def logprob(self, batch, answers):
+            self.asked.append(answers)
+            pairs = zip(batch["ids"], answers, strict=True)
+            blind = (len(a) if p.startswith(":") else a == self.answer(p) for p, a in pairs)
+            return [float(x) for x in blind]
+
+    bench, seeing = echo(), Seeing()
+    seeing.asked = []
+    table = evaluate(seeing, bench, 40, measure="choice")
+    offered = list(zip(*seeing.asked, strict=True))
+    assert len(offered) == 40 and all(len(set(row)) == evaluation.CHOICES for row in offered)
+    assert {row[-1] for row in offered} == set(WORDS)
+    longest = [max(evaluation.offered(bench, [s])[0], key=len) for s in bench]
+    answers = [long if s.prompt.startswith(":") else s.reference
+               for s, long in zip(bench, longest, strict=True)]  # fmt: skip
+    assert table["answer"].tolist() == answers
+    right = [float(a == s.reference) for s, a in zip(bench, answers, strict=True)]
+    assert table["score"].tolist() == right and 0 < np.mean(right) < 1
+    assert list(table) == ["benchmark", "row", "prompt", "answer", "references", "score", "medium"]
+    assert summarise(table).iloc[0]["mean"] == pytest.approx(np.mean(right))
+    again = evaluate(seeing, bench[10:20], 3, measure="choice")
+    assert again["answer"].tolist() == answers[10:20]  # whatever the batch and the part
+
+
+def test_a_choice_needs_other_answers(echo):
+    bench = echo()
+    sample = dataclasses.replace(bench[0], references=("Two", "ten"))  # and so neither two nor ten
+    (row,) = evaluation.offered(bench, [sample])
+    assert row[-1] == "Two" and len(set(row)) == evaluation.CHOICES and not {"two", "ten"} & {*row}
+    few = echo(references=lambda row: ("yes" if row["answer"] == "red" else "no",))
+    with pytest.raises(ValueError, match="'echo' row 0: only 1 other answers.*needs 3"):
+        evaluate(FakeMLLM(), few, measure="choice")
+
+
 def test_captions_carry_their_own_column(echo):
     table = evaluate(FakeMLLM(), echo("cider_d"))
     assert table["cider_d"].max() > 1

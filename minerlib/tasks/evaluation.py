@@ -10,7 +10,8 @@ compare(before, after)                           # mean change per benchmark, wi
 import inspect
 import math
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -28,7 +29,8 @@ from minerlib.tasks import REGISTRY, Benchmark, Sample, metrics
 
 KEY, AVERAGE = ["benchmark", "row"], "average"
 ASKED = [*KEY, "prompt", "references"]
-MEASURES = ("score", "logprob", "logprob only")
+MEASURES = ("score", "logprob", "logprob only", "choice")
+CHOICES = 4
 Batch = tuple[list[int], list[Sample], Any, list[str]]  # as of `MLLM.gather`
 
 
@@ -108,8 +110,10 @@ def evaluate(
     token, texts (`Spec.options`) by their mean log-probability. The others are answered by
     generation of at most `max_new_tokens` (default: the benchmark's own number). `measure` is
     "score"; "logprob", which adds a column: the mean log-probability per token, in nats, of the
-    commonest reference after the prompt; or "logprob only", without answers and scores, which
-    takes one forward pass. `batch_size` and `on_error` count only where `bench` is not prepared
+    commonest reference after the prompt; "logprob only", without answers and scores, which takes
+    one forward pass; or "choice": the answer is the most probable of `CHOICES`, the row's reference
+    and others of the benchmark, and the score whether it is the reference, so that a model need not
+    speak to show that it sees. `batch_size` and `on_error` count only where `bench` is not prepared
     yet. Raises RowError for a row that cannot be used; on_error="skip" leaves it out, warns and
     names it in attrs["skipped"].
 
@@ -134,9 +138,13 @@ def _evaluated(mllm, bench, batches, max_new_tokens, measure) -> pd.DataFrame:
         if not samples:
             continue
         found: dict[str, list] = {name: [getattr(s, name) for s in samples] for name in ASKED}
-        if measure != "logprob only":
+        if measure == "choice":
+            found["answer"] = _likeliest(mllm, batch, offered(bench, samples))
+            right = [s.reference == a for s, a in zip(samples, found["answer"], strict=True)]
+            found["score"] = list(map(float, right))
+        elif measure != "logprob only":
             found["answer"] = _answers(mllm, bench, samples, batch, max_new_tokens)
-        if measure != "score":
+        if measure.startswith("logprob"):
             found["logprob"] = mllm.logprob(batch, [s.reference for s in samples])
         for position, *values in zip(positions, *found.values(), strict=True):
             rows[position] = dict(zip(found, values, strict=True))
@@ -147,6 +155,7 @@ def _evaluated(mllm, bench, batches, max_new_tokens, measure) -> pd.DataFrame:
     table = pd.DataFrame([rows[i] for i in sorted(rows)])
     if "answer" in table:
         table.insert(3, "answer", table.pop("answer"))
+    if "answer" in table and "score" not in table:
         given = table["answer"].tolist(), table["references"].tolist()
         scores = metrics.columns(bench.metric, *given, bench.whole)
         for place, (name, values) in enumerate(scores.items(), start=5):
@@ -162,9 +171,30 @@ def _answers(mllm: MLLM, bench: Benchmark, samples: list[Sample], batch, longest
         return mllm.choose(batch, bench.spec.choices)
     if not bench.spec.options:
         return mllm.generate(batch, longest or bench.max_new_tokens)
-    choices = [s.choices or () for s in samples]
+    return _likeliest(mllm, batch, [s.choices or () for s in samples])
+
+
+def _likeliest(mllm: MLLM, batch, choices: Sequence[tuple[str, ...]]) -> list[str]:
+    """Of each row's choices, as many for all, the one of highest mean log-probability."""
     told = [mllm.logprob(batch, column) for column in zip(*choices, strict=True)]
     return [row[i] for row, i in zip(choices, np.argmax(told, axis=0), strict=True)]
+
+
+def offered(bench: Benchmark, samples: Sequence[Sample]) -> list[tuple[str, ...]]:
+    """Each sample's reference behind others of the benchmark, drawn by its row."""
+    pool = sorted({Counter(of).most_common(1)[0][0] for of in bench.whole})
+    rows = []
+    for sample in samples:
+        own = {text.lower() for text in sample.references}
+        others = [text for text in pool if text.lower() not in own]
+        if len(others) < CHOICES - 1:
+            few = (
+                f"{bench.name!r} row {sample.row}: only {len(others)} other answers to choose from"
+            )
+            raise ValueError(f"{few}; measure='choice' needs {CHOICES - 1}")
+        drawn = np.random.default_rng(sample.row).choice(others, CHOICES - 1, replace=False)
+        rows.append((*map(str, drawn), sample.reference))
+    return rows
 
 
 Strata = dict[str, np.ndarray]
