@@ -60,6 +60,7 @@ def test_what_costs_everything_alike_has_none():
     assert found.mean == pytest.approx(0, abs=1e-12) and found.low > -0.3 and found.high < 0.3
 
 
+@pytest.mark.slow
 def test_intervals_hold_the_truth_in_nineteen_of_twenty():
     """Of rows about one medium that go together; the truth is 0.3 more on one benchmark alone."""
     rng, held, n = np.random.default_rng(0), [], 150
