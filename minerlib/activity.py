@@ -50,7 +50,8 @@ def activity(
         members = stack(separate(mllm, batch)).transpose(0, 1).flatten(1)  # [set, batch x token]
 
         def see(layer, x, unit, members=members):
-            x, of = x.float().flatten(0, 1), members.to(x.device)
+            of = members.to(x.device)
+            x = x.float().flatten(0, 1).masked_fill(~of.any(0)[:, None], 0)  # padding may be NaN
             for name, value in _SUMS.items():
                 sums[name][unit, :, layer] += (of.float() @ value(x)).cpu()
             for i in (i for i, own in enumerate(of) if SETS[i] in BASE_SETS and own.any()):
@@ -67,6 +68,10 @@ def activity(
             top[:, SETS.index(union)] = top[:, [SETS.index(k) for k in names]].amax(1)
         top[:, tokens == 0] = 0
     values = torch.stack([x.float() for x in (*sums.values(), *tops.values())], 1)
+    if not values.isfinite().all():
+        layers = (~values.isfinite()).any(-1).any(0).any(0).any(0).nonzero()[:, 0].tolist()
+        why = f"values of layers {layers} are not finite in {mllm.model.dtype}"
+        raise ValueError(f"{mllm.name}: {why}; try dtype='bfloat16' or 'float32'")
     coords: dict[str, Any] = {"unit": units, "statistic": list(STATISTICS), "modality": list(SETS)}
     coords |= {"layer": range(shape[2]), "tokens": ("modality", tokens.numpy())}
     dims = ("unit", "statistic", "modality", "layer", "neuron")

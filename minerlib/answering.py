@@ -16,13 +16,18 @@ _GREEDY |= {"no_repeat_ngram_size": 0, "temperature": None, "top_p": None, "top_
 @torch.inference_mode()
 def generate(mllm, batch, max_new_tokens: int = 32) -> list[str]:
     """Greedy answers, stripped; settings are explicit so a checkpoint's own do not leak in."""
+    new, _ = _generated(mllm, batch, max_new_tokens)
+    return [t.strip() for t in mllm.tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def _generated(mllm, batch, max_new_tokens: int) -> tuple[torch.Tensor, list[int]]:
+    """Ids of greedy answers [row, token], and those that end one."""
     # A part of a larger model (Omni's thinker) has no generation settings of its own.
     end = mllm.model.generation_config.eos_token_id or mllm.tokenizer.eos_token_id
     ends = {"pad_token_id": mllm.tokenizer.pad_token_id, "eos_token_id": end}
     with mllm.last_logits():
         tokens = mllm.model.generate(**batch, max_new_tokens=max_new_tokens, **_GREEDY, **ends)
-    new = tokens[:, batch["input_ids"].shape[1] :]
-    return [t.strip() for t in mllm.tokenizer.batch_decode(new, skip_special_tokens=True)]
+    return tokens[:, batch["input_ids"].shape[1] :], [end] if isinstance(end, int) else list(end)
 
 
 @torch.inference_mode()
@@ -57,15 +62,31 @@ def logprobs(mllm, batch, answers: Sequence[str]) -> torch.Tensor:
 
 
 def continued(mllm, batch, answers: Sequence[str]) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """The prompts followed by their answers: model inputs, the answers' ids, and which are real,
-    both [batch, token].
+    """The prompts followed by their answers, as of `_appended`.
 
-    Answers are padded on the right, where causal attention does not look. After a prompt that ends
-    in a special token or blank space an answer starts as it is, else with " ".
+    After a prompt that ends in a special token or blank space an answer starts as it is, else with
+    " ".
     """
-    last, shape = batch["input_ids"][0, -1:], batch["input_ids"].shape
+    last = batch["input_ids"][0, -1:]
     met = last.item() in mllm.family.special() or mllm.tokenizer.decode(last)[-1:].isspace()
     rows = [torch.tensor(_ids(mllm, text if met else f" {text}")) for text in answers]
+    return _appended(mllm, batch, rows)
+
+
+@torch.inference_mode()
+def answered(mllm, batch, max_new_tokens: int) -> dict:
+    """The prompts followed by what the model generates after them, without what ends it."""
+    new, ends = _generated(mllm, batch, max_new_tokens)
+    over = torch.isin(new, new.new_tensor(ends)).cumsum(1) > 0
+    return _appended(mllm, batch, [row[~of].cpu() for row, of in zip(new, over, strict=True)])[0]
+
+
+def _appended(mllm, batch, rows: list[torch.Tensor]) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """Model inputs with ids after the prompts, these ids, and which are real, both [row, token].
+
+    They are padded on the right, where causal attention does not look.
+    """
+    shape = batch["input_ids"].shape
     new = pad_sequence(rows, batch_first=True, padding_value=mllm.tokenizer.pad_token_id).long()
     told = torch.arange(new.shape[1]) < torch.tensor([[len(row)] for row in rows])
     more, whole = {"input_ids": new, "attention_mask": told}, dict(batch)

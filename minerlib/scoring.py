@@ -21,7 +21,7 @@ import xarray as xr
 from torch import Tensor
 from tqdm import tqdm
 
-from minerlib.answering import continued
+from minerlib.answering import answered
 from minerlib.artifacts import Checkpoint, computation, key
 from minerlib.model import MLLM, RowError, starts
 from minerlib.separation import BASE_SETS, SETS, UNIONS, separate, stack
@@ -81,13 +81,17 @@ def importance(
 
 @torch.no_grad()
 def attention_weights(
-    query: Tensor, key: Tensor, masks: Tensor, scaling: float | None = None, causal: bool = False
+    query: Tensor,
+    key: Tensor,
+    masks: Tensor,
+    scaling: float | None = None,
+    seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Token weights of attn_k and attn_q, each [batch, set, token] float32, 0 outside the set.
 
     With P the head-averaged attention without causal mask and S = P[set, set], a token's attn_k
     weight is its row sum of softmax(S, 0), its attn_q weight its column sum of softmax(S, 1).
-    With `causal` P is as the model attends: the paper's is not.
+    With seen bool [batch, query, key], of `visible`, P is as the model attends: the paper's is not.
     """
     heads, n = query.shape[1:3]
     masks = masks.float()
@@ -98,9 +102,8 @@ def attention_weights(
         # P lies in [0, 1], so its exponential needs no maximum subtracted. Columns of padding
         # never meet a weight: m is 0 there.
         real = m.any(1)
-        if causal:  # a token of padding sees itself alone, so that no row is empty
-            every = torch.ones(n, n, dtype=torch.bool, device=m.device)
-            real = (real[:, None] & every.tril()) | torch.eye(n, dtype=torch.bool, device=m.device)
+        if seen is not None:  # a token of padding sees itself, so that no row is empty
+            real = seen[rows] | torch.eye(n, dtype=torch.bool, device=m.device)
         e = attention(query[rows], key[rows], real, scaling).exp_()
         of_rows, of_columns = e @ m.mT, m @ e
         weights_k[rows] = m * ((m / of_columns.clamp(min=1e-9)) @ e.mT)
@@ -138,6 +141,23 @@ def attention(query: Tensor, key: Tensor, real: Tensor, scaling: float | None = 
         for head in shares.view(shape).flatten(1, 2).unbind(1):
             p[:, i : i + chunk] += head
     return p.div_(heads)
+
+
+def visible(mask: Tensor | None, real: Tensor, queries: int | None = None) -> Tensor:
+    """Which keys the last `queries` tokens (default all) see, bool [batch, query, key].
+
+    mask, as the model's kernel got it, is bool (True is seen) or additive [batch, 1 or head, query,
+    key]; None or two dimensions mean causal attention over the real tokens, bool [batch, token].
+    """
+    batch, n = real.shape
+    queries = queries or n
+    if mask is None or mask.ndim == 2:
+        seen = real.new_ones(queries, n).tril(n - queries)
+    elif mask.dtype == torch.bool:
+        seen = mask[:, 0]
+    else:
+        seen = mask[:, 0] > torch.finfo(mask.dtype).min / 2
+    return seen.expand(batch, queries, n) & real[:, None]
 
 
 def _block(x: Tensor) -> int:
@@ -235,9 +255,9 @@ def score(
     constant, `activation_mean` [layer, neuron] and `activation_min` [layer] over prompt tokens.
 
     Only the prompt's forward pass is scored (prefill), as the paper does; with `generated` the
-    model's own answer of at most so many tokens too, as text; with `causal` attention is weighted
-    as the model attends. With `checkpoint`, a path, the sums are
-    written beside it every `every` seconds and a rerun of the same rows continues from them.
+    model's own answer of at most so many tokens too, as text and as prompt; with `causal` attention
+    is weighted as the model attends. With `checkpoint`, a path, the sums are written beside it
+    every `every` seconds and a rerun of the same rows continues from them.
     RowError for a row that cannot be used or gives what is not finite; on_error="skip" leaves it
     out, warns and names it in attrs["skipped"].
     """
@@ -293,14 +313,16 @@ def add_batch(
     RowError for the first whose activations are not finite, which leaves the sums as they were.
     """
     if generated:
-        batch, *_ = continued(mllm, batch, mllm.generate(batch, generated))
+        batch = answered(mllm, batch, generated)
     masks = stack(separate(mllm, batch))
     kinds = layout(masks)
     weights, found, finite = {}, {}, {}
     masks_on = lru_cache(masks.to)
 
     def attend(layer, query, key, mask, scaling):
-        weights[layer] = attention_weights(query, key, masks_on(query.device), scaling, causal)
+        on = masks_on(query.device)
+        seen = visible(mask, on.any(1)) if causal else None
+        weights[layer] = attention_weights(query, key, on, scaling, seen)
 
     def activate(layer, x):
         if layer in weights:  # if its attention was not tapped, `tap` says so

@@ -109,8 +109,8 @@ def MMNeuron(seen: Evidence) -> xr.DataArray:
 
 
 def _ratio(own: xr.DataArray, elsewhere: xr.DataArray) -> xr.DataArray:
-    """Own over elsewhere, as MANU sets what to forget against what to keep."""
-    return own / (elsewhere + 1e-9)
+    """Own over elsewhere, as MANU sets what to forget against what to keep; its score sums four."""
+    return own / (elsewhere + 1e-5)
 
 
 @selector
@@ -127,9 +127,13 @@ def MANU_frequency(seen: Evidence) -> xr.DataArray:
 
 @selector
 def MANU_variance(seen: Evidence) -> xr.DataArray:
-    """Its variance, likewise."""
-    own, other = (of("square") - of("total") ** 2 for of in (seen.mean, seen.elsewhere))
-    return _ratio(own.clip(0), other.clip(0))
+    """Its standard deviation, likewise; below a thousandth of its size it is rounding."""
+
+    def deviation(of: Callable[[str], xr.DataArray]) -> xr.DataArray:
+        square = of("square")
+        return (square - of("total") ** 2).clip(min=1e-6 * square) ** 0.5
+
+    return _ratio(deviation(seen.mean), deviation(seen.elsewhere))
 
 
 @selector

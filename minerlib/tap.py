@@ -99,11 +99,12 @@ def tap(
 
 
 @contextmanager
-def hear_once(mllm: MLLM, memory: dict[str, Any]) -> Iterator[None]:
+def hear_once(mllm: MLLM, memory: dict[tuple[Any, str], Any]) -> Iterator[None]:
     """Each sound goes through the audio tower once: what it made is kept in `memory`.
 
     No condition changes a tower, and a whole window of 30 s, which most encode however short the
-    sound, costs a small model more than its decoder. Gradients end at what is kept.
+    sound, costs a small model more than its decoder. Gradients end at what is kept. Do not copy the
+    model meanwhile.
     """
     tower = getattr(mllm.model.base_model, "audio_tower", None)
     if tower is None:
@@ -113,12 +114,16 @@ def hear_once(mllm: MLLM, memory: dict[str, Any]) -> Iterator[None]:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         key = hashlib.sha256()
-        for value in (*args, *kwargs.values()):
+        for name, value in (*enumerate(args), *kwargs.items()):
             if torch.is_tensor(value):  # the mask too: it tells padding from silence
                 flat = value.detach().cpu().contiguous().flatten()
-                key.update(f"{value.dtype}{value.shape}".encode())
+                key.update(f"{name}{value.dtype}{value.shape}".encode())
                 key.update(flat.view(torch.uint8).numpy().data)
-        if (known := key.hexdigest()) not in memory:
+            elif value is None or isinstance(value, bool | int | float | str):
+                key.update(f"{name}{value!r}".encode())
+            else:
+                return own(*args, **kwargs)
+        if (known := (tower, key.hexdigest())) not in memory:
             with torch.inference_mode(False), torch.no_grad():  # for passes with gradients too
                 memory[known] = own(*args, **kwargs)
         return memory[known]

@@ -33,8 +33,9 @@ def loudness(
     if what == "written":
         unit, taken = "written", {"absolute": "mean", "loudest": "max"}
     found = means(activity(mllm, benches, units=[unit], batch_size=batch_size)).sel(unit=unit)
-    found = found.sel(statistic=[*taken]).assign_coords(statistic=[*taken.values()]).clip(0)
+    found = found.sel(statistic=[*taken]).assign_coords(statistic=[*taken.values()])
     found = found.drop_vars(["unit", "tokens"])
+    found.loc["max"] = found.loc["max"].clip(0)
     return (found * column_norms(mllm) if what == "written" else found).rename("loudness")
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, random_neurons, samples_for, shared_mllm
+from conftest import ROOT, random_mllm, random_neurons, samples_for, shared_mllm
 from PIL import Image
 from scipy import stats
 
@@ -155,6 +156,19 @@ def test_a_sound_goes_through_the_tower_once_and_changes_nothing(measure):
     assert not alone[0].equals(alone[1])
 
 
+def test_what_one_model_heard_is_not_anothers():
+    mllm, rows = (
+        shared_mllm("tiny-qwen2-audio"),
+        benchmark("libri", ROOT / "data/benchmarks", limit=3),
+    )
+    other = random_mllm("tiny-qwen2-audio", seed=1)
+    prepared = prepare(mllm, rows, 2)
+    first = evaluate(mllm, prepared, measure="logprob only")
+    second = evaluate(other, prepared, measure="logprob only")
+    pd.testing.assert_frame_equal(second, evaluate(other, rows, 2, measure="logprob only"))
+    assert not first.equals(second) and len(prepared.heard) == 4
+
+
 def test_sounds_of_one_spectrogram_are_told_apart_by_their_mask():
     mllm = shared_mllm("tiny-qwen2-audio")
     (sample,) = [s for s in samples_for(mllm) if s.audio is not None][:1]
@@ -260,10 +274,27 @@ def test_a_choice_among_answers_of_other_rows_needs_no_words(echo):
     assert table["answer"].tolist() == answers
     right = [float(a == s.reference) for s, a in zip(bench, answers, strict=True)]
     assert table["score"].tolist() == right and 0 < np.mean(right) < 1
-    assert list(table) == ["benchmark", "row", "prompt", "answer", "references", "score", "medium"]
+    columns = ["benchmark", "row", "prompt", "answer", "references", "score", "chance", "medium"]
+    assert list(table) == columns and (table["chance"] == 1 / evaluation.CHOICES).all()
     assert summarise(table).iloc[0]["mean"] == pytest.approx(np.mean(right))
+    assert evaluation.above_chance(table) == pytest.approx(np.mean(right) - 0.25)
+    with pytest.raises(ValueError, match="are choices, the other's are not"):
+        compare(table, evaluate(FakeMLLM(), bench))
     again = evaluate(seeing, bench[10:20], 3, measure="choice")
     assert again["answer"].tolist() == answers[10:20]  # whatever the batch and the part
+
+
+def test_a_guess_at_the_commonest_answer_is_right_by_chance():
+    """Of a real benchmark's references, half of which are one of a few words."""
+    bench = benchmark("text_vqa", source=ROOT / "data/benchmarks")
+    often = Counter(Counter(of).most_common(1)[0][0].casefold() for of in bench.whole)
+    assert often.most_common(1)[0][1] > 2 * len(bench) / len(often)  # else there is none to guess
+    asked = [Sample("?", of, row=i) for i, of in enumerate(bench.references)]
+    offered = evaluation.offered(bench, asked)
+    guess = [max(row, key=lambda text: often[text.casefold()]) for row in offered]
+    right = np.mean([a == row[-1] for a, row in zip(guess, offered, strict=True)])
+    assert 0.18 < right < 0.32
+    assert all(len({text.casefold() for text in row}) == evaluation.CHOICES for row in offered)
 
 
 def test_a_choice_needs_other_answers(echo):

@@ -9,6 +9,7 @@ import transformers
 from conftest import MODELS, ROOT, footprints, random_mllm, samples_for, shared_mllm
 from torch import nn
 
+from minerlib import answering
 from minerlib import tap as tap_module
 from minerlib.model import MLLM, load
 from minerlib.separation import separate
@@ -394,3 +395,17 @@ def test_activations_may_be_replaced(mllm, samples):
         for layer in other.layers:
             nn.init.zeros_(layer.mlp.down_proj.weight)
         torch.testing.assert_close(other.forward(batch).logits, silent, rtol=0, atol=1e-6)
+
+
+def test_an_answer_is_scored_as_it_was_generated(mllm, samples, monkeypatch):
+    """Its own ids up to what ends it; a row that ends at once has none."""
+    batch = mllm.encode(samples[:2])
+    length = batch["input_ids"].shape[1]
+    new = torch.tensor([[11, 12, 99, 98], [99, 98, 98, 98]])
+    whole = torch.cat([batch["input_ids"], new], 1)
+    monkeypatch.setattr(mllm.model, "generate", lambda **given: whole)
+    monkeypatch.setattr(mllm.model.generation_config, "eos_token_id", [99])
+    got = answering.answered(mllm, batch, 4)
+    assert got["input_ids"][0, length:].tolist() == [11, 12]
+    assert got["attention_mask"][:, length:].tolist() == [[1, 1], [0, 0]]
+    assert torch.equal(got["attention_mask"][:, :length], batch["attention_mask"])

@@ -12,6 +12,19 @@ from minerlib.separation import SETS, separate
 from minerlib.written import STATISTICS, as_loud, balance, loudness, with_partner
 
 
+def test_of_activations_as_they_are_whatever_their_sign(mllm, samples):
+    found = loudness(mllm, [Rows(samples)], what="activation").sel(modality="prompt")
+    parts: list[list] = [[] for _ in range(mllm.n_layers)]
+    for sample in samples:
+        with mllm.tap(activation=lambda i, x: parts[i].append(x[0])), torch.inference_mode():
+            mllm.forward(mllm.encode([sample]))
+    values = np.stack([torch.cat(part).numpy() for part in parts])
+    np.testing.assert_allclose(found.sel(statistic="mean"), values.mean(1), rtol=1e-3, atol=1e-5)
+    highest = values.max(1).clip(0)
+    np.testing.assert_allclose(found.sel(statistic="max"), highest, rtol=1e-4, atol=1e-5)
+    assert (values.mean(1) < 0).any()
+
+
 def test_loudness_by_hand(mllm, samples):
     """Against the down projection's inputs, token by token, one prompt at a time."""
     before = footprints(mllm)

@@ -12,26 +12,9 @@ from torch import Tensor
 from minerlib.artifacts import computation
 from minerlib.inference import decide, estimate, interval
 from minerlib.model import MLLM
-from minerlib.scoring import attention
+from minerlib.scoring import attention, visible
 from minerlib.separation import separate
 from minerlib.tasks.evaluation import by_benchmark
-
-
-def visible(mask: Tensor | None, real: Tensor, queries: int | None = None) -> Tensor:
-    """Which keys the last `queries` tokens (default all) see, bool [batch, query, key].
-
-    mask, as the model's kernel got it, is bool (True is seen) or additive [batch, 1 or head, query,
-    key]; None or two dimensions mean causal attention over the real tokens, bool [batch, token].
-    """
-    batch, n = real.shape
-    queries = queries or n
-    if mask is None or mask.ndim == 2:
-        seen = real.new_ones(queries, n).tril(n - queries)
-    elif mask.dtype == torch.bool:
-        seen = mask[:, 0]
-    else:
-        seen = mask[:, 0] > torch.finfo(mask.dtype).min / 2
-    return seen.expand(batch, queries, n) & real[:, None]
 
 
 def mass_between(

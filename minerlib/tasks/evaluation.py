@@ -39,7 +39,7 @@ class Prepared(NamedTuple):
 
     benchmark: Benchmark
     batches: list[Batch]
-    heard: dict[str, Any]  # as of `hear_once`
+    heard: dict[tuple[Any, str], Any]  # as of `hear_once`
 
 
 def prepare(
@@ -118,7 +118,8 @@ def evaluate(
     names it in attrs["skipped"].
 
     Columns: benchmark, row, prompt, answer, references, score (in [0, 1]), the metric's own
-    (`cider_d` for captions, `contains` for exact match), and `medium`, a hash of what is asked of.
+    (`cider_d` for captions, `contains` for exact match; of a choice `chance`), and `medium`, a hash
+    of what is asked of.
     """
     if measure not in MEASURES:
         raise ValueError(f"measure={measure!r}: use one of {', '.join(MEASURES)}")
@@ -141,7 +142,7 @@ def _evaluated(mllm, bench, batches, max_new_tokens, measure) -> pd.DataFrame:
         if measure == "choice":
             found["answer"] = _likeliest(mllm, batch, offered(bench, samples))
             right = [s.reference == a for s, a in zip(samples, found["answer"], strict=True)]
-            found["score"] = list(map(float, right))
+            found["score"], found["chance"] = list(map(float, right)), [1 / CHOICES] * len(right)
         elif measure != "logprob only":
             found["answer"] = _answers(mllm, bench, samples, batch, max_new_tokens)
         if measure.startswith("logprob"):
@@ -181,19 +182,26 @@ def _likeliest(mllm: MLLM, batch, choices: Sequence[tuple[str, ...]]) -> list[st
 
 
 def offered(bench: Benchmark, samples: Sequence[Sample]) -> list[tuple[str, ...]]:
-    """Each sample's reference behind others of the benchmark, drawn by its row."""
-    pool = sorted({Counter(of).most_common(1)[0][0] for of in bench.whole})
+    """Each sample's reference behind others of the benchmark, drawn by its row.
+
+    As often as they are references, so that a guess at the commonest is right no more often.
+    """
+    commonest = [Counter(of).most_common(1)[0][0] for of in bench.whole if any(map(str.strip, of))]
+    often = Counter(text.casefold() for text in commonest if text.strip())
+    spelt = {text.casefold(): text for text in reversed(commonest)}
     rows = []
     for sample in samples:
-        own = {text.lower() for text in sample.references}
-        others = [text for text in pool if text.lower() not in own]
+        own = {text.casefold() for text in sample.references}
+        others = sorted(text for text in often if text not in own)
         if len(others) < CHOICES - 1:
             few = (
                 f"{bench.name!r} row {sample.row}: only {len(others)} other answers to choose from"
             )
             raise ValueError(f"{few}; measure='choice' needs {CHOICES - 1}")
-        drawn = np.random.default_rng(sample.row).choice(others, CHOICES - 1, replace=False)
-        rows.append((*map(str, drawn), sample.reference))
+        share = np.array([often[text] for text in others], float)
+        rng = np.random.default_rng(sample.row)
+        drawn = rng.choice(others, CHOICES - 1, replace=False, p=share / share.sum())
+        rows.append((*(spelt[str(text)] for text in drawn), sample.reference))
     return rows
 
 
@@ -225,7 +233,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     lines, media = [], by_benchmark(table, "medium")
     for name, scores in _scores(table).items():
         rows, corpus = table[table["benchmark"] == name], math.nan
-        if name in REGISTRY and len(rows):
+        if name in REGISTRY and len(rows) and "chance" not in rows:  # a choice is none
             corpus = _published(REGISTRY[name].metric, rows)
         mean, low, high, *_ = inference.estimate(scores, media)
         lines.append([name, sum(map(len, scores.values())), mean, low, high, corpus])
@@ -237,9 +245,15 @@ def chance(benchmark: str) -> float:
     return REGISTRY[benchmark].chance if benchmark in REGISTRY else 0.0
 
 
+def guesses(table: pd.DataFrame) -> pd.Series:
+    """The same for each row: of a choice, the table's own."""
+    return table["chance"] if "chance" in table else table["benchmark"].map(chance)
+
+
 def above_chance(table: pd.DataFrame) -> float:
     """The mean over benchmarks of the mean score less that of blind guesses."""
-    return float(np.mean([v.mean() - chance(k) for k, v in by_benchmark(table, "score").items()]))
+    above = table.assign(above=table["score"] - guesses(table))
+    return float(np.mean([v.mean() for v in by_benchmark(above, "above").values()]))
 
 
 def _published(metric: str, rows: pd.DataFrame) -> float:
@@ -273,6 +287,8 @@ def paired(a: pd.DataFrame, b: pd.DataFrame) -> pd.DataFrame:
     """The rows of two tables of answers side by side, once it is certain that they are the same."""
     for table in (a, b):
         _scores(table)
+    if ("chance" in a) != ("chance" in b):
+        raise ValueError("one table's answers are choices, the other's are not: measure both alike")
     pairs = inference.matched(a, b, KEY)
     for column in [c for c in ("prompt", "references", "medium") if f"{c}_a" in pairs]:
         one, two = (pairs[f"{column}_{side}"].map(_comparable) for side in "ab")
