@@ -214,6 +214,7 @@ def test_weights_as_mapping_or_sequence():
         (dict(weights={"mean": 1.5, "max": -0.5}), "at least 0"),
         (dict(weights="best"), "no weights 'best'; use one of default, prob, .*, or numbers"),
         (dict(weights=(0.5, 0.5)), "2 weights, expected one for each of .*attn_q"),
+        (dict(weights=(0.5, 0.1, 0.1, 0.1, 0.1, 0.1)), "6 weights, expected one for each of"),
     ],
 )
 def test_wrong_parameters_are_named(wrong, message):
