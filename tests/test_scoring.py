@@ -455,6 +455,13 @@ def test_an_importance_metric_is_one_entry(mllm, samples, monkeypatch):
     assert select(found, weights={"range": 1.0}).any() and weightings()["range"] == {"range": 1.0}
 
 
+@pytest.mark.parametrize("wrong", [lambda x: x.sum(1), lambda x: torch.cat([x, x], -1)])
+def test_a_metric_of_another_shape_is_named(mllm, samples, monkeypatch, wrong):
+    monkeypatch.setitem(METRICS, "own", lambda layer: wrong(layer.total))
+    with pytest.raises(ValueError, match=r"'own' gave \(.*not \[batch, set, neuron\]"):
+        scores_of(mllm, samples[:1])
+
+
 def test_a_metric_that_is_not_finite_is_named(mllm, samples, monkeypatch):
     """It, and not the model's precision, where the paper's metrics of the same row are finite."""
     monkeypatch.setitem(METRICS, "own", lambda layer: layer.total * math.nan)

@@ -137,7 +137,7 @@ class _Rows:
         self.references: list[tuple[str, ...]] = []
         self._raw = lru_cache(1)(self.rows.__getitem__)  # one clip, many questions
         self.made_of = cache(self._made_of)
-        self._sources: dict[int, str] = {}
+        self._sources: dict[tuple[bool, int], str] = {}
         self._check(on_error)
 
     def _check(self, on_error: str) -> None:
@@ -241,7 +241,7 @@ class _Rows:
                 return prompt, asked
             # Hashed once a clip, unless it is joined, added or one element of a list.
             own = all(row.get(c) is raw.get(c) for c in media.MEDIA_COLUMNS)
-            if (key := index if own else -1 - number) not in self._sources:
+            if (key := (own, index if own else number)) not in self._sources:
                 self._sources[key] = digest(media.source_bytes(media.medium(row, modality)))
             source = self._sources[key]
         return prompt, source
