@@ -75,6 +75,7 @@ def test_integrated_gradients_are_captums(exact_mllm, asked):
         np.testing.assert_allclose(found.sel(layer=layer), expected, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_integrated_gradients_add_up_to_what_silencing_all_costs(exact_mllm, asked):
     _, batch, answers = asked
     with torch.inference_mode():

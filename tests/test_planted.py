@@ -146,6 +146,7 @@ def both(exact_mllm, medium):
     return sites, np.full(len(sites), 50.0), rows
 
 
+@pytest.mark.slow
 def test_what_is_needed_costs_and_nothing_else_does(exact_mllm, both, medium):
     sites, loud, rows = both
     name = rows[0].name
@@ -161,6 +162,7 @@ def test_what_is_needed_costs_and_nothing_else_does(exact_mllm, both, medium):
     assert set(table["by"]) >= {"adaptive", "LA_MU"}
 
 
+@pytest.mark.slow
 def test_scores_as_it_is_intact_and_without_each_role(exact_mllm, both, medium):
     sites, loud, rows = both
     table = planted.necessity(exact_mllm, rows, sites, loud, strength=30.0, max_new_tokens=2)
