@@ -36,7 +36,8 @@ class Evidence(NamedTuple):
 
     def mean(self, statistic: str) -> xr.DataArray:
         """Its mean over them."""
-        return self.sums(statistic) / self.sums(statistic).tokens.clip(1)
+        own = self.sums(statistic)
+        return own / own.tokens.clip(1)
 
     def elsewhere(self, statistic: str) -> xr.DataArray:
         """Its mean over all other prompt tokens."""

@@ -156,11 +156,11 @@ def _evaluated(mllm, bench, batches, max_new_tokens, measure) -> pd.DataFrame:
     table = pd.DataFrame([rows[i] for i in sorted(rows)])
     if "answer" in table:
         table.insert(3, "answer", table.pop("answer"))
-    if "answer" in table and "score" not in table:
-        given = table["answer"].tolist(), table["references"].tolist()
-        scores = metrics.columns(bench.metric, *given, bench.whole)
-        for place, (name, values) in enumerate(scores.items(), start=5):
-            table.insert(place, name, values)
+        if "score" not in table:  # a choice has its own
+            given = table["answer"].tolist(), table["references"].tolist()
+            scores = metrics.columns(bench.metric, *given, bench.whole)
+            for place, (name, values) in enumerate(scores.items(), start=5):
+                table.insert(place, name, values)
     about = bench.media
     table["medium"] = [about[i] for i in sorted(rows)]
     table.attrs["skipped"] = skipped
