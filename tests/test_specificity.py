@@ -72,9 +72,9 @@ def test_intervals_hold_the_truth_in_nineteen_of_twenty(score, guess):
     for _ in range(150):
         tables = []
         for drop in ({}, {"sees": 0.35}, {"sees": 0.05}):
-            right = [np.repeat(rng.random(30), 2) < score - drop.get(k, 0) for k in BENCHMARKS]
-            about = {"benchmark": np.repeat(BENCHMARKS, 60), "row": np.tile(range(60), 3)}
-            about |= {"medium": np.tile(range(60), 3) // 2, "chance": guess}
+            right = [np.repeat(rng.random(60), 2) < score - drop.get(k, 0) for k in BENCHMARKS]
+            about = {"benchmark": np.repeat(BENCHMARKS, 120), "row": np.tile(range(120), 3)}
+            about |= {"medium": np.tile(range(120), 3) // 2, "chance": guess}
             tables.append(pd.DataFrame(about | {"score": np.concatenate(right).astype(float)}))
         found = interaction(*tables, ["sees"])
         held.append(found.low <= 0.3 / (score - guess) <= found.high)
