@@ -9,6 +9,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 import xarray as xr
 
@@ -25,7 +26,7 @@ _SUMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "square": torch.square,
 }
 _MAXIMA = {"highest": lambda x: x, "loudest": torch.abs}
-STATISTICS = (*_SUMS, *_MAXIMA)
+SUMMED, STATISTICS = [*_SUMS], (*_SUMS, *_MAXIMA)
 """Over a set's tokens: how many values are above 0, their sum, the sums of |x| and x^2, the highest
 value and the highest |x|."""
 
@@ -76,6 +77,48 @@ def activity(
     coords |= {"layer": range(shape[2]), "tokens": ("modality", tokens.numpy())}
     dims = ("unit", "statistic", "modality", "layer", "neuron")
     return xr.DataArray(values.numpy(), coords, dims, "activity")
+
+
+@computation(version=1)
+@torch.inference_mode()
+def sampled(
+    mllm: MLLM, benches: Iterable, *, each: int = 64, seed: int = 0, batch_size: int = 8
+) -> xr.DataArray:
+    """Activations at `each` tokens of every kind, drawn from the prompts: float32 [token, layer,
+    neuron], with the coordinate `kind` [token]. A kind that has fewer tokens gives what it has."""
+    keys: dict[str, list[float]] = {kind: [] for kind in mllm.kinds}
+    kept: dict[str, list[np.ndarray]] = {kind: [] for kind in mllm.kinds}
+    rows = 0
+    parts = (mllm.batches(bench, batch_size, "sampled") for bench in benches)
+    for _, batch in chain.from_iterable(parts):
+        sets = separate(mllm, batch)
+        # The lowest of random numbers, one for each token, are a draw without replacement.
+        drawn = {kind: np.concatenate([np.random.default_rng((seed, rows + i)).random(n)
+                                       for i, n in enumerate(sets[kind].sum(1).tolist())])
+                 for kind in mllm.kinds}  # fmt: skip
+        rows += len(batch["input_ids"])
+        new = {kind: np.argsort(of)[:each] for kind, of in drawn.items() if len(of)}
+        seen: list[torch.Tensor] = []
+        at = {k: [i.cpu() for i in sets[k].nonzero()[of.tolist()].T] for k, of in new.items()}
+        index = [torch.cat(i) for i in zip(*at.values(), strict=True)]
+
+        def keep(layer, x, index=index, seen=seen):
+            seen.append(x[tuple(i.to(x.device) for i in index)].float().cpu())
+
+        with mllm.tap(activation=keep):
+            mllm.forward(batch)
+        values = torch.stack(seen, 1).numpy()
+        ends = np.cumsum([len(of) for of in new.values()])[:-1]
+        for (kind, of), part in zip(new.items(), np.split(values, ends), strict=True):
+            keys[kind] += drawn[kind][of].tolist()
+            kept[kind] += list(part)
+            lowest = np.argsort(keys[kind], kind="stable")[:each]
+            keys[kind] = [keys[kind][i] for i in lowest]
+            kept[kind] = [kept[kind][i] for i in lowest]
+    kinds = [kind for kind, of in kept.items() for _ in of]
+    coords = {"kind": ("token", kinds), "layer": range(mllm.n_layers)}
+    values = np.stack([x for of in kept.values() for x in of])
+    return xr.DataArray(values, coords, ("token", "layer", "neuron"), "sampled")
 
 
 def means(found: xr.DataArray) -> xr.DataArray:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ import xarray as xr
 
 from minerlib.artifacts import computation
 from minerlib.model import MLLM
-from minerlib.separation import SETS, separate
+from minerlib.separation import SETS, separate, so_far
 
 Neurons = xr.DataArray | np.ndarray
 Names = Sequence[str] | None
@@ -35,15 +37,19 @@ def deactivate(
     neurons bool [modality, layer, neuron], modalities called "0", "1", ... without labels; default
     all. The constant is 0; or, recorded in scoring and passed as constants=scores, each neuron's
     `mean` or its layer's minimum (`min`; the paper's code takes that of the tensor at hand, which
-    depends on batch, padding and decode step). It holds at every token, in prompt and generation,
-    or only at those of the token sets in `where` (as `separate` names them; what is generated is
-    text), which tells those who compute at a medium's tokens from those who read them later.
-    RuntimeError when a silenced layer's hook does not fire in a forward pass.
+    depends on batch, padding and decode step). Other than a constant are mode="gain", which
+    multiplies what they say by the number `constants`, and "resample", which replaces it by what
+    they said at one token of its kind in other inputs, constants=`activity.sampled`, picked by the
+    token and its place. It holds at every token, in prompt and generation, or only at those of the
+    token sets in `where` (as `separate` names them; what is generated is text), which tells those
+    who compute at a medium's tokens from those who read them later. RuntimeError when a silenced
+    layer's hook does not fire in a forward pass.
     """
     chosen, _ = union(mllm, neurons, modalities)
-    values = _constants(mode, constants, chosen)
+    values = _values(mllm, mode, constants, chosen)
     index = {i: torch.from_numpy(np.flatnonzero(row)) for i, row in enumerate(chosen) if row.any()}
-    value = {i: torch.from_numpy(values[i, chosen[i]]) for i in index}
+    # [neuron], or of other inputs [token, neuron]
+    value = {i: torch.from_numpy(values[..., i, chosen[i]]) for i in index}
 
     wanted = [where] if isinstance(where, str) else where
     if wanted is not None and not (wanted and set(wanted) <= set(SETS)):
@@ -51,24 +57,31 @@ def deactivate(
     there: dict[str, torch.Tensor] = {}
 
     def locate(module, args, batch):
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        sets = separate(mllm, {"input_ids": ids, "attention_mask": mask[:, -ids.shape[1] :]})
-        there["at"] = torch.stack([sets[name] for name in wanted]).any(0)[..., None]
+        ids, mask = so_far(batch)
+        n = ids.shape[1]
+        sets = separate(mllm, {"input_ids": ids, "attention_mask": mask[:, -n:]})
+        if wanted is not None:
+            there["at"] = torch.stack([sets[name] for name in wanted]).any(0)[..., None]
+        if mode == "resample":
+            place = mask.cumsum(1)[:, -n:]  # by it a token is the same in every batch
+            there["picked"] = _picked(constants, sets, 7919 * place + ids)
 
     def silence(layer, x):
         if index[layer].device != x.device or value[layer].dtype != x.dtype:
             index[layer], value[layer] = index[layer].to(x.device), value[layer].to(x)
         if torch.is_grad_enabled():
             x = x.clone()  # in place would break the activation's own backward pass
-        if wanted is None:
-            x[..., index[layer]] = value[layer]
-        else:
-            at = there["at"].to(x.device)
-            x[..., index[layer]] = torch.where(at, value[layer], x[..., index[layer]])
+        own, new = x[..., index[layer]], value[layer]
+        if mode == "gain":
+            new = own * new
+        elif mode == "resample":
+            new = new[there["picked"].to(x.device)]
+        at = None if wanted is None else there["at"].to(x.device)
+        x[..., index[layer]] = new if at is None else torch.where(at, new, own)
         return x
 
     with ExitStack() as stack:
-        if wanted is not None:
+        if wanted is not None or mode == "resample":
             handle = mllm.model.register_forward_pre_hook(locate, with_kwargs=True)
             stack.callback(handle.remove)
         stack.enter_context(mllm.tap(activation=silence, layers=list(index)))
@@ -91,19 +104,71 @@ def union(mllm: MLLM, neurons, modalities) -> tuple[np.ndarray, list[str]]:
     return np.asarray(values[np.isin(names, wanted)].any(0)), wanted
 
 
-def _constants(mode: str, constants, chosen: np.ndarray) -> np.ndarray:
-    """The value of each neuron when silenced, float32 [layer, neuron]."""
+def _values(mllm: MLLM, mode: str, constants, chosen: np.ndarray) -> np.ndarray:
+    """What a mode sets neurons to or multiplies them by, float32 [layer, neuron]; or, of other
+    inputs, [token, layer, neuron]."""
     if mode == "zero":
         return np.zeros(chosen.shape, np.float32)
+    if mode == "gain":
+        if not (isinstance(constants, int | float) and math.isfinite(constants)):
+            raise ValueError(f"mode 'gain' needs a number: constants=2.0, not {constants!r}")
+        return np.full(chosen.shape, constants, np.float32)
+    if mode == "resample":
+        if getattr(constants, "dims", None) != ("token", "layer", "neuron"):
+            raise ValueError("mode 'resample' needs constants=minerlib.activity.sampled(...)")
+        if lacking := set(mllm.kinds) - set(constants.kind.values.tolist()):
+            lack = f"no tokens of {sorted(lacking)} among those sampled"
+            raise ValueError(f"mode 'resample': {lack}; sample prompts that hold them")
+        return _of_this_model(constants.values, chosen, "sampled activations")
     if mode not in ("mean", "min"):
-        raise ValueError(f"unknown mode {mode!r}; use zero, mean or min")
+        raise ValueError(f"unknown mode {mode!r}; use zero, mean, min, gain or resample")
     name = f"activation_{mode}"
-    if constants is None or name not in constants.coords:
+    if constants is None or name not in getattr(constants, "coords", ()):
         raise ValueError(f"mode {mode!r} needs what scoring recorded: pass constants=scores")
     values = constants[name].values
-    if values.shape != chosen.shape[: values.ndim]:
-        raise ValueError(f"{name} is {values.shape}, of another model; the neurons {chosen.shape}")
+    if mode == "min":  # its layer's
+        values = np.broadcast_to(values[:, None], (len(values), chosen.shape[1]))
+    return _of_this_model(values, chosen, name)
+
+
+def _of_this_model(values: np.ndarray, chosen: np.ndarray, what: str) -> np.ndarray:
+    if values.shape[-2:] != chosen.shape:
+        raise ValueError(f"{what} is {values.shape}, of another model; the neurons {chosen.shape}")
     if not np.isfinite(values).all():
-        raise ValueError(f"{name} is not finite: mine again, with dtype='bfloat16' or 'float32'")
-    values = values.reshape(len(chosen), -1)  # a minimum is its layer's
-    return np.broadcast_to(values, chosen.shape).astype(np.float32)
+        raise ValueError(f"{what} is not finite: mine again, with dtype='bfloat16' or 'float32'")
+    return values.astype(np.float32)
+
+
+def _picked(sampled: xr.DataArray, sets: dict, number: torch.Tensor) -> torch.Tensor:
+    """The sampled token of its kind that stands for each token, [batch, token], by its number."""
+    picked = torch.zeros_like(number)
+    for kind in np.unique(sampled.kind):
+        of_kind = torch.from_numpy(np.flatnonzero(sampled.kind == kind)).to(number)
+        picked = torch.where(sets[str(kind)], of_kind[number % len(of_kind)], picked)
+    return picked
+
+
+@computation(version=1)
+@contextmanager
+def silence_heads(mllm: MLLM, heads: np.ndarray) -> Iterator[MLLM]:
+    """Set what attention heads write to 0 while the block runs; heads bool [layer, head].
+
+    Their part of what enters the attention's output projection, at every token.
+    """
+    expected = mllm.n_layers, mllm.text_config.num_attention_heads
+    if heads.dtype != bool or heads.shape != expected:
+        what = f"heads is {heads.dtype} {heads.shape}"
+        raise ValueError(f"{what}; {mllm.name} needs bool [layer, head] of {expected}")
+
+    def silence(module, args, of):
+        wide = args[0].shape[-1] // len(of)
+        kept = torch.from_numpy(~of).to(args[0].device).repeat_interleave(wide)
+        return (args[0] * kept, *args[1:])
+
+    with ExitStack() as stack:
+        for layer, of in zip(mllm.layers, heads, strict=True):
+            if of.any():
+                output = mllm.family.output_projection(layer)
+                hook = output.register_forward_pre_hook(partial(silence, of=of))
+                stack.callback(hook.remove)
+        yield mllm

@@ -4,6 +4,7 @@ One colour, marker and hatch per modality throughout the workbook (Okabe and Ito
 apart without colour vision; marker and hatch carry the same information in print).
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -148,6 +149,19 @@ def dose(table: pd.DataFrame, ax: Axes, *, x: str, group: str, colours: dict[str
         ax.fill_between(part[x], part["low"], part["high"], color=colours[name], alpha=0.18, lw=0)
     ax.set_xscale("log")
     ax.legend(fontsize="small")
+
+
+def upset(sets: Mapping[str, xr.DataArray]) -> Figure:
+    """Which neurons are in which of the sets, bool [modality, layer, neuron] each: an UpSet plot
+    (Lex et al. 2014)."""
+    from marsilea.upset import Upset, UpsetData
+
+    members = [set(np.flatnonzero(of.any("modality")).tolist()) for of in sets.values()]
+    own = plt.rc_context({"figure.constrained_layout.use": False})  # it lays out by itself
+    with own, warnings.catch_warnings(action="ignore"):  # pandas: of arguments that will go
+        grid = Upset(UpsetData.from_sets(members, sets_names=list(sets)), sort_sets="ascending")
+        grid.render()
+    return grid.figure
 
 
 def medium(sample, ax: Axes) -> None:

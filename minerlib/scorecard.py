@@ -21,7 +21,8 @@ from minerlib.parameters import assigned, declared, listed
 from minerlib.shipped import CARD
 from minerlib.workbook import MODELS, RESULTS, ROOT, NotApplicable, Workbook, save
 
-COLUMNS = ["finding", "of", "claim", "measured", "null", "p", "verdict", "effect", "low", "high"]
+COLUMNS = ["finding", "of", "claim", "measured", "null", "p", "verdict", "name", "effect"]
+COLUMNS += ["low", "high"]
 MARKS = {HOLDS: (2, "yes"), FAILS: (0, "no"), UNKNOWN: (1, "?")}
 
 
@@ -133,15 +134,24 @@ class Scorecard:
     def title(self, name: str) -> str:
         """A finding and where it is judged, as Markdown."""
         known = self.findings.get(name)
-        return f"**Finding {name}**, judged in {known.link if known else 'a notebook not here'}"
+        what = "Question" if is_question(name) else "Finding"
+        return f"**{what} {name}**, judged in {known.link if known else 'a notebook not here'}"
 
-    def draw(self) -> plt.Figure:
+    def draw(self, questions: bool = False) -> plt.Figure:
         """The verdicts: a row per claim, a column per model; word, effect and 95 % interval.
 
-        Without rivals, which are other explanations and no claims of the paper.
+        The paper's claims without rivals, which are other explanations; or the headlines of its
+        reviewers' questions.
         """
-        table = self.table[~self.table["claim"].str.startswith("rival")]
-        rows = (table["finding"] + ": " + table["claim"]).map(wrapped)
+        table = self.table
+        if questions:
+            table = table[table["name"].map(is_question)].sort_values("name", kind="stable")
+            names = table["name"]
+        else:
+            rival = table["claim"].str.startswith("rival")
+            table = table[~rival & ~table["finding"].map(is_question)]
+            names = table["finding"]
+        rows = (names + ": " + table["claim"]).map(wrapped)
         grid = table.assign(row=rows).drop_duplicates(["row", "of"]).set_index(["row", "of"])
         shape = {"index": rows.unique(), "columns": self.columns}
         codes = grid["verdict"].map(lambda v: mark(v)[0]).unstack().reindex(**shape)
@@ -165,7 +175,8 @@ class Scorecard:
             ["the paper says", *told, "smallest effect of interest"],
             ["---"] * (2 + len(told.T)),
         ]
-        for name in (n for n in self.findings if n in told.index):
+        paper = [name for name in self.findings if not is_question(name)]
+        for name in (n for n in paper if n in told.index):
             of = f"{name}: {self.findings[name].claim}"
             lines.append([of, *told.loc[name], f"{claim(name).smallest:g}"])
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -173,6 +184,11 @@ class Scorecard:
     def save_figure(self, fig: plt.Figure, name: str) -> None:
         """Beside the run folders and, where MINER_FIGURES names a folder, there."""
         save(fig, self.folder / f"figures/{name}.png", name, columns=self.columns)
+
+
+def is_question(name: object) -> bool:
+    """Whether it is the name of a question of the paper's reviewers, or of its headline."""
+    return bool(re.fullmatch(r"Q\d+", str(name)))
 
 
 def wrapped(claim: str) -> str:

@@ -38,6 +38,19 @@ def separate(mllm: MLLM, batch) -> dict[str, torch.Tensor]:
     return {name: sets[name] for name in SETS}
 
 
+def so_far(given) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of the tokens that a forward pass is given, and which of those so far are real.
+
+    given: the pass's arguments. Generation leaves a mask out that hides nothing; then what is
+    cached counts: [batch, new token] and [batch, token].
+    """
+    ids, mask, past = (given.get(k) for k in ("input_ids", "attention_mask", "past_key_values"))
+    if mask is None:
+        length = ids.shape[1] + (0 if past is None else past.get_seq_length())
+        mask = ids.new_ones(len(ids), length)
+    return ids, mask
+
+
 def stack(sets: dict[str, torch.Tensor]) -> torch.Tensor:
     """The sets as one mask, bool [batch, set, token], in the order of SETS."""
     return torch.stack([sets[name] for name in SETS], dim=1)

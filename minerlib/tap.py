@@ -151,10 +151,13 @@ def _attend(module, query, key, value, attention_mask, *args, **kwargs):
 
 @contextmanager
 def _routed(mllm: MLLM, callbacks: Mapping[int, Callable]) -> Iterator[None]:
-    """Route the decoder's attention through `_attend`, which tells the layers' callbacks."""
-    if taken := [i for i in callbacks if id(mllm.layers[i]) in _listeners]:
-        raise RuntimeError(f"layer {taken[0]}: attention is tapped already; leave that tap first")
+    """Route the decoder's attention through `_attend`, which tells the layers' callbacks.
+
+    Where it is tapped already the outer tap is told first, and this one sees the mask it made.
+    """
     told = {id(m): tell for i, tell in callbacks.items() for m in mllm.layers[i].modules()}
+    outer = {i: _listeners[i] for i in told if i in _listeners}
+    told |= {i: partial(_in_turn, tell, told[i]) for i, tell in outer.items()}
     modules = [m for layer in mllm.layers for m in layer.modules() if hasattr(m, "config")]
     before = {id(m.config): (m.config, m.config._attn_implementation) for m in modules}
     own = modules[0].config._attn_implementation.removesuffix(SUFFIX)
@@ -170,3 +173,10 @@ def _routed(mllm: MLLM, callbacks: Mapping[int, Callable]) -> Iterator[None]:
             config._attn_implementation_internal = name
         for module in told:
             del _listeners[module]
+        _listeners.update(outer)
+
+
+def _in_turn(outer: Callable, inner: Callable, query, key, mask, scaling) -> torch.Tensor | None:
+    made = outer(query, key, mask, scaling)
+    again = inner(query, key, mask if made is None else made, scaling)
+    return made if again is None else again

@@ -11,7 +11,7 @@ import json
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ import xarray as xr
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from minerlib import shipped
+from minerlib import critical, shipped
 from minerlib.aggregation import aggregate
 from minerlib.artifacts import Run, atomically, digest
 from minerlib.controls import CONTROLS, permuted, untrained
 from minerlib.deactivation import deactivate
+from minerlib.findings.silencing import nats
 from minerlib.model import MLLM, load, starts
 from minerlib.parameters import Parameters, at_least
 from minerlib.plots import show
@@ -35,8 +36,16 @@ from minerlib.scoring import METRICS, own_metrics, score
 from minerlib.selection import STRATEGIES, first, matched_random, select, unique
 from minerlib.tap import hear_once
 from minerlib.tasks import REGISTRY, Benchmark, benchmark
-from minerlib.tasks.evaluation import Prepared, above_chance, evaluate, prepare, summarise
+from minerlib.tasks.evaluation import (
+    CHOICES,
+    Prepared,
+    above_chance,
+    evaluate,
+    prepare,
+    summarise,
+)
 from minerlib.tasks.rows import split as apart
+from minerlib.written import loudness
 
 __all__ = ["ROOT", "NotApplicable", "Workbook", "at_least", "show"]
 
@@ -246,6 +255,33 @@ class Workbook(Parameters):
         scores.encoding = {"dtype": "uint16", "zlib": True, **fine}
         return scores
 
+    def scored(
+        self,
+        bench: Benchmark,
+        condition: Callable[[], AbstractContextManager] = nullcontext,
+        of: Callable | None = None,
+        key: dict[str, Any] | None = None,
+        **how: Any,
+    ) -> xr.DataArray:
+        """Stage 2 on any rows, scored otherwise (how: as for `score`) or while a condition holds,
+        which `of` makes and `key` describes; kept, but not published."""
+
+        def compute() -> xr.DataArray:
+            with condition():
+                return self._scored(bench, batch_size=self.batch_size, **how)
+
+        made_by = (score, of) if of else score
+        about = (key or {}) | how
+        return self.cached(
+            f"scores-{bench.name}", compute, of=made_by, rows=bench, part=True, **about
+        )
+
+    def loudness(self, **what: str) -> xr.DataArray:
+        """How loud every neuron is on the mined rows: `written.loudness`, computed once."""
+        rows = self.mining
+        compute = partial(loudness, self.mllm, rows.values(), batch_size=self.batch_size, **what)
+        return self.cached("loudness", compute, of=loudness, rows=rows, **what)
+
     def scores(self) -> dict[str, xr.DataArray]:
         """Stage 2 per benchmark, as notebook 02 left it."""
         return self.mine("02_importance_scores")
@@ -273,27 +309,31 @@ class Workbook(Parameters):
             raise ValueError(f"ratio={self.ratio}: {what} {way_out}")
         return neurons
 
-    def alone(self, modality: str, n: int | None = None) -> xr.DataArray:
-        """One modality's n highest neurons, by default a whole budget, whatever its share is."""
-        own = self.total().sel(modality=[modality])
+    def alone(self, modality: str, n: int | None = None, total=None) -> xr.DataArray:
+        """One modality's n highest neurons, by default a whole budget, whatever its share is.
+
+        By the scores `total`, as of stage 3; default: the run's.
+        """
+        own = (self.total() if total is None else total).sel(modality=[modality])
         if n is None:
             return self.select(own, strategy="LA_MU")
         return first(own, n, **self.how | {"strategy": "LA_MU"})
 
-    def half_dose(self) -> int:
+    def half_dose(self, of: Callable[[int], Sequence[xr.DataArray]] | None = None) -> int:
         """How many neurons, of those the strategy takes first, cost half of the score above chance.
 
-        To a factor of two, by `costs_half`. Where no dose up to a tenth of all neurons costs as
-        much it says so, and is the number that a whole budget holds.
+        Or of the sets that `of` makes of a number, silenced one at a time, on average. To a factor
+        of two, by `costs_half`. Where no dose up to a tenth of all neurons costs as much it says
+        so, and is the number that a whole budget holds.
         """
         doses = [round(self.total()[0, 0].size * 0.0002 * 2**i) for i in range(10)]
 
         def halved(n: int) -> bool:
             try:
-                neurons = first(self.total(), n, **self.how)
+                sets = of(n) if of else [first(self.total(), n, **self.how)]
             except ValueError:  # a strategy that takes more at once, or fewer in all
                 return n > doses[len(doses) // 2]
-            return self.costs_half(neurons)
+            return self.costs_half(*sets)
 
         at = bisect_left(doses, True, key=halved)
         if at < len(doses):
@@ -303,10 +343,37 @@ class Workbook(Parameters):
         )
         return unique(self.select())
 
-    def costs_half(self, neurons: xr.DataArray) -> bool:
-        """Whether silencing them costs half of the score above chance, on at most 24 mined rows."""
+    def costs_half(self, *sets: xr.DataArray) -> bool:
+        """Whether silencing each of these costs half of the score above chance, on average, on at
+        most 24 mined rows."""
         start = self._above_chance
-        return start > 0 and above_chance(self.answers(neurons, rows=self._few)) <= start / 2
+        left = (above_chance(self.answers(neurons, rows=self._few)) for neurons in sets)
+        return bool(start > 0 and np.mean([*left]) <= start / 2)
+
+    def critical(self, tried: int) -> tuple[xr.DataArray, np.ndarray]:
+        """The fewest neurons that jointly cost half of the score, and what each candidate costs.
+
+        The `tried` of greatest |activation x gradient| on 16 mined rows are silenced one at a time
+        on these, and the worst taken together until `costs_half`; none where all of them do not.
+        The costs are nats a token, the greatest first.
+        """
+        few = {name: b[: max(1, 16 // len(self.names))] for name, b in self.mining.items()}
+        slopes = self.cached(
+            "attribution",
+            partial(
+                critical.attribution, self.mllm, few.values(), batch_size=min(self.batch_size, 8)
+            ),
+            of=critical.attribution,
+            rows=few,
+        )
+        singles = critical.candidates(slopes, tried)
+        intact, *after = nats(self.logprobs([None, *singles], few))
+        worst = [singles[i] for i in np.argsort(after, kind="stable")]
+        costly = bisect_left(
+            range(1, tried + 1), True, key=lambda k: self.costs_half(critical.together(worst[:k]))
+        )
+        found = critical.together(worst[: costly + 1]) if costly < tried else singles[0] & False
+        return found, intact - np.sort(after)
 
     @cached_property
     def _few(self) -> dict[str, Benchmark]:
@@ -321,25 +388,48 @@ class Workbook(Parameters):
         layer."""
         return [matched_random(neurons, self.seed + i, by_layer, **how) for i in range(n)]
 
-    def answers(self, neurons=None, mode="zero", constants=None, rows=None) -> pd.DataFrame:
+    def answers(
+        self, neurons=None, mode="zero", constants=None, rows=None, where=None, measure="score"
+    ) -> pd.DataFrame:
         """`evaluate` with neurons silenced (None: as it is), done once; rows: by default the
         evaluation rows."""
-        key: dict[str, Any] = {"max_new_tokens": self.longest, "on_error": self.on_error}
-        key["of"] = (evaluate, deactivate)
-        if neurons is not None:
-            key |= {"silenced": digest(_union(neurons)), "mode": mode}
-        if mode != "zero" and constants is not None:
+        key: dict[str, Any] = {"of": (evaluate, deactivate)}
+        if neurons is None:
+            return self.under(nullcontext, rows, measure, **key)
+        key |= {"silenced": digest(_union(neurons)), "mode": mode}
+        how: dict[str, Any] = {"mode": mode, "constants": constants, "where": where}
+        if mode in ("mean", "min") and constants is not None:
             key["constants"] = digest(constants[f"activation_{mode}"])
+        elif mode != "zero":
+            key["constants"] = digest(constants)
+        if where is not None:
+            key["where"] = where
+        return self.under(partial(deactivate, self.mllm, neurons, **how), rows, measure, **key)
+
+    def under(
+        self,
+        condition: Callable[[], AbstractContextManager],
+        rows: dict[str, Benchmark] | None = None,
+        measure: str = "score",
+        **key: Any,
+    ) -> pd.DataFrame:
+        """`evaluate` while a condition holds, done once for each key, which says what it is.
+
+        Measured by "score" or "choice"; rows: by default the evaluation rows.
+        """
+        key |= {"max_new_tokens": self.longest, "on_error": self.on_error}
+        if measure != "score":
+            key["measure"] = measure
 
         def compute(bench: Benchmark) -> pd.DataFrame:
-            if neurons is None:
-                return self._evaluated(bench)
-            with deactivate(self.mllm, neurons, mode=mode, constants=constants):
-                return self._evaluated(bench)
+            with condition():
+                return self._evaluated(bench, measure)
 
         tables = []
         for name, bench in (self.evaluation if rows is None else rows).items():
             key["rows"] = bench.fingerprint
+            if measure == "choice":  # among the other rows' answers
+                key["whole"] = [bench.whole, CHOICES]
             tables.append(self.run.cached(f"answers-{name}", partial(compute, bench), **key))
         whole = pd.concat(tables, ignore_index=True)
         whole.attrs = {"skipped": [line for t in tables for line in t.attrs.get("skipped", [])]}
@@ -374,10 +464,11 @@ class Workbook(Parameters):
         """A silenced small model can ramble on to the real benchmarks' limits."""
         return self.max_new_tokens or (self.card.max_new_tokens if self.card else None)
 
-    def _evaluated(self, bench: Benchmark) -> pd.DataFrame:
+    def _evaluated(self, bench: Benchmark, measure: str = "score") -> pd.DataFrame:
         if (rows := bench.fingerprint) not in self._ready:
             self._ready[rows] = prepare(self.mllm, bench, self.batch_size, self.on_error)
-        return evaluate(self.mllm, self._ready[rows], max_new_tokens=self.longest)
+        ready, longest = self._ready[rows], self.longest
+        return evaluate(self.mllm, ready, max_new_tokens=longest, measure=measure)
 
     def sanity(self) -> pd.DataFrame:
         """The model as it is beside its published figures, one row per benchmark.

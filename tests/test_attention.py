@@ -13,6 +13,7 @@ from scipy import stats
 
 from minerlib import scoring
 from minerlib.findings import attention as flow
+from minerlib.findings.stability import noise
 from minerlib.separation import separate
 
 
@@ -195,3 +196,56 @@ def test_hypothesis_1_keeps_its_level():
     said = flow.hypothesis_1(pd.concat(tables))["hypothesis 1"].str.removesuffix(" (close)")
     assert (said == "holds").sum() <= stats.binom.ppf(0.999, 200, 0.025)
     assert (said == "does not hold").sum() <= MOST
+
+
+# --- attention taken away ------------------------------------------------------------------------
+
+
+def with_other_media(samples):
+    """The same prompts with other pictures, clips and sounds of the same sizes."""
+    return [noise(sample) for sample in samples]
+
+
+def last(mllm, samples):
+    with torch.inference_mode():
+        return mllm.forward(mllm.encode(samples)).logits[:, -1]
+
+
+def test_cut_off_everywhere_nothing_of_a_medium_reaches_the_answer(name):
+    mllm = sdpa(name)
+    samples = samples_for(mllm)
+    media = [kind for kind in mllm.kinds if kind not in ("text", "special")]
+    others = with_other_media(samples)
+    assert not torch.allclose(last(mllm, samples), last(mllm, others))
+    with flow.cut_off(mllm, media, range(mllm.n_layers)):
+        torch.testing.assert_close(last(mllm, samples), last(mllm, others))
+        generated = mllm.generate(mllm.encode(samples), 3), mllm.generate(mllm.encode(others), 3)
+    assert generated[0] == generated[1]
+    with flow.cut_off(mllm, media, range(mllm.n_layers - 1)):  # one layer is enough to read
+        assert not torch.allclose(last(mllm, samples), last(mllm, others))
+
+
+def test_a_medium_cut_off_sees_what_it_saw(name):
+    """Its own tokens' states are as ever; a prompt without it is untouched."""
+    mllm = sdpa(name)
+    samples = samples_for(mllm)
+    medium = "image" if "image" in mllm.kinds else "audio"
+    batch, states = mllm.encode(samples), {}
+    own = separate(mllm, batch)[medium]
+    for key, layers in {"own": [], "cut": range(mllm.n_layers)}.items():
+        keep = mllm.tap(hidden=lambda i, h, key=key: states.update({(key, i): h.clone()}))
+        with flow.cut_off(mllm, [medium], layers), keep, torch.inference_mode():
+            mllm.forward(batch)
+    a, b = states["own", mllm.n_layers], states["cut", mllm.n_layers]
+    assert torch.equal(a[own], b[own])
+    without = ~own.any(1)
+    real = separate(mllm, batch)["prompt"]
+    assert torch.equal(a[without][real[without]], b[without][real[without]])
+    assert not torch.allclose(a[~without][:, -1], b[~without][:, -1])
+
+
+def test_kinds_that_are_not_there_are_named(name):
+    mllm = sdpa(name)
+    unknown = pytest.raises(ValueError, match="kinds .'smell'.: .* has text, special")
+    with unknown, flow.cut_off(mllm, ["smell"], [0]):
+        pass

@@ -9,7 +9,8 @@ import transformers
 import xarray as xr
 from conftest import Rows, footprints, random_mllm, random_neurons, samples_for
 
-from minerlib.deactivation import deactivate
+from minerlib.activity import sampled
+from minerlib.deactivation import deactivate, silence_heads
 from minerlib.exporting import export
 from minerlib.scoring import score
 from minerlib.separation import separate
@@ -77,6 +78,108 @@ def test_the_constant_at_every_token(mllm, samples, neurons, constants, mode, mo
         assert torch.equal(out[..., silenced], constant.expand_as(out[..., silenced]))
         own = torch.nn.functional.silu(gate)[..., ~silenced]
         assert torch.equal(out[..., ~silenced], own)
+
+
+@pytest.mark.parametrize("where", [None, ["text"]])
+def test_a_gain_multiplies_what_neurons_say(mllm, samples, neurons, where):
+    chosen = torch.from_numpy(neurons.any("modality").values)
+    batch, own, seen = mllm.encode(samples), {}, {}
+    at = separate(mllm, batch)["prompt" if where is None else "text"]
+    with torch.inference_mode():
+        with mllm.tap(activation=lambda i, x: own.update({i: x.clone()}), layers=[0]):
+            mllm.forward(batch)
+        keep = mllm.tap(activation=lambda i, x: seen.update({i: x.clone()}), layers=[0])
+        with deactivate(mllm, neurons, mode="gain", constants=4.0, where=where), keep:
+            mllm.forward(batch)
+    factor = torch.ones_like(own[0])
+    factor[..., chosen[0]] = 4.0
+    factor[~at] = 1.0
+    real = batch["attention_mask"].bool()
+    assert torch.equal(seen[0][real], (own[0] * factor)[real])
+
+
+def test_resampled_neurons_say_what_they_said_at_a_token_of_the_kind(mllm, samples, neurons):
+    """All of a token's neurons what they said at one other; alike in any batch."""
+    chosen = torch.from_numpy(neurons.any("modality").values)
+    others = sampled(mllm, [Rows(samples[::-1])], each=5, seed=1)
+    batch, seen = mllm.encode(samples), []
+    keep = mllm.tap(activation=lambda i, x: seen.append((i, x.clone())))
+    with deactivate(mllm, neurons, mode="resample", constants=others), keep, torch.inference_mode():
+        mllm.forward(batch)
+        whole, seen[:] = [x for _, x in seen], []
+        mllm.forward(mllm.encode(samples[1:2]))
+        alone = [x for _, x in seen]
+    sets = separate(mllm, batch)
+    for layer, x in enumerate(whole):
+        for kind in mllm.kinds:
+            bank = others[others.kind == kind].values[:, layer, chosen[layer]]
+            said = x[sets[kind]][:, chosen[layer]].numpy()
+            assert (said[:, None] == bank[None]).all(-1).any(-1).all()
+        n = alone[layer].shape[1]
+        assert torch.equal(alone[layer][0][:, chosen[layer]], x[1, -n:][:, chosen[layer]])
+    text = whole[0][sets["text"]][:, chosen[0]]
+    assert len(torch.unique(text, dim=0)) == 5  # all of them are used
+
+
+def test_resampling_goes_on_in_generation(mllm, samples, neurons, monkeypatch):
+    monkeypatch.setattr(mllm.model.generation_config, "eos_token_id", None)
+    chosen = torch.from_numpy(neurons.any("modality").values)
+    others = sampled(mllm, [Rows(samples)], each=3)
+    seen = []
+    keep = mllm.tap(activation=lambda i, x: seen.append(x.clone()), layers=[0])
+    alone = samples[:1]  # nothing is padded, so generation leaves the mask out
+    with deactivate(mllm, neurons, mode="resample", constants=others), keep:
+        mllm.generate(mllm.encode(alone), 3)
+    bank = others[others.kind.isin(["text", "special"])].values[:, 0, chosen[0]]
+    for x in seen[1:]:
+        assert x.shape[1] == 1 and (x[0, 0, chosen[0]].numpy() == bank).all(-1).any()
+
+
+def test_modes_say_what_they_need(mllm, samples, neurons):
+    others = sampled(mllm, [Rows(samples)], each=2)
+    wrong = {
+        ("gain", None): "mode 'gain' needs a number: constants=2.0, not None",
+        ("gain", float("nan")): "needs a number",
+        ("resample", 1.0): "needs constants=minerlib.activity.sampled",
+    }
+    for (mode, constants), match in wrong.items():
+        with (
+            pytest.raises(ValueError, match=match),
+            deactivate(mllm, neurons, mode=mode, constants=constants),
+        ):
+            pass
+    some = others[others.kind == "text"]
+    lacking = pytest.raises(ValueError, match="no tokens of .*special.* among those sampled")
+    with lacking, deactivate(mllm, neurons, mode="resample", constants=some):
+        pass
+    other = pytest.raises(ValueError, match="of another model")
+    with other, deactivate(mllm, neurons, mode="resample", constants=others[:, :1]):
+        pass
+
+
+def test_silenced_heads_are_heads_without_output_weights(mllm, samples):
+    heads = np.zeros((mllm.n_layers, mllm.text_config.num_attention_heads), bool)
+    heads[0, 1] = heads[-1, 0] = True
+    batch, before, own = mllm.encode(samples), footprints(mllm), logits(mllm, mllm.encode(samples))
+    with silence_heads(mllm, heads):
+        found = logits(mllm, batch)
+    assert footprints(mllm) == before and not torch.allclose(found, own)
+    weights = [mllm.family.output_projection(mllm.layers[i]).weight for i in (0, -1)]
+    kept = [w.clone() for w in weights]
+    wide = weights[0].shape[1] // heads.shape[1]
+    try:
+        with torch.no_grad():
+            weights[0][:, wide : 2 * wide] = 0
+            weights[1][:, :wide] = 0
+        torch.testing.assert_close(found, logits(mllm, batch))
+    finally:
+        with torch.no_grad():
+            for w, k in zip(weights, kept, strict=True):
+                w.copy_(k)
+    for wrong in (heads[:1], heads.astype(int)):
+        named = pytest.raises(ValueError, match="needs bool .layer, head. of")
+        with named, silence_heads(mllm, wrong):
+            pass
 
 
 @pytest.mark.parametrize("where", ["special", ["text", "image", "audio"], ["prompt"]])
@@ -252,7 +355,7 @@ def test_gradients_pass_through(mllm, samples, neurons):
 def test_wrong_parameters_are_named(mllm, neurons, constants):
     wrong = [
         (dict(modalities=["touch"]), r"no neurons of modality \['touch'\]; there are .*'m0'"),
-        (dict(mode="max"), "unknown mode 'max'; use zero, mean or min"),
+        (dict(mode="max"), "unknown mode 'max'; use zero, mean, min, gain or resample"),
         (dict(mode="mean"), "pass constants=scores"),
         (dict(mode="min", constants=constants.reset_coords(drop=True)), "pass constants=scores"),
         (dict(neurons=neurons.astype(int)), "neurons is int64"),

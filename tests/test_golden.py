@@ -37,12 +37,23 @@ from PIL import Image
 
 import minerlib
 from minerlib import critical, planted
-from minerlib.activity import activity
+from minerlib.activity import activity, sampled
 from minerlib.aggregation import aggregate
 from minerlib.artifacts import COMPUTATIONS, digest
 from minerlib.controls import permuted, untrained
-from minerlib.deactivation import deactivate
-from minerlib.findings import attention, convergence, growth, last_token, probing, states, telomeres
+from minerlib.deactivation import deactivate, silence_heads
+from minerlib.findings import (
+    attention,
+    convergence,
+    costs,
+    growth,
+    last_token,
+    probing,
+    rivals,
+    stability,
+    states,
+    telomeres,
+)
 from minerlib.gradients import gradients
 from minerlib.model import MLLM
 from minerlib.scoring import score
@@ -77,6 +88,7 @@ class Asked(Rows):
     """Rows that can be answered."""
 
     choices: tuple[str, ...] = ()
+    modality: str = "text"
     max_new_tokens: int = 4
     whole: tuple = ()
 
@@ -90,7 +102,7 @@ class Asked(Rows):
 
     @property
     def spec(self) -> SimpleNamespace:
-        return SimpleNamespace(choices=self.choices, options=None)
+        return SimpleNamespace(choices=self.choices, options=None, modality=self.modality)
 
 
 def samples(n: int = 6) -> list[Sample]:
@@ -210,6 +222,42 @@ def weights(other: MLLM) -> tuple:
     return tuple(weight.detach().numpy() for weight in other.layers[0].parameters())
 
 
+def last_logits(condition: Any) -> np.ndarray:
+    """The last token's logits of two prompts, the second with a picture, while it holds."""
+    with torch.no_grad(), condition:
+        return mllm().forward(mllm().encode(samples(2))).logits[:, -1].numpy()
+
+
+def otherwise(change: Callable[[Sample], Sample]) -> tuple:
+    """Rows asked otherwise: prompts, where the medium is, pictures."""
+    made = [change(sample) for sample in samples(3)]
+    table = pd.DataFrame({"prompt": [s.prompt for s in made], "behind": [s.behind for s in made]})
+    return table, *(np.asarray(s.image) for s in made if s.image)
+
+
+def some_heads() -> np.ndarray:
+    heads = np.zeros((mllm().n_layers, mllm().text_config.num_attention_heads), bool)
+    heads[0, 1] = True
+    return heads
+
+
+def some_ranks() -> xr.DataArray:
+    """Ranks of two selectors, the second without any for text."""
+    ranks = np.random.default_rng(9).random((2, 2, 3, 20))
+    ranks[1, 0] = np.nan
+    coords = {"selector": ["a", "b"], "modality": ["text", "image"], "layer": range(3)}
+    return xr.DataArray(ranks, coords, ("selector", "modality", "layer", "neuron"))
+
+
+def domains() -> dict[str, Asked]:
+    """Two benchmarks, of pictures and of text."""
+    rows = samples(6)
+    return {
+        "pictures": Asked([s for s in rows if s.image], modality="image"),
+        "texts": Asked([s for s in rows if not s.image]),
+    }
+
+
 METRICS = {
     name: (lambda name=name: getattr(metrics, name)(ANSWERS, REFERENCES))
     for name in (
@@ -261,6 +309,19 @@ GOLDEN: dict[str, Callable[[], Any]] = {
         mllm(), samples(), n_null=20, **DRAWN
     ),
     "written.loudness": lambda: loudness(mllm(), [Rows(samples())]),
+    "deactivation.silence_heads": lambda: last_logits(silence_heads(mllm(), some_heads())),
+    "findings.attention.cut_off": lambda: last_logits(attention.cut_off(mllm(), ["image"], [1])),
+    "findings.costs.timed": lambda: costs.timed({"a": list, "b": dict}, 2)[["job", "round"]],
+    **{
+        f"findings.stability.{of.__name__}": (lambda of=of: otherwise(of))
+        for of in stability.CHANGES.values()
+    },
+    "findings.rivals.ranks": lambda: rivals.ranks(mllm(), domains(), ["text", "image"], steps=1),
+    "findings.rivals.named": lambda: rivals.named(some_ranks(), 5),
+    "findings.rivals.recovered": lambda: rivals.recovered(
+        mllm(), domains(), *sites(), strength=30.0, steps=1
+    ),
+    "activity.sampled": lambda: sampled(mllm(), [Rows(samples())], each=4, seed=1),
     "activity.activity": lambda: activity(mllm(), [Rows(samples())]),
     "gradients.gradients": lambda: gradients(mllm(), [Rows(samples(4))], steps=2),
     "critical.attribution": lambda: critical.attribution(mllm(), [Rows(samples(4))]),

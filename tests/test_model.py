@@ -288,15 +288,20 @@ def test_no_trace_when_a_layer_cannot_be_tapped(mllm):
     assert footprints(mllm) == before
 
 
-def test_attention_is_tapped_once(mllm, samples):
-    before = footprints(mllm)
-    with mllm.tap(attention=nothing):
-        inside = footprints(mllm)
-        already = pytest.raises(RuntimeError, match="layer 0: attention is tapped already")
-        with already, mllm.tap(**EVERYTHING):
-            pass
+def test_attention_is_tapped_in_turn(mllm, samples):
+    """The inner tap sees the mask that the outer one made, and the kernel what the inner made."""
+    before, batch, seen = footprints(mllm), mllm.encode(samples[:1]), []
+    n = batch["input_ids"].shape[1]
+    own = torch.eye(n, dtype=torch.bool)[None, None]
+    with mllm.tap(attention=lambda *_: own):
+        inside, alone = footprints(mllm), mllm.forward(batch).logits
+        with mllm.tap(attention=lambda i, q, k, mask, *_: seen.append(mask)):
+            assert torch.equal(mllm.forward(batch).logits, alone)
+        with mllm.tap(attention=lambda *_: own.new_ones(n, n).tril()[None, None]):
+            assert not torch.equal(mllm.forward(batch).logits, alone)
         assert footprints(mllm) == inside
-        mllm.forward(mllm.encode(samples[:1]))
+        assert torch.equal(mllm.forward(batch).logits, alone)
+    assert len(seen) == mllm.n_layers and all(mask is own for mask in seen)
     assert footprints(mllm) == before
 
 

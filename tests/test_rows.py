@@ -1108,3 +1108,24 @@ def test_published_sizes():
     rows = {name: REGISTRY[name].rows for name in ("text_vqa", "coco_caption", "mmlu", "msvd_qa")}
     assert rows == {"text_vqa": 5000, "coco_caption": 5000, "mmlu": 14042, "msvd_qa": 13157}
     assert REGISTRY["libri"].rows == 2620 and REGISTRY["vocal_sound"].rows is None
+
+
+def test_the_same_rows_asked_otherwise():
+    """Every sample goes through the change; what it is counts in the fingerprint."""
+    bench = benchmark("mmlu", source=SHIPPED, limit=4)
+    louder = bench.changed(shout)
+    assert [s.prompt for s in louder] == [s.prompt.upper() for s in bench]
+    assert louder[1:3][0].prompt == bench[1].prompt.upper() and len(louder[1:3]) == 2
+    assert louder.references == bench.references and louder.name == bench.name
+    prints = {x.fingerprint for x in (bench, louder, bench.changed(twice), louder.changed(twice))}
+    assert len(prints) == 4
+    assert louder.changed(twice)[0].prompt == 2 * bench[0].prompt.upper()
+    assert bench.changed(shout).fingerprint == louder.fingerprint
+
+
+def shout(sample):
+    return dataclasses.replace(sample, prompt=sample.prompt.upper())
+
+
+def twice(sample):
+    return dataclasses.replace(sample, prompt=2 * sample.prompt)

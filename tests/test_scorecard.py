@@ -38,13 +38,13 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def leave(project, finding, model, verdict="holds", age=0, rival=False, **parameters):
-    """What `save_finding` leaves in a run folder."""
-    name = f"{finding}-{abs(hash((verdict, age, *parameters.items()))):x}"
+def leave(project, finding, model, verdict="holds", age=0, rival=False, name=None, **parameters):
+    """What `save_finding` leaves in a run folder; name is that of its claim."""
+    of, name = name, f"{finding}-{abs(hash((verdict, age, *parameters.items()))):x}"
     file = project / f"runs/{model}/finding-{name}.json"
     file.parent.mkdir(exist_ok=True)
     claims = [{"claim": f"81 neurons of {finding}", "measured": "0.9", "null": "1.0",
-               "p": "0.010", "verdict": verdict}]  # fmt: skip
+               "p": "0.010", "verdict": verdict, "name": of or finding}]  # fmt: skip
     claims += [claims[0] | {"claim": "rival: another"}] if rival else []
     value = {"finding": finding, "model": model, "parameters": USUAL | parameters}
     file.write_text(json.dumps(value | {"claims": claims}))
@@ -178,3 +178,19 @@ def test_a_bad_parameter_is_named(project, given, message):
     space = {"In": [cell, "# Parameters\nmodel = 1"], "runs": "runs"}
     with pytest.raises(ValueError, match="unknown parameter 'model'; did you mean 'models'"):
         Scorecard.bind(space)
+
+
+def test_questions_stand_apart_from_what_the_paper_says(project):
+    leave(project, "I", "tiny-a")
+    leave(project, "Q1", "tiny-a", "does not hold", name="Q1")
+    leave(project, "Q3", "tiny-a", "cannot be told", name="Q2")  # one notebook, two questions
+    leave(project, "Q3", "tiny-a", name="Q3 whole", age=9)  # no headline
+    card = Scorecard(configurations="all")
+    drawn = {q: card.draw(questions=q).axes[0] for q in (False, True)}
+    rows = {q: [t.get_text() for t in ax.get_yticklabels()] for q, ax in drawn.items()}
+    plt.close("all")
+    assert rows == {False: ["I: neurons of I"], True: ["Q1: neurons of Q1", "Q2: neurons of Q3"]}
+    assert card.title("Q1").startswith("**Question Q1**, judged in")
+    assert scorecard.is_question("Q9") and not scorecard.is_question("Q9 whole")
+    assert not scorecard.is_question(float("nan"))
+    assert "Q1" not in card.headlines()

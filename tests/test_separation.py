@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from conftest import Rows, shared_mllm
 
-from minerlib.separation import BASE_SETS, SETS, SPLITS, separate, stack
+from minerlib.separation import BASE_SETS, SETS, SPLITS, separate, so_far, stack
 from minerlib.tasks import Sample
 
 
@@ -100,3 +100,22 @@ def test_ids_come_from_the_model(monkeypatch):
     assert shared_mllm("tiny-qwen2-audio").token_ids["audio"] == [
         shared_mllm("tiny-qwen2-audio").model.config.audio_token_id
     ]
+
+
+def test_what_a_forward_pass_is_given(mllm, samples):
+    """The tokens so far, with and without a mask, from the prompt on."""
+    batch = mllm.encode(samples)
+    ids, mask = so_far(batch)
+    assert torch.equal(ids, batch["input_ids"]) and torch.equal(mask, batch["attention_mask"])
+    alone, seen = mllm.encode(samples[:1]), []
+    look = mllm.model.register_forward_pre_hook(
+        lambda module, args, given: seen.append([x.shape[1] for x in so_far(given)]),
+        with_kwargs=True,
+    )
+    try:
+        mllm.model.generate(**alone, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    finally:
+        look.remove()
+    n = alone["input_ids"].shape[1]
+    assert seen == [[n, n], [1, n + 1], [1, n + 2]]
+    assert so_far({"input_ids": ids})[1].all()

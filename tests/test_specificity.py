@@ -5,8 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 
-from minerlib.findings.specificity import crossing, interaction, interactions
+from minerlib.findings.specificity import (
+    answerable,
+    at_own_tokens,
+    by_contrast,
+    by_layer,
+    contrasts,
+    costlier,
+    crossing,
+    in_two,
+    interaction,
+    interactions,
+    more_specific,
+    pairwise,
+    rounds,
+    without,
+)
 
 BENCHMARKS = ("sees", "hears", "reads")
 CHANCES = {"sees": 0.0, "hears": 0.2, "reads": 0.25}
@@ -48,20 +64,56 @@ def test_shares_of_what_is_above_chance():
 def test_the_interaction_by_hand():
     own = answers({"sees": 0.0, "hears": 0.8, "reads": 0.65}, 2)  # takes all of `sees` alone
     other = answers({"sees": 0.9, "hears": 0.2, "reads": 0.25}, 3)  # takes all of the others
-    assert interaction(BEFORE, own, other, ["sees"]).mean == pytest.approx(2)
-    assert interaction(BEFORE, other, own, ["sees"]).mean == pytest.approx(-2)
-    assert interaction(BEFORE, other, own, ["hears", "reads"]).mean == pytest.approx(2)
-    found = interaction(BEFORE, NEITHER, own, ["sees"])
+    media = {"sees": "image", "hears": "audio", "reads": "audio"}
+    both = {"image": own, "audio": other}
+    assert interaction(BEFORE, both, media).mean == pytest.approx(2)
+    turned = dict(zip(both, [other, own], strict=True))
+    assert interaction(BEFORE, turned, media).mean == pytest.approx(-2)
+    found = interaction(BEFORE, {"image": NEITHER, "audio": own}, media)
     assert found.mean == pytest.approx((0.5 - 1) - (0.5 - 0))
-    same = interaction(BEFORE, NEITHER, NEITHER, ["sees"])
+    same = interaction(BEFORE, {"image": NEITHER, "audio": NEITHER}, media)
     assert same.mean == 0 and same.low < 0 < same.high
+    assert more_specific(BEFORE, both, turned, media).mean == pytest.approx(4)
+    alike = more_specific(BEFORE, both, both, media)
+    assert alike.mean == 0 and alike.low < 0 < alike.high
+
+
+def test_the_mean_over_pairs_of_modalities():
+    """Of three, each benchmark's own set against the two others', pair by pair."""
+    media = {"sees": "image", "hears": "audio", "reads": "text"}
+    takes = {
+        m: answers({**{"sees": 0.9, "hears": 0.8, "reads": 0.65}, name: least}, i)
+        for i, (name, m, least) in enumerate(
+            [("sees", "image", 0.0), ("hears", "audio", 0.5), ("reads", "text", 0.65)]
+        )
+    }
+    lost = {"image": 1.0, "audio": 0.5, "text": 0.0}  # each on its own benchmark alone
+    found = pairwise(BEFORE, takes, media).set_index("pair")["interaction"].to_dict()
+    pairs = {"image, audio": 1.5, "image, text": 1.0, "audio, text": 0.5}
+    assert found == pytest.approx(pairs)
+    assert interaction(BEFORE, takes, media).mean == pytest.approx(np.mean([*pairs.values()]))
+    weights = contrasts([*takes, "special"], media)
+    assert weights.loc["special"].eq(0).all() and weights.sum().abs().max() < 1e-12
+    assert sum(weights.loc[m, n] * lost[m] for n, m in media.items()) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="two modalities need both"):
+        contrasts(["image"], media)
 
 
 def test_what_costs_everything_alike_has_none():
     """A set that costs twice as much everywhere is important, and not specific."""
     more = answers({"sees": 0.0, "hears": 0.2, "reads": 0.25}, 4)
-    found = interaction(BEFORE, more, NEITHER, ["sees"])
+    media = {"sees": "image", "hears": "audio", "reads": "audio"}
+    found = interaction(BEFORE, {"image": more, "audio": NEITHER}, media)
     assert found.mean == pytest.approx(0, abs=1e-12) and found.low > -0.3 and found.high < 0.3
+    cost = costlier(BEFORE, {"image": more}, {"image": NEITHER, "audio": BEFORE})
+    assert cost.mean == pytest.approx(1 - 0.25)
+
+
+def test_at_its_own_tokens_and_elsewhere():
+    media = {"sees": "image", "hears": "audio", "reads": "text"}
+    silent = answers({"sees": 0.0, "hears": 0.2, "reads": 0.25}, 5)
+    own, elsewhere = {"image": silent, "audio": BEFORE}, {"image": BEFORE, "audio": NEITHER}
+    assert at_own_tokens(BEFORE, own, elsewhere, media).mean == pytest.approx((1 - 0.5) / 2)
 
 
 @pytest.mark.slow
@@ -69,6 +121,7 @@ def test_what_costs_everything_alike_has_none():
 def test_intervals_hold_the_truth_in_nineteen_of_twenty(score, guess):
     """Rows about one medium go together; a's neurons cost 0.3 more on one benchmark alone."""
     rng, held = np.random.default_rng(0), []
+    media = {"sees": "image", "hears": "audio", "reads": "audio"}
     for _ in range(150):
         tables = []
         for drop in ({}, {"sees": 0.35}, {"sees": 0.05}):
@@ -76,12 +129,14 @@ def test_intervals_hold_the_truth_in_nineteen_of_twenty(score, guess):
             about = {"benchmark": np.repeat(BENCHMARKS, 120), "row": np.tile(range(120), 3)}
             about |= {"medium": np.tile(range(120), 3) // 2, "chance": guess}
             tables.append(pd.DataFrame(about | {"score": np.concatenate(right).astype(float)}))
-        found = interaction(*tables, ["sees"])
+        before, own, other = tables
+        found = interaction(before, {"image": own, "audio": other}, media)
         held.append(found.low <= 0.3 / (score - guess) <= found.high)
     assert 0.91 <= np.mean(held) <= 0.995
 
 
-def test_in_nats_of_pairs():
+def test_in_nats_of_rounds():
+    media = {"sees": "image", "hears": "audio", "reads": "audio"}
     told = pd.DataFrame(
         {
             "neurons": np.repeat(range(4), 3),
@@ -89,15 +144,71 @@ def test_in_nats_of_pairs():
             "logprob": [-5, -1, -1, -2, -3, -2, -1, -1, -1, -1, -1, -1.0],
         }
     )
-    assert interactions(told, ["sees"]).tolist() == [3 - (-2 + -1) / 2, 0]
-    with pytest.raises(ValueError, match="3 sets of neurons are no pairs"):
-        interactions(told[told["neurons"] < 3], ["sees"])
+    found = interactions(told, ["image", "audio"], media)
+    assert found.tolist() == pytest.approx([3 - (-2 + -1) / 2, 0])
+    with pytest.raises(ValueError, match="3 sets of neurons are no rounds of 2"):
+        interactions(told[told["neurons"] < 3], ["image", "audio"], media)
+
+
+# --- sets of neurons -----------------------------------------------------------------------------
+
+
+def one(*flat: int, shape=(2, 5)) -> xr.DataArray:
+    mask = np.zeros((1, *shape), bool)
+    mask.reshape(-1)[list(flat)] = True
+    return xr.DataArray(mask, {"modality": ["m"], "layer": range(shape[0])},
+                        ("modality", "layer", "neuron"))  # fmt: skip
+
+
+def test_shared_neurons_and_overlap_by_layer():
+    sets = {"a": one(0, 1, 5), "b": one(1, 2, 6), "c": one(9)}
+    both = in_two(sets)
+    assert np.flatnonzero(both).tolist() == [1]
+    left = without(sets, both)
+    assert [np.flatnonzero(x).tolist() for x in left.values()] == [[0, 5], [2, 6], [9]]
+    table = by_layer(sets).set_index(["pair", "layer"])["overlap"]
+    assert table["a, b"].tolist() == [1 / 3, 0]
+    assert np.isnan(by_layer({"a": one(0), "b": one(1)})["overlap"].iloc[1])
+
+
+def test_contrast_is_with_the_largest_other():
+    rng = np.random.default_rng(0)
+    coords = {"metric": ["mean", "max"], "modality": ["a", "b", "c"], "layer": range(2)}
+    scores = xr.DataArray(
+        rng.random((2, 3, 2, 5)), coords, ("metric", "modality", "layer", "neuron")
+    )
+    weights = {"mean": 0.25, "max": 0.75}
+    value = 0.25 * scores.values[0] + 0.75 * scores.values[1]
+    expected = value[1] - np.maximum(value[0], value[2])
+    found = by_contrast(scores, weights)
+    np.testing.assert_allclose(found.sel(metric="mean", modality="b"), expected, atol=1e-6)
+    np.testing.assert_allclose(found.sel(metric="max", modality="b"), expected, atol=1e-6)
+
+
+def test_rounds_of_partners_are_outside_all_sets():
+    rng = np.random.default_rng(0)
+    shape = 2, 400
+    loud = xr.DataArray(rng.lognormal(size=(2, 2, *shape)), {"statistic": ["mean", "max"],
+                        "modality": ["a", "b"], "layer": range(2)},
+                        ("statistic", "modality", "layer", "neuron"))  # fmt: skip
+    sets = {
+        "a": one(*range(0, 60), shape=shape).assign_coords(modality=["a"]),
+        "b": one(*range(60, 120), shape=shape).assign_coords(modality=["b"]),
+    }
+    found = rounds(sets, loud, 3, seed=1)
+    assert len(found) == 2 * (1 + 3)
+    chosen = np.arange(2 * 400) < 120
+    for own, of in zip(found[:2], sets.values(), strict=True):
+        assert own.any() and not (own & ~of).any()
+    for drawn in found[2:]:
+        assert drawn.any() and not drawn.values.ravel()[chosen].any()
+    assert not found[2].equals(found[4])
 
 
 def test_what_cannot_be_asked_is_named():
     flat = answers({"sees": 0.9, "hears": 0.2, "reads": 0.65})
     with pytest.raises(ValueError, match="hears: the score as it is is not surely above chance"):
         crossing(flat, {"a": NEITHER})
-    for where in (["smells"], ["sees", "haers"], list(BENCHMARKS), []):
-        with pytest.raises(ValueError, match="must be some of the benchmarks"):
-            interaction(BEFORE, NEITHER, NEITHER, where)
+    assert answerable(flat) == ["sees", "reads"]
+    with pytest.raises(ValueError, match="two modalities need both"):
+        interaction(BEFORE, {"image": NEITHER}, {"sees": "image", "hears": "audio"})

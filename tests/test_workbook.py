@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 import shutil
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,7 +17,8 @@ from conftest import ROOT, random_mllm, random_neurons
 from PIL import Image
 
 import minerlib as ml
-from minerlib import workbook
+from minerlib import critical, workbook
+from minerlib.artifacts import digest
 from minerlib.findings import silencing
 from minerlib.model import RowError
 from minerlib.parameters import NEUTRAL, at_least
@@ -231,9 +233,9 @@ def counted(monkeypatch) -> list[str]:
     """The benchmarks that are really answered."""
     calls, evaluated = [], ml.Workbook._evaluated
 
-    def count(self, bench):
+    def count(self, bench, *how):
         calls.append(bench.name)
-        return evaluated(self, bench)
+        return evaluated(self, bench, *how)
 
     monkeypatch.setattr(ml.Workbook, "_evaluated", count)
     return calls
@@ -260,10 +262,10 @@ def test_answers_are_kept_benchmark_by_benchmark(tmp_path, counted, monkeypatch)
     wb = make(tmp_path, **few)
     whole, stopped = ml.Workbook._evaluated, []
 
-    def stop(self, bench):
+    def stop(self, bench, *how):
         if bench.name == "text_vqa" and not stopped:
             raise KeyboardInterrupt
-        return whole(self, bench)
+        return whole(self, bench, *how)
 
     monkeypatch.setattr(ml.Workbook, "_evaluated", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -388,6 +390,77 @@ def test_what_costs_half_of_the_score(tmp_path, monkeypatch):
         left.append(score)
         assert wb.costs_half(neurons) == half
     assert set(asked) == {24}
+
+
+def test_what_costs_half_on_average(tmp_path, monkeypatch):
+    wb = make(tmp_path, benchmarks="mmlu", limit=30)
+    sets = some_sets(wb.mllm, 2)
+    score = {None: 0.75, digest(sets[0]): 0.75, digest(sets[1]): 0.25}
+
+    def answers(self, neurons=None, rows=None):
+        left = score[None if neurons is None else digest(neurons)]
+        return pd.DataFrame({"benchmark": "mmlu", "score": [left] * 4})
+
+    monkeypatch.setattr(ml.Workbook, "answers", answers)
+    assert wb.costs_half(*sets) and wb.costs_half(sets[1]) and not wb.costs_half(sets[0])
+
+
+def test_the_half_dose_of_sets_of_ones_own(tmp_path, monkeypatch, capsys):
+    """The least of 0.02 % times powers of two that costs as much, of sets that `of` makes."""
+    wb = make(tmp_path, benchmarks="mmlu", limit=30)
+    total = xr.DataArray(np.zeros((1, 1, 30, 1000)), dims=("metric", "modality", "layer", "neuron"))
+    monkeypatch.setattr(ml.Workbook, "total", lambda self: total)
+    monkeypatch.setattr(ml.Workbook, "costs_half", lambda self, *sets: sum(sets) >= 200)
+    assert wb.half_dose(lambda n: [n, n]) == 192 and wb.half_dose(lambda n: [n]) == 384
+
+
+def test_critical_neurons_are_the_fewest_that_cost_half(tmp_path, monkeypatch):
+    wb = make(tmp_path, benchmarks="mmlu", limit=30)
+    shape = wb.mllm.n_layers, wb.mllm.n_neurons
+    slopes = xr.DataArray(np.arange(np.prod(shape), dtype=float).reshape(shape),
+                          {"layer": range(shape[0])}, ("layer", "neuron"))  # fmt: skip
+    monkeypatch.setattr(critical, "attribution", lambda *_, **how: slopes)
+
+    def logprobs(self, sets, rows):
+        assert len(rows["mmlu"]) == 16 and sets[0] is None
+        cost = [0.0, 0.1, 0.4, 0.3, 0.2]  # of the four last neurons, from the last one on
+        return pd.DataFrame({"neurons": range(5), "benchmark": "mmlu", "logprob": -np.array(cost)})
+
+    monkeypatch.setattr(ml.Workbook, "logprobs", logprobs)
+    monkeypatch.setattr(ml.Workbook, "cached", lambda self, name, compute, **how: compute())
+    enough = lambda self, neurons: neurons.values.sum() >= 2  # noqa: E731
+    monkeypatch.setattr(ml.Workbook, "costs_half", enough)
+    found, costs = wb.critical(4)
+    assert np.flatnonzero(found.values).tolist() == [slopes.size - 3, slopes.size - 2]
+    assert costs.tolist() == [0.4, 0.3, 0.2, 0.1]
+    monkeypatch.setattr(ml.Workbook, "costs_half", lambda self, neurons: False)
+    assert not wb.critical(4)[0].any()
+
+
+def test_how_and_where_are_part_of_a_key(tmp_path, counted):
+    few = {"benchmarks": "mmlu, text_vqa", "limit": 8, "eval_limit": 2, "max_new_tokens": 1}
+    wb = make(tmp_path, **few)
+    neurons = some_sets(wb.mllm, 1)[0]
+    asked = [{}, {"where": ["text"]}, {"where": ["image"]}, {"mode": "gain", "constants": 2.0},
+             {"mode": "gain", "constants": 0.5}, {"measure": "choice"}]  # fmt: skip
+    tables = [wb.answers(neurons, **how) for how in asked]
+    assert len(counted) == 2 * len(asked)
+    again = [make(tmp_path, **few).answers(neurons, **how) for how in asked]
+    assert len(counted) == 2 * len(asked)
+    for one, two in zip(tables, again, strict=True):
+        pd.testing.assert_frame_equal(one, two)
+    assert "chance" in tables[-1] and "chance" not in tables[0]
+
+
+def test_answers_under_any_condition(tmp_path, counted):
+    wb = make(tmp_path, benchmarks="mmlu", limit=2, eval_limit=2, max_new_tokens=1)
+    neurons = some_sets(wb.mllm, 1)[0]
+    condition = partial(ml.deactivate, wb.mllm, neurons)
+    found = wb.under(condition, of=(ml.evaluate, ml.deactivate), what="mine")
+    pd.testing.assert_frame_equal(found, wb.answers(neurons))
+    wb.under(condition, of=(ml.evaluate, ml.deactivate), what="mine")
+    wb.under(condition, of=(ml.evaluate, ml.deactivate), what="another")
+    assert len(counted) == 3
 
 
 def test_each_set_of_neurons_in_one_artefact(tmp_path):

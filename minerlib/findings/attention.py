@@ -4,16 +4,20 @@ Recomputed in float32 from the queries and keys that `MLLM.tap` shows, under the
 used, and reduced to token sets prompt by prompt: no [head, token, token] tensor exists.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from minerlib.artifacts import computation
 from minerlib.inference import decide, estimate, interval
 from minerlib.model import MLLM
 from minerlib.scoring import attention, visible
-from minerlib.separation import separate
+from minerlib.separation import separate, so_far
 from minerlib.tasks.evaluation import by_benchmark
 
 
@@ -100,6 +104,59 @@ def attention_within(mllm: MLLM, bench, *, batch_size: int = 8) -> pd.DataFrame:
     index = pd.MultiIndex.from_product(axes.values(), names=axes)
     columns = {"share": mass[:, :, own, own].ravel(), "uniform": null[:, :, own, own].ravel()}
     return pd.DataFrame(columns, index).dropna().reset_index()
+
+
+@computation(version=1)
+@contextmanager
+def cut_off(mllm: MLLM, kinds: Sequence[str], layers: Sequence[int]) -> Iterator[MLLM]:
+    """In these layers no token may attend to those of these kinds but they themselves.
+
+    What they say can then reach the answer only through other layers. Kinds as `separate` names
+    them; the softmax renormalises what is left. ValueError where the kernel takes no dense mask.
+    """
+    needs_dense_masks(mllm)
+    if unknown := set(kinds) - set(mllm.kinds):
+        raise ValueError(f"kinds {sorted(unknown)}: {mllm.name} has {', '.join(mllm.kinds)}")
+    there: dict[str, Tensor] = {}
+
+    def locate(module, args, batch):
+        ids, mask = so_far(batch)
+        n = ids.shape[1]
+        sets = separate(mllm, {"input_ids": ids, "attention_mask": mask[:, -n:]})
+        own = torch.stack([sets[kind] for kind in kinds]).any(0)
+        if n == mask.shape[1]:  # the prompt; what is generated after it is no medium
+            there["keys"] = own
+        there["keys"] = pad(there["keys"], (0, mask.shape[1] - there["keys"].shape[1]))
+        there["queries"], there["real"] = own, mask.bool()
+
+    def block(layer, query, key, mask, scaling):
+        keys, queries, real = (there[x].to(query.device) for x in ("keys", "queries", "real"))
+        bias = dense_bias(mask, visible(mask, real, query.shape[2]), query.dtype).clone()
+        cut = keys[:, None] & ~queries[..., None]
+        return bias.masked_fill_(cut[:, None], torch.finfo(bias.dtype).min)
+
+    handle = mllm.model.register_forward_pre_hook(locate, with_kwargs=True)
+    try:
+        with mllm.tap(attention=block, layers=list(layers)):
+            yield mllm
+    finally:
+        handle.remove()
+
+
+def dense_bias(mask: Tensor | None, seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as additive, [batch, 1 or head, query, key]; no row is all -inf, so none is NaN."""
+    if mask is not None and mask.ndim == 4 and mask.dtype != torch.bool:
+        return mask.expand(len(seen), *mask.shape[1:])
+    lowest = torch.finfo(dtype).min
+    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, lowest)[:, None]
+
+
+def needs_dense_masks(mllm: MLLM) -> None:
+    """ValueError where the attention's kernel takes no mask of single entries."""
+    kind = mllm.text_config._attn_implementation
+    if "flash" in kind or "flex" in kind:
+        way_out = "this changes single entries of one; load it with attn_implementation='sdpa'"
+        raise ValueError(f"{mllm.name} runs {kind}, whose kernel takes no dense mask: {way_out}")
 
 
 def hypothesis_1(within: pd.DataFrame, smallest: float = 0.1) -> pd.DataFrame:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from minerlib import inference
 from minerlib.artifacts import computation
-from minerlib.findings.attention import visible
+from minerlib.findings.attention import dense_bias, needs_dense_masks
 from minerlib.model import MLLM
+from minerlib.scoring import visible
 from minerlib.separation import separate
 
 MEASURES = ("attention", "saliency", "knockout", "lens")
@@ -89,21 +90,6 @@ def _last_step(mllm: MLLM, batch, answers: Tensor) -> tuple[Tensor, Callable]:
     return before, step
 
 
-def _bias(mask: Tensor | None, seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as additive, [batch, 1 or head, query, key]; no row is all -inf, so none is NaN."""
-    if mask is not None and mask.ndim == 4 and mask.dtype != torch.bool:
-        return mask.expand(len(seen), *mask.shape[1:])
-    lowest = torch.finfo(dtype).min
-    return torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, lowest)[:, None]
-
-
-def _needs_dense_masks(mllm: MLLM) -> None:
-    kind = mllm.text_config._attn_implementation
-    if "flash" in kind or "flex" in kind:
-        way_out = "this changes single entries of one; load it with attn_implementation='sdpa'"
-        raise ValueError(f"{mllm.name} runs {kind}, whose kernel takes no dense mask: {way_out}")
-
-
 def last_row(query: Tensor, key: Tensor, seen: Tensor, scaling: float | None = None) -> Tensor:
     """The last token's attention per head, [batch, head, key] float32; seen bool [batch, key]."""
     q = query[:, :, -1].float() * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -128,7 +114,7 @@ def last_token_flow(
     Columns sample, layer, set (the base sets without the last token, and `last`, itself), tokens
     (in the set), attention (mean over heads; 1 over all sets), uniform (were it so), saliency.
     """
-    _needs_dense_masks(mllm)
+    needs_dense_masks(mllm)
     parts = []
     for first, batch, answer in _asked(mllm, bench, answers, batch_size, "last token"):
         names, sets = _sources(mllm, batch)
@@ -139,7 +125,7 @@ def last_token_flow(
             seen = visible(mask, real.to(query.device))
             found["row"][layer] = last_row(query, key, seen[:, -1], scaling).detach()
             found["seen"][layer] = seen[:, -1].float()
-            bias = _bias(mask, seen, query.dtype)
+            bias = dense_bias(mask, seen, query.dtype)
             found["gate"][layer] = gate = bias.new_zeros(seen[:, -1].shape, requires_grad=True)
             return torch.cat([bias[:, :, :-1], bias[:, :, -1:] + gate[:, None, None]], 2)
 
@@ -198,7 +184,7 @@ def knockout(
     the default where attention is not all full (such a cache cannot step back), a forward pass.
     Columns sample, layer (the centre), set, probability (nothing cut), blocked (cut), and loss.
     """
-    _needs_dense_masks(mllm)
+    needs_dense_masks(mllm)
     window, n, parts = width(mllm, window), mllm.n_layers, []
     if cache is None:
         cache = set(getattr(mllm.text_config, "layer_types", None) or ()) <= {"full_attention"}
@@ -215,7 +201,7 @@ def knockout(
 
             def block(layer, query, key, mask, scaling, cut=cut, real=real):
                 seen = visible(mask, real.to(query.device), query.shape[2])
-                bias = _bias(mask, seen, query.dtype).clone()
+                bias = dense_bias(mask, seen, query.dtype).clone()
                 lowest = torch.finfo(bias.dtype).min
                 bias[:, :, -1].masked_fill_(cut.to(bias.device)[:, None], lowest)
                 return bias

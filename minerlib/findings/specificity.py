@@ -6,14 +6,20 @@ another's neurons do, and the other's benchmarks less: the crossover interaction
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import xarray as xr
 
 from minerlib import inference
+from minerlib.critical import together
 from minerlib.inference import Estimate
+from minerlib.selection import Weights, weighted
 from minerlib.tasks.evaluation import KEY, guesses, paired
+from minerlib.written import as_loud, with_partner
 
 
 def _lost(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
@@ -36,6 +42,17 @@ def _lost(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     share = mean["down"] / mean["above"]
     lost = share + (rows["down"] - share * rows["above"]) / mean["above"]
     return rows.assign(lost=lost, most=1 / mean["above"])
+
+
+def answerable(before: pd.DataFrame) -> list[str]:
+    """The benchmarks on which the model is surely above chance, so that a share can be lost."""
+    return [
+        str(name)
+        for name, of in before.assign(above=before["score"] - guesses(before)).groupby(
+            "benchmark", sort=False
+        )
+        if inference.estimate(of["above"], of["medium"], None).low > 0
+    ]
 
 
 def _each(rows: pd.DataFrame) -> dict[str, Estimate]:
@@ -61,45 +78,172 @@ def crossing(before: pd.DataFrame, silenced: Mapping[str, pd.DataFrame]) -> pd.D
     return pd.DataFrame(lines, columns=["silenced", "benchmark", "lost", "low", "high"])
 
 
-def interaction(
-    before: pd.DataFrame, own: pd.DataFrame, other: pd.DataFrame, where: Sequence[str]
-) -> Estimate:
-    """What a's neurons cost more than b's on a's benchmarks `where`, less the same on the others.
+def contrasts(modalities: Sequence[str], media: Mapping[str, str]) -> pd.DataFrame:
+    """How much each set's loss on each benchmark counts in the crossover interaction.
 
-    Shares of the score above chance, benchmarks counting alike; own and other are the answers with
-    a's and b's neurons silenced. 2: each takes all of its own and nothing else; 0: both cost all
-    benchmarks alike, however much.
+    Of two modalities a and b: a's less b's, on a's benchmarks (their mean) less on b's; the mean
+    over the pairs of modalities that have a set and a benchmark. [modality, benchmark].
     """
-    rows = _lost(before, own)
-    rows["lost"] -= _lost(before, other)["lost"]
-    found = _each(rows)
-    _some_of(where, found)
-    here = [estimate for name, estimate in found.items() if name in where]
-    there = [estimate for name, estimate in found.items() if name not in where]
-    return inference.less(_mean(here), _mean(there))
+    has = [m for m in modalities if m in media.values()]
+    if len(has) < 2:
+        raise ValueError(
+            f"benchmarks hold {sorted(set(media.values()))}, sets of neurons are of "
+            f"{list(modalities)}: two modalities need both"
+        )
+    weights = pd.DataFrame(0.0, list(modalities), list(media))
+    pairs = list(combinations(has, 2))
+    for pair in pairs:
+        for a, b in (pair, pair[::-1]):
+            own = [name for name, modality in media.items() if modality == a]
+            weights.loc[a, own] += 1 / len(own) / len(pairs)
+            weights.loc[b, own] -= 1 / len(own) / len(pairs)
+    return weights
 
 
-def _some_of(where: Sequence[str], held: Iterable[str]) -> None:
-    if not where or not set(where) < set(held):
-        raise ValueError(f"where={list(where)} must be some of the benchmarks {sorted(held)}")
+def interaction(
+    before: pd.DataFrame, silenced: Mapping[str, pd.DataFrame], media: Mapping[str, str]
+) -> Estimate:
+    """The crossover interaction in shares of the score above chance.
+
+    silenced holds the answers with each modality's neurons silenced, media each benchmark's
+    modality. 2: each takes all of its own and nothing else; 0: all cost all benchmarks alike,
+    however much.
+    """
+    return _summed(before, silenced, contrasts([*silenced], media))
 
 
-def _mean(parts: Sequence[Estimate]) -> Estimate:
+def _summed(before, silenced: Mapping[Any, pd.DataFrame], weights: pd.DataFrame) -> Estimate:
+    """What the losses, each weighted, come to."""
+    losses = {name: _lost(before, table) for name, table in silenced.items()}
+    rows = next(iter(losses.values()))
+    rows = rows[rows["benchmark"].isin(weights.columns[(weights != 0).any()])]
+    total = sum(
+        of.loc[rows.index, "lost"] * rows["benchmark"].map(weights.loc[name])
+        for name, of in losses.items()
+    )
+    reach = weights.clip(lower=0).sum()  # of a benchmark's losses, each between 0 and `most`
+    rows = rows.assign(lost=total, most=rows["most"] * rows["benchmark"].map(reach))
+    return _sum([*_each(rows).values()])
+
+
+def _sum(parts: Sequence[Estimate]) -> Estimate:
     """Of estimates of rows that are not the same."""
-    mean = float(np.mean([part.mean for part in parts]))
-    error = math.hypot(*(part.error for part in parts)) / len(parts)
-    return Estimate(mean, mean, mean, mean, mean, error)  # its ends are `less`'s
+    nothing = Estimate(*[0.0] * 6)
+    mean = sum(part.mean for part in parts)
+    error = math.hypot(*(part.error for part in parts))
+    return inference.less(Estimate(mean, mean, mean, mean, mean, error), nothing)
 
 
-def interactions(told: pd.DataFrame, where: Sequence[str]) -> np.ndarray:
-    """The same in nats a token, of pairs of sets silenced in turn: a, b, a, b, ... [pair].
+def more_specific(
+    before: pd.DataFrame,
+    one: Mapping[str, pd.DataFrame],
+    other: Mapping[str, pd.DataFrame],
+    media: Mapping[str, str],
+) -> Estimate:
+    """The crossover interaction of some sets less that of others, on the same rows."""
+    sets = {("one", m): table for m, table in one.items()}
+    sets |= {("other", m): table for m, table in other.items()}
+    signed = {"one": contrasts([*one], media), "other": -contrasts([*other], media)}
+    return _summed(before, sets, pd.concat(signed))
+
+
+def costlier(
+    before: pd.DataFrame, one: Mapping[str, pd.DataFrame], other: Mapping[str, pd.DataFrame]
+) -> Estimate:
+    """Share of the score above chance that some sets cost more than others, averaged over the sets
+    and the benchmarks."""
+    share = 1 / before["benchmark"].nunique()
+    sets, weights = {}, {}
+    for sign, of in ((1, one), (-1, other)):
+        for m, table in of.items():
+            sets[sign, m] = table
+            weights[sign, m] = dict.fromkeys(before["benchmark"].unique(), sign * share / len(of))
+    return _summed(before, sets, pd.DataFrame.from_dict(weights, orient="index"))
+
+
+def interactions(told: pd.DataFrame, modalities: Sequence[str], media: Mapping[str, str]):
+    """The same in nats a token, of sets silenced in turn, one a modality, over and over [round].
 
     told is of `Workbook.logprobs`, whose `neurons` counts the sets.
     """
-    _some_of(where, told["benchmark"].unique())
-    if (n := told["neurons"].nunique()) % 2:
-        raise ValueError(f"{n} sets of neurons are no pairs: give a, b, a, b, ...")
+    if (n := told["neurons"].nunique()) % (k := len(modalities)):
+        raise ValueError(f"{n} sets of neurons are no rounds of {k}: give one for each modality")
+    weights = contrasts(modalities, media)
     nats = told.groupby(["neurons", "benchmark"])["logprob"].mean().unstack()
-    more = nats.values[1::2] - nats.values[::2]  # the lower with a's, the more a's cost
-    here = nats.columns.isin(list(where))
-    return more[:, here].mean(1) - more[:, ~here].mean(1)
+    nats = nats[weights.columns].values.reshape(-1, *weights.shape)
+    return -np.einsum("rmb,mb->r", nats, weights.values)
+
+
+def without(sets: Mapping[str, xr.DataArray], others: xr.DataArray) -> dict[str, xr.DataArray]:
+    """Each set without these neurons, bool [layer, neuron]."""
+    return {m: of & ~others for m, of in sets.items()}
+
+
+def in_two(sets: Mapping[str, xr.DataArray]) -> xr.DataArray:
+    """The neurons that are in more than one of the sets, bool [layer, neuron]."""
+    found = xr.concat([of.any("modality") for of in sets.values()], "set")
+    return found.sum("set") > 1
+
+
+def by_layer(sets: Mapping[str, xr.DataArray]) -> pd.DataFrame:
+    """Jaccard overlap of each two sets in each layer: columns pair, layer, overlap."""
+    lines = []
+    for a, b in combinations(sets, 2):
+        one, two = (sets[m].any("modality").values for m in (a, b))
+        either, both = (one | two).sum(1), (one & two).sum(1)
+        share = both / np.where(either, either, np.nan)
+        lines += [{"pair": f"{a}, {b}", "layer": i, "overlap": x} for i, x in enumerate(share)]
+    return pd.DataFrame(lines)
+
+
+def at_own_tokens(
+    before: pd.DataFrame,
+    own: Mapping[str, pd.DataFrame],
+    elsewhere: Mapping[str, pd.DataFrame],
+    media: Mapping[str, str],
+) -> Estimate:
+    """Share of the score above chance on a medium's benchmarks that its neurons cost at its own
+    tokens alone, less at all others alone; averaged over the media."""
+    kinds = [m for m in own if m in media.values()]
+    weights = pd.DataFrame(0.0, kinds, list(media))
+    for m in kinds:
+        names = [name for name, modality in media.items() if modality == m]
+        weights.loc[m, names] = 1 / len(names) / len(kinds)
+    sets = {("own", m): own[m] for m in kinds} | {("elsewhere", m): elsewhere[m] for m in kinds}
+    return _summed(before, sets, pd.concat({"own": weights, "elsewhere": -weights}))
+
+
+def by_contrast(scores: xr.DataArray, weights: Weights) -> xr.DataArray:
+    """Scores of the same shape whose every metric is the weighted score less the largest of any
+    other modality: weighted in any way they rank neurons by contrast."""
+    value = weighted(scores, weights)
+    most = np.stack([np.delete(value, i, 0).max(0) for i in range(len(value))])
+    told = xr.DataArray(value - most, dims=("modality", "layer", "neuron"))
+    return scores.copy(data=told.broadcast_like(scores).transpose(*scores.dims).values)
+
+
+def rounds(
+    sets: Mapping[str, xr.DataArray], loud: xr.DataArray, n: int, seed: int = 0
+) -> list[xr.DataArray]:
+    """Each set's neurons that have partners as loud (`written.as_loud`) outside all sets, and then
+    n times such partners, set by set."""
+    others = {m: together(of for k, of in sets.items() if k != m) for m in sets}
+
+    def match(m: str, i: int) -> tuple[xr.DataArray, pd.DataFrame]:
+        return as_loud(sets[m], loud, seed + i, outside=others[m])
+
+    own = [with_partner(of, match(m, 0)[1]) for m, of in sets.items()]
+    return own + [match(m, i)[0] for i in range(n) for m in sets]
+
+
+def pairwise(
+    before: pd.DataFrame, silenced: Mapping[str, pd.DataFrame], media: Mapping[str, str]
+) -> pd.DataFrame:
+    """`interaction` of each two modalities that have benchmarks: columns pair, interaction, low,
+    high."""
+    lines = []
+    for pair in combinations([m for m in silenced if m in media.values()], 2):
+        two = {name: m for name, m in media.items() if m in pair}
+        found = interaction(before, {m: silenced[m] for m in pair}, two)
+        lines.append([", ".join(pair), *found[:3]])
+    return pd.DataFrame(lines, columns=["pair", "interaction", "low", "high"])

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from minerlib.tasks import media, metrics
 from minerlib.tasks.spec import REGISTRY, Repo, Sample, blamed
 
 log = logging.getLogger(__name__)
+
+Change = Callable[[Sample], Sample]
 
 
 def _parquet_files(folder: Path, repo: Repo) -> list[Path]:
@@ -264,10 +266,12 @@ class Benchmark(Sequence):
     `numbers` are the samples' in the whole split. `notices` say what a reader of results must
     know: rows left out, counts and clips that are not right. `origin` says where the rows are
     from: repo and revision (None for a folder), split, config, files, rows, and what is `joined`.
+    `made`, of `changed`, is what every sample goes through.
     """
 
-    def __init__(self, rows: _Rows, numbers: np.ndarray) -> None:
+    def __init__(self, rows: _Rows, numbers: np.ndarray, made: tuple[Change, ...] = ()) -> None:
         self._rows, self.numbers, self.name, self.spec = rows, numbers, rows.name, rows.spec
+        self.made = made
         self.metric, self.max_new_tokens = rows.spec.metric, rows.spec.max_new_tokens
         self.notices, self.origin = rows.notices, rows.origin
 
@@ -281,7 +285,13 @@ class Benchmark(Sequence):
 
     def __getitem__(self, which: int | slice | Sequence[int]) -> Any:
         numbers = self.numbers[which]
-        return Benchmark(self._rows, numbers) if numbers.ndim else self._rows.sample(int(numbers))
+        if numbers.ndim:
+            return Benchmark(self._rows, numbers, self.made)
+        return reduce(lambda x, change: change(x), self.made, self._rows.sample(int(numbers)))
+
+    def changed(self, change: Change) -> "Benchmark":
+        """The same rows, asked otherwise: `change` makes one sample of another."""
+        return Benchmark(self._rows, self.numbers, (*self.made, change))
 
     def __repr__(self) -> str:
         total = len(self._rows.references)
@@ -318,7 +328,8 @@ class Benchmark(Sequence):
         metric = [self.metric, *map(identity, entry.functions)]
         counted = [self.whole] if entry.whole else []
         asked = [self.name, spec.choices, spec.max_new_tokens, *map(self._rows.made_of, numbers)]
-        return digest([numbers, asked, self.references, decoded, [*metric, *counted]])
+        made = [[identity(change) for change in self.made]] if self.made else []
+        return digest([numbers, asked, self.references, decoded, [*metric, *counted], *made])
 
 
 def benchmark(

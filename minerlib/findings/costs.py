@@ -1,0 +1,74 @@
+"""What each step takes in time and memory, and what a larger model would take."""
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+
+import pandas as pd
+import psutil
+from tqdm import tqdm
+
+from minerlib.artifacts import computation
+from minerlib.model import MLLM
+
+
+@computation(version=1)
+def timed(jobs: Mapping[str, Callable[[], object]], rounds: int) -> pd.DataFrame:
+    """Seconds, and MiB of memory beyond what was there before, of each job in every round.
+
+    The jobs take turns, so that what else the machine does falls on all; one round before is not
+    counted. Columns job, round, seconds, memory.
+    """
+    lines = []
+    for turn in tqdm(range(-1, rounds), "rounds", leave=False):
+        for name, job in jobs.items():
+            with memory() as peak:
+                start = time.perf_counter()
+                job()
+                seconds = time.perf_counter() - start
+            lines.append((name, turn, seconds, peak[0]))
+    table = pd.DataFrame(lines, columns=["job", "round", "seconds", "memory"])
+    return table[table["round"] >= 0].reset_index(drop=True)
+
+
+@contextmanager
+def memory() -> Iterator[list[float]]:
+    """The most MiB that this process has beyond those at the start, looked at every 5 ms."""
+    with suppress(AttributeError, OSError):  # what was freed would be used again, unseen
+        ctypes.CDLL(None).malloc_trim(0)
+    own, over = psutil.Process(), threading.Event()
+    start, most = own.memory_info().rss, [0.0]
+
+    def watch() -> None:
+        while not over.wait(0.005):
+            most[0] = max(most[0], (own.memory_info().rss - start) / 2**20)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        over.set()
+        watcher.join()
+
+
+def ratios(times: pd.DataFrame, floor: str) -> pd.DataFrame:
+    """Each job's seconds over the floor's of the same round: job, round, ratio."""
+    wide = times.pivot(index="round", columns="job", values="seconds")
+    wide = wide.div(wide[floor], axis=0)[times["job"].unique()]
+    return wide.melt(value_name="ratio", ignore_index=False).reset_index()[
+        ["job", "round", "ratio"]
+    ]
+
+
+def prompt_tokens(mllm: MLLM, bench, batch_size: int) -> float:
+    """Mean tokens of a benchmark's prompts."""
+    counts = [int(b["attention_mask"].sum()) for _, b in mllm.batches(bench, batch_size, "tokens")]
+    return sum(counts) / len(bench)
+
+
+def hours(rows: float, tokens: float, weights: float, teraflops: float) -> float:
+    """Hours of so many forward passes: two operations a weight and token (Kaplan et al. 2020)."""
+    return rows * tokens * 2 * weights / (teraflops * 1e12) / 3600

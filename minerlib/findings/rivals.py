@@ -1,0 +1,196 @@
+"""MINER beside other selectors: what each of them looks at, and the neurons that it names."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from scipy.stats import spearmanr
+
+from minerlib import planted
+from minerlib.activity import SUMMED, UNITS, activity
+from minerlib.aggregation import aggregate
+from minerlib.artifacts import computation
+from minerlib.findings import specificity, stability
+from minerlib.gradients import gradients
+from minerlib.model import MLLM
+from minerlib.scoring import score
+from minerlib.selection import first
+from minerlib.selectors import SELECTORS, Evidence, ranked
+from minerlib.tasks import Benchmark
+from minerlib.written import column_norms
+
+Sets = dict[str, dict[str, xr.DataArray]]
+"""By selector and modality, bool [1, layer, neuron]."""
+
+
+def evidence(
+    mllm: MLLM,
+    rows: Mapping[str, Benchmark],
+    modalities: Sequence[str],
+    *,
+    steps: int = 4,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> dict[str, Evidence]:
+    """All that selectors look at, of these rows of each benchmark, by `activity.UNITS`.
+
+    Three passes over the rows, one of them with gradients, of `steps` for integrated ones.
+    """
+    rest: dict[str, Any] = {
+        "scores": aggregate(score(mllm, bench, batch_size=batch_size) for bench in rows.values()),
+        "media": {name: bench.spec.modality for name, bench in rows.items()},
+        "gradients": gradients(mllm, rows.values(), steps=steps, batch_size=min(batch_size, 8)),
+        "norms": column_norms(mllm),
+        "modalities": list(modalities),
+        "seed": seed,
+    }
+    found = {name: activity(mllm, [bench], batch_size=batch_size) for name, bench in rows.items()}
+    out = {}
+    for unit in UNITS:
+        domains = {name: part.sel(unit=unit) for name, part in found.items()}
+        sums = [part.sel(statistic=SUMMED) for part in domains.values()]
+        tokens = sum(part.tokens.values for part in sums)
+        whole = sums[0].copy(data=sum(part.values for part in sums))
+        whole = whole.assign_coords(tokens=("modality", tokens))
+        out[unit] = Evidence(activity=whole, domains=domains, **rest)
+    return out
+
+
+def values(seen: Mapping[str, Evidence]) -> dict[str, xr.DataArray]:
+    """What every selector makes of the evidence, [modality, layer, neuron]: by its name, of
+    activations; with ", written" behind it, of down-projection inputs where that is another."""
+    found = {name: selector(seen["activation"]) for name, selector in SELECTORS.items()}
+    for name, selector in SELECTORS.items():
+        of = selector(seen["written"])
+        if not np.array_equal(of.values, found[name].values):
+            found[f"{name}, written"] = of
+    return found
+
+
+@computation(version=1)
+def ranks(
+    mllm: MLLM, rows: Mapping[str, Benchmark], modalities: Sequence[str], **how: Any
+) -> xr.DataArray:
+    """The rank that every selector gives every neuron, in (0, 1], 1 the first: float32 [selector,
+    modality, layer, neuron]; NaN where it has none for a modality. how as for `evidence`."""
+    found = values(evidence(mllm, rows, modalities, **how))
+    shape = len(found), len(modalities), mllm.n_layers, mllm.n_neurons
+    out = np.full(shape, np.nan, np.float32)
+    for i, value in enumerate(found.values()):
+        for modality, of in zip(value.modality.values, ranked(value).values[0], strict=True):
+            out[i, list(modalities).index(modality)] = of
+    coords = {"selector": list(found), "modality": list(modalities), "layer": range(shape[2])}
+    return xr.DataArray(out, coords, ("selector", "modality", "layer", "neuron"), "ranks")
+
+
+@computation(version=1)
+def named(found: xr.DataArray, n: int) -> xr.DataArray:
+    """The n neurons that every selector of `ranks` names first for each modality: bool [selector,
+    modality, layer, neuron], False throughout where it has none."""
+    mask = np.zeros(found.shape, bool)
+    for i, j in np.argwhere(~found.isnull().any(("layer", "neuron")).values):
+        own = found[i, [j]].expand_dims(metric=["rank"]).drop_vars("selector")
+        mask[i, j] = first(own, n, weights={"rank": 1.0}).values[0]
+    out = found.copy(data=mask).rename("neurons")
+    out.encoding = {"dtype": "int8", "zlib": True}
+    return out
+
+
+def sets(found: xr.DataArray) -> Sets:
+    """`named` by selector and modality, without what a selector has none for."""
+    found = found.astype(bool)  # once it was in a file
+    return {
+        name: {str(m): of.sel(modality=[m]).drop_vars("selector") for m in of.modality.values
+               if of.sel(modality=m).any()}
+        for name, of in zip(found.selector.values.tolist(), found, strict=True)
+    }  # fmt: skip
+
+
+@computation(version=1)
+def recovered(
+    mllm: MLLM,
+    rows: Mapping[str, Benchmark],
+    sites: pd.DataFrame,
+    loud: Sequence[float],
+    *,
+    strength: float,
+    seed: int = 0,
+    **how: Any,
+) -> pd.DataFrame:
+    """What every selector finds of planted neurons (`planted.plant`): columns of `planted.found`,
+    selector, modality. how as for `evidence`."""
+    other = planted.plant(mllm, sites, loud, strength, seed)
+    modalities = sites["modality"].unique().tolist()
+    lines = [
+        {"selector": name, "modality": m, **planted.found(value.sel(modality=m).values, sites, m)}
+        for name, value in values(evidence(other, rows, modalities, seed=seed, **how)).items()
+        for m in modalities
+        if m in value.modality.values
+    ]
+    return pd.DataFrame(lines)
+
+
+def sample(found: xr.DataArray, n: int, seed: int = 0) -> np.ndarray:
+    """Flat indices [n] of neurons to silence one at a time: half of those that some selector names
+    in `named`, half of all others."""
+    taken = found.values.astype(bool).any((0, 1)).ravel()
+    rng, half = np.random.default_rng(seed), min(n // 2, int(taken.sum()))
+    parts = (np.flatnonzero(taken), half), (np.flatnonzero(~taken), n - half)
+    return np.concatenate([rng.choice(of, size, replace=False) for of, size in parts])
+
+
+def agreement(
+    found: xr.DataArray, index: np.ndarray, costs: pd.DataFrame, media: Mapping[str, str]
+) -> pd.DataFrame:
+    """Spearman's correlation of every selector's `ranks` with what each neuron costs by itself.
+
+    index are flat ones; costs has a column of nats a token for each benchmark, a row for each
+    neuron. Columns selector, modality, own (on the benchmarks with the modality), everything.
+    """
+    lines = []
+    for name, of in zip(found.selector.values, found, strict=True):
+        for m in of.modality.values:
+            value = of.sel(modality=m).values.ravel()[index]
+            own = [k for k, modality in media.items() if modality == m]
+            if own and not np.isnan(value).any():
+                both = [_correlation(value, costs[k].mean(axis=1)) for k in (own, [*media])]
+                lines.append([str(name), str(m), *both])
+    return pd.DataFrame(lines, columns=["selector", "modality", "own", "everything"])
+
+
+def _correlation(a: np.ndarray, b: pd.Series) -> float:
+    """Spearman's, NaN where either does not vary."""
+    return float(spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else np.nan
+
+
+def overlap(found: Sets) -> pd.DataFrame:
+    """Jaccard overlap of each two selectors' neurons, the mean over modalities that both have."""
+    return pd.DataFrame({a: {b: _jaccard(found[a], found[b]) for b in found} for a in found})
+
+
+def _jaccard(a: Mapping[str, xr.DataArray], b: Mapping[str, xr.DataArray]) -> float:
+    both = [(a[m].values, b[m].values) for m in a if m in b]
+    return float(np.mean([(x & y).sum() / (x | y).sum() for x, y in both]))
+
+
+def repeated(one: Sets, other: Sets) -> pd.Series:
+    """The share of each selector's neurons in `one` that it names in `other` too, likewise."""
+    return pd.Series({
+        name: np.mean([*stability.shared(one[name], other[name]).values()]) for name in one
+    })  # fmt: skip
+
+
+def losses(
+    before: pd.DataFrame, silenced: Mapping[str, pd.DataFrame], media: Mapping[str, str]
+) -> dict[str, float]:
+    """Share of the score above chance that the sets of a selector cost: on all benchmarks (cost),
+    on those with the set's modality (own), on the others; and their crossover interaction with its
+    95 % interval (low, high)."""
+    table = specificity.crossing(before, silenced)
+    own = table["silenced"] == table["benchmark"].map(media)
+    cost = {"cost": table["lost"].mean(), "own": table["lost"][own].mean()}
+    cost["others"] = table["lost"][~own].mean()
+    found = specificity.interaction(before, silenced, media)
+    return cost | {"interaction": found.mean, "low": found.low, "high": found.high}
