@@ -3,13 +3,15 @@
     python notebooks/run.py                                  # both smol models, into runs/
     python notebooks/run.py quick=1                          # a first look; full=1: as committed
     python notebooks/run.py model=Qwen/Qwen2-VL-7B-Instruct dtype=bfloat16 limit=500
+    python notebooks/run.py notebooks=11,13-15               # some; all=00-99
     python notebooks/run.py params="ratio=0.05 seed=1"       # the same as ratio=0.05 seed=1
 
 Arguments are NAME=VALUE, names in any case, values YAML. `model` takes one or more models; `run` is
 where they leave a folder each: a name stands for runs/NAME, a path for itself, and without it they
-go to runs/. How much is computed stands in sizes.yml, for the default run and for quick=1; full=1
-takes the committed notebooks' own parameters and alone finds what is published in data/results,
-unless fresh=1. Any other name is a parameter of the notebooks and reaches those that declare it;
+go to runs/. `notebooks` are those to run, by number: without it all up to 10, which measure what the
+paper says, and the scorecard. How much is computed stands in sizes.yml, for the default run and for
+quick=1; full=1 takes the committed notebooks' own parameters, runs all of them and alone finds what
+is published in data/results, unless fresh=1. Any other name is a parameter of the notebooks and reaches those that declare it;
 executed notebooks of other parameters lie beside those of the defaults. An executed notebook is not
 executed again while it is newer than the notebook, minerlib, the model and the data and its
 parameters are the same, so a run that was stopped picks up where it stopped.
@@ -43,6 +45,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = "data/models/tiny-qwen2-vl data/models/tiny-qwen2-audio"
+NOTEBOOKS = "00-10,20"  # what the paper says; those between ask what its reviewers did
 FLAGS = ("quick", "full", "fresh")
 SIZES = Path(__file__).with_name("sizes.yml")
 
@@ -64,6 +67,17 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
             raise SystemExit(f"{argument!r} is not NAME=VALUE, such as limit=100")
         given |= parse(shlex.split(text)) if name.lower() == "params" else {name.lower(): text}
     return given
+
+
+def numbered(text: str) -> set[int]:
+    """The numbers in "11,13-15"."""
+    found: set[int] = set()
+    for part in text.replace(",", " ").split():
+        first, dash, last = part.partition("-")
+        if not (first.isdigit() and (last.isdigit() or not dash)):
+            raise SystemExit(f"notebooks={text!r}: give numbers such as 11,13-15")
+        found |= set(range(int(first), int(last or first) + 1))
+    return found
 
 
 def is_finding(notebook: Path) -> bool:
@@ -128,15 +142,20 @@ def main(arguments: Sequence[str]) -> None:
     size = {} if flags["full"] else sizes["quick" if flags["quick"] else "default"]
     if flags["fresh"] or not flags["full"]:
         os.environ["MINER_FRESH"] = "1"
-    texts = {name: text for name, text in given.items() if name not in ("model", "run", "fresh")}
+    own = ("model", "run", "fresh", "notebooks")
+    texts = {name: text for name, text in given.items() if name not in own}
     parameters = {n: value(text) for n, text in texts.items() if n not in FLAGS}
     folder = "notebooks" if run else f"notebooks{suffix(texts)}"
     os.chdir(ROOT)  # so that the paths that Papermill records are relative ones
+    wanted = numbered(given.get("notebooks", "00-99" if flags["full"] else NOTEBOOKS))
     files = sorted(Path("notebooks").glob("[0-9][0-9]_*.ipynb"))
+    files = [path for path in files if int(path.name[:2]) in wanted]
+    if not files:
+        raise SystemExit(f"notebooks={given['notebooks']!r}: there are none of these numbers")
     notebooks = {path: set(papermill.inspect_notebook(str(path))) for path in files}
     known = set().union(*notebooks.values())
     if unknown := sorted(set(parameters) - known):
-        use = sorted(known | {"run", *FLAGS})
+        use = sorted(known | {"run", "notebooks", *FLAGS})
         raise SystemExit(f"no notebook has the parameter {', '.join(unknown)}; use {use}")
     # A notebook with the parameter `runs` gathers what all models left: it comes once and last.
     last = {path: names for path, names in notebooks.items() if "runs" in names}

@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Rows, samples_for
+from conftest import Rows, footprints, samples_for
+from families import Rows as Asked
 
 from minerlib.findings import costs
 
@@ -42,3 +43,13 @@ def test_tokens_of_a_prompt(mllm):
     samples = samples_for(mllm)
     alone = [mllm.encode([s])["input_ids"].shape[1] for s in samples]
     assert costs.prompt_tokens(mllm, Rows(samples), 4) == pytest.approx(np.mean(alone))
+
+
+def test_every_step_runs_and_leaves_no_trace(mllm):
+    rows = [Asked(samples_for(mllm)[:2])]
+    before = footprints(mllm)
+    jobs = costs.steps(mllm, rows, 2, 1)
+    assert next(iter(jobs)) == "forward pass" and len(jobs) == 7
+    for job in jobs.values():
+        job()
+    assert footprints(mllm) == before

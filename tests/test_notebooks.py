@@ -311,6 +311,23 @@ def test_arguments(run):
         run.parse(["fast"])
 
 
+def test_some_notebooks(run, executed):
+    """By number; of what is not asked for nothing runs, and full=1 runs all."""
+    write("12_more", "limit = 3", "print(limit)")
+    run.main(["model=models/tiny"])
+    assert [name for name, _ in executed] == ["00_one", "01_two"]
+    run.main(["model=models/tiny", "notebooks=1,11-13"])
+    assert [name for name, _ in executed[2:]] == ["12_more"]  # 01 is up to date
+    run.main(["model=models/tiny", "full=1"])
+    assert [name for name, _ in executed[3:]] == ["00_one", "01_two", "12_more"]
+    assert run.numbered("11, 13-15") == {11, 13, 14, 15}
+    for wrong in ("a", "1-", "-3"):
+        with pytest.raises(SystemExit, match="give numbers such as 11,13-15"):
+            run.numbered(wrong)
+    with pytest.raises(SystemExit, match="'77': there are none of these numbers"):
+        run.main(["notebooks=77"])
+
+
 def test_a_notebook_gets_what_it_declares(run, executed):
     run.main(["model=models/tiny", "limit=8", "ratio=1e-3"])
     assert executed == [

@@ -3,15 +3,54 @@
 import ctypes
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 import pandas as pd
 import psutil
 from tqdm import tqdm
 
+from minerlib.activity import activity
+from minerlib.aggregation import aggregate
 from minerlib.artifacts import computation
+from minerlib.deactivation import deactivate
+from minerlib.gradients import gradients
 from minerlib.model import MLLM
+from minerlib.scoring import score
+from minerlib.selection import select
+from minerlib.tasks import Benchmark
+from minerlib.tasks.evaluation import evaluate, prepare
+
+
+def steps(
+    mllm: MLLM, rows: Sequence[Benchmark], batch_size: int, longest: int | None
+) -> dict[str, Callable[[], object]]:
+    """What notebooks do with rows, each as a job for `timed`, the bare forward pass first.
+
+    Media are decoded and encoded anew each time but where answers are asked for: prepared rows.
+    """
+    total = aggregate(score(mllm, bench, batch_size=batch_size) for bench in rows)
+    neurons, ready = select(total), [prepare(mllm, bench, batch_size) for bench in rows]
+
+    def forward() -> None:
+        for bench in rows:
+            for _, batch in mllm.batches(bench, batch_size):
+                mllm.forward(batch)
+
+    def silenced(measure: str) -> None:
+        with deactivate(mllm, neurons):
+            for bench in ready:
+                evaluate(mllm, bench, max_new_tokens=longest, measure=measure)
+
+    return {
+        "forward pass": forward,
+        "scoring (stage 2)": lambda: [score(mllm, b, batch_size=batch_size) for b in rows],
+        "selection (stage 4)": lambda: select(total),
+        "activity of rivals": lambda: activity(mllm, rows, batch_size=batch_size),
+        "gradients of rivals": lambda: gradients(mllm, rows, steps=4, batch_size=batch_size),
+        "log-probability, silenced": lambda: silenced("logprob only"),
+        "answers, silenced": lambda: silenced("score"),
+    }
 
 
 @computation(version=1)
