@@ -8,13 +8,14 @@
 
 Arguments are NAME=VALUE, names in any case, values YAML. `model` takes one or more models; `run` is
 where they leave a folder each: a name stands for runs/NAME, a path for itself, and without it they
-go to runs/. `notebooks` are those to run, by number: without it all up to 10, which measure what the
-paper says, and the scorecard. How much is computed stands in sizes.yml, for the default run and for
-quick=1; full=1 takes the committed notebooks' own parameters, runs all of them and alone finds what
-is published in data/results, unless fresh=1. Any other name is a parameter of the notebooks and reaches those that declare it;
-executed notebooks of other parameters lie beside those of the defaults. An executed notebook is not
-executed again while it is newer than the notebook, minerlib, the model and the data and its
-parameters are the same, so a run that was stopped picks up where it stopped.
+go to runs/. `notebooks` are those to run, by number: without it all up to 10, which measure what
+the paper says, and the scorecard. How much is computed stands in sizes.yml, for the default run and
+for quick=1; full=1 takes the committed notebooks' own parameters, runs all of them and alone finds
+what is published in data/results, unless fresh=1. Any other name is a parameter of the notebooks
+and reaches those that declare it; executed notebooks of other parameters lie beside those of the
+defaults. An executed notebook is not executed again while it is newer than the notebook, minerlib,
+the model and the data and its parameters are the same, so a run that was stopped picks up where it
+stopped.
 
 Several models on a machine without accelerator share its cores, for small models gain little from
 more threads: as many notebooks run side by side as there are models, first each model's stages,

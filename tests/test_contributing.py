@@ -6,15 +6,20 @@ import importlib.util
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import xarray as xr
 from conftest import ROOT, Rows, samples_for, shared_mllm
 
 import minerlib as ml
 from minerlib import families, scoring, selection
+from minerlib.artifacts import digest
+from minerlib.findings import rivals
+from minerlib.selectors import SELECTORS
 from minerlib.tasks import ANSWER_METRICS, REGISTRY
 
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -22,6 +27,7 @@ EXAMPLES = dict(re.findall(r"```python\n# (my_\w+)\.py\n(.*?)```", TEXT, re.S))
 REGISTRIES = (
     scoring.METRICS,
     selection.STRATEGIES,
+    SELECTORS,
     REGISTRY,
     ANSWER_METRICS,
     families.FAMILIES,
@@ -55,7 +61,7 @@ def scores():
 
 
 def test_each_kind_of_thing_has_an_example():
-    kinds = {"metric", "strategy", "benchmark", "answer_metric", "family"}
+    kinds = {"metric", "strategy", "selector", "benchmark", "answer_metric", "family"}
     assert set(EXAMPLES) == {f"my_{kind}" for kind in kinds}
 
 
@@ -75,6 +81,21 @@ def test_a_strategy(plug_in, scores):
     assert ml.Workbook(strategy="margin").strategy == "margin"
     neurons = ml.select(scores, strategy="margin")
     assert int(neurons.sum()) == selection.unique(neurons) == neurons.attrs["budget"]
+
+
+def test_a_selector(plug_in, monkeypatch):
+    """It is compared like the others, and editing it makes what it named anew."""
+    before = digest(rivals.compared())
+    module = plug_in("my_selector")
+    assert [*SELECTORS][-1] == "firing gap" and digest(rivals.compared()) != before
+    own = xr.DataArray([[[3.0, 0.0]]], dims=("modality", "layer", "neuron"))
+    seen = SimpleNamespace(mean=lambda of: own / 4, elsewhere=lambda of: own / 6)
+    found = SELECTORS["firing gap"](seen)
+    assert found.values.tolist() == [[[0.25, 0.0]]] and module.firing_gap(seen).equals(found)
+    held = digest(rivals.compared())
+    monkeypatch.setitem(EXAMPLES, "my_selector", EXAMPLES["my_selector"] + "# edited\n")
+    plug_in("my_selector")
+    assert digest(rivals.compared()) != held
 
 
 def test_a_benchmark_and_an_answer_metric(plug_in, tmp_path):

@@ -17,7 +17,7 @@ from minerlib.gradients import gradients
 from minerlib.model import MLLM
 from minerlib.scoring import score
 from minerlib.selection import first
-from minerlib.selectors import SELECTORS, Evidence, ranked
+from minerlib.selectors import SELECTORS, Evidence, miner, ranked
 from minerlib.tasks import Benchmark
 from minerlib.written import column_norms
 
@@ -56,6 +56,12 @@ def evidence(
         whole = whole.assign_coords(tokens=("modality", tokens))
         out[unit] = Evidence(activity=whole, domains=domains, **rest)
     return out
+
+
+def compared() -> list:
+    """The selectors' names, and a user's own as they are: part of the key of what they name."""
+    return [name if of.__module__ == miner.__module__ else [name, of]
+            for name, of in SELECTORS.items()]  # fmt: skip
 
 
 def values(seen: Mapping[str, Evidence]) -> dict[str, xr.DataArray]:
