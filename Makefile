@@ -45,7 +45,7 @@ notebooks: models
 
 # Every notebook from nothing, small; then the committed ones, which find what is published.
 test: models
-	$(TESTING) $(BIN)/python notebooks/run.py quick=1 model="$(TINY)"
+	$(TESTING) $(BIN)/python notebooks/run.py quick=1 notebooks=00-99 model="$(TINY)"
 	$(TESTING) $(BIN)/python -m pytest tests notebooks -n 2 --dist loadfile \
 		--no-loadscope-reorder --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
 		-p tests.nbval_numbers

@@ -14,12 +14,13 @@ from minerlib.model import MLLM, load
 from minerlib.scoring import score
 from minerlib.selection import PAPER_WEIGHTS, matched_random, select
 from minerlib.separation import separate
+from minerlib.sharing import load_neurons, push_neurons, save_neurons
 from minerlib.tasks import benchmark
 from minerlib.tasks.evaluation import compare, evaluate, prepare, summarise
 from minerlib.workbook import Workbook
 
 __all__ = [
     "MLLM", "PAPER_WEIGHTS", "Run", "Workbook", "aggregate", "benchmark", "compare", "deactivate",
-    "evaluate", "export", "load", "matched_random", "prepare", "score", "select", "separate",
-    "summarise",
+    "evaluate", "export", "load", "load_neurons", "matched_random", "prepare", "push_neurons",
+    "save_neurons", "score", "select", "separate", "summarise",
 ]  # fmt: skip

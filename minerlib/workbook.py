@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from minerlib import critical, shipped
+from minerlib.activity import sampled
 from minerlib.aggregation import aggregate
 from minerlib.artifacts import Run, atomically, digest
 from minerlib.controls import CONTROLS, permuted, untrained
@@ -34,6 +35,7 @@ from minerlib.parameters import Parameters, at_least
 from minerlib.plots import show
 from minerlib.scoring import METRICS, own_metrics, score
 from minerlib.selection import STRATEGIES, first, matched_random, select, unique
+from minerlib.sharing import save_neurons
 from minerlib.tap import hear_once
 from minerlib.tasks import REGISTRY, Benchmark, benchmark
 from minerlib.tasks.evaluation import (
@@ -392,7 +394,7 @@ class Workbook(Parameters):
         self, neurons=None, mode="zero", constants=None, rows=None, where=None, measure="score"
     ) -> pd.DataFrame:
         """`evaluate` with neurons silenced (None: as it is), done once; rows: by default the
-        evaluation rows."""
+        evaluation rows. mode="resample" takes what they say on the mined rows."""
         key: dict[str, Any] = {"of": (evaluate, deactivate)}
         if neurons is None:
             return self.under(nullcontext, rows, measure, **key)
@@ -400,11 +402,26 @@ class Workbook(Parameters):
         how: dict[str, Any] = {"mode": mode, "constants": constants, "where": where}
         if mode in ("mean", "min") and constants is not None:
             key["constants"] = digest(constants[f"activation_{mode}"])
+        elif mode == "resample":  # known by where they are from: their bits are a processor's
+            key["constants"] = [sampled, _prints(self.mining), self.seed]
         elif mode != "zero":
             key["constants"] = digest(constants)
         if where is not None:
             key["where"] = where
-        return self.under(partial(deactivate, self.mllm, neurons, **how), rows, measure, **key)
+
+        def silenced() -> AbstractContextManager:
+            if mode == "resample":
+                how["constants"] = self._sampled
+            return deactivate(self.mllm, neurons, **how)
+
+        return self.under(silenced, rows, measure, **key)
+
+    @cached_property
+    def _sampled(self) -> xr.DataArray:
+        """Activations of other inputs, of the mined rows."""
+        rows, how = self.mining, {"seed": self.seed}
+        compute = partial(sampled, self.mllm, rows.values(), batch_size=self.batch_size, **how)
+        return self.cached("sampled", compute, of=sampled, rows=rows, part=True, **how)
 
     def under(
         self,
@@ -490,6 +507,12 @@ class Workbook(Parameters):
             value[key] = table.to_dict("records") if isinstance(table, pd.DataFrame) else table
         self.run.save(f"finding-{name}", value, of=self._plugged, **self.configuration)
         print(f"finding {name} of {self.label} is kept in the run folder")
+
+    def save_neurons(self, neurons: xr.DataArray, folder: str | Path, effect: str = "") -> Path:
+        """Neurons to hand on, with a card of this run: `sharing.save_neurons`."""
+        rows = {name: f"{len(b)} rows, {b.fingerprint}" for name, b in self.mining.items()}
+        made = {"rows": rows, "method": self.choice}
+        return save_neurons(neurons, ROOT / folder, self.mllm, **made, effect=effect)
 
     def save_figure(self, fig: Figure, name: str) -> None:
         """Keep a figure in the run folder, and without its digest where MINER_FIGURES says."""

@@ -442,7 +442,7 @@ def test_how_and_where_are_part_of_a_key(tmp_path, counted):
     wb = make(tmp_path, **few)
     neurons = some_sets(wb.mllm, 1)[0]
     asked = [{}, {"where": ["text"]}, {"where": ["image"]}, {"mode": "gain", "constants": 2.0},
-             {"mode": "gain", "constants": 0.5}, {"measure": "choice"}]  # fmt: skip
+             {"mode": "gain", "constants": 0.5}, {"mode": "resample"}, {"measure": "choice"}]  # fmt: skip
     tables = [wb.answers(neurons, **how) for how in asked]
     assert len(counted) == 2 * len(asked)
     again = [make(tmp_path, **few).answers(neurons, **how) for how in asked]
@@ -450,6 +450,9 @@ def test_how_and_where_are_part_of_a_key(tmp_path, counted):
     for one, two in zip(tables, again, strict=True):
         pd.testing.assert_frame_equal(one, two)
     assert "chance" in tables[-1] and "chance" not in tables[0]
+    other = make(tmp_path, **few | {"limit": 7})  # other inputs
+    other.answers(neurons, mode="resample")
+    assert len(counted) == 2 * len(asked) + 2
 
 
 def test_answers_under_any_condition(tmp_path, counted):
