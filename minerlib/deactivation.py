@@ -13,7 +13,7 @@ import xarray as xr
 
 from minerlib.artifacts import computation
 from minerlib.model import MLLM
-from minerlib.separation import SETS, separate, so_far
+from minerlib.separation import BASE_SETS, SETS, separate, so_far
 
 Neurons = xr.DataArray | np.ndarray
 Names = Sequence[str] | None
@@ -46,7 +46,7 @@ def deactivate(
     layer's hook does not fire in a forward pass.
     """
     chosen, _ = union(mllm, neurons, modalities)
-    values = _values(mllm, mode, constants, chosen)
+    values = _values(mode, constants, chosen)
     index = {i: torch.from_numpy(np.flatnonzero(row)) for i, row in enumerate(chosen) if row.any()}
     # [neuron], or of other inputs [token, neuron]
     value = {i: torch.from_numpy(values[..., i, chosen[i]]) for i in index}
@@ -104,7 +104,7 @@ def union(mllm: MLLM, neurons, modalities) -> tuple[np.ndarray, list[str]]:
     return np.asarray(values[np.isin(names, wanted)].any(0)), wanted
 
 
-def _values(mllm: MLLM, mode: str, constants, chosen: np.ndarray) -> np.ndarray:
+def _values(mode: str, constants, chosen: np.ndarray) -> np.ndarray:
     """What a mode sets neurons to or multiplies them by, float32 [layer, neuron]; or, of other
     inputs, [token, layer, neuron]."""
     if mode == "zero":
@@ -116,9 +116,6 @@ def _values(mllm: MLLM, mode: str, constants, chosen: np.ndarray) -> np.ndarray:
     if mode == "resample":
         if getattr(constants, "dims", None) != ("token", "layer", "neuron"):
             raise ValueError("mode 'resample' needs constants=minerlib.activity.sampled(...)")
-        if lacking := set(mllm.kinds) - set(constants.kind.values.tolist()):
-            lack = f"no tokens of {sorted(lacking)} among those sampled"
-            raise ValueError(f"mode 'resample': {lack}; sample prompts that hold them")
         return _of_this_model(constants.values, chosen, "sampled activations")
     if mode not in ("mean", "min"):
         raise ValueError(f"unknown mode {mode!r}; use zero, mean, min, gain or resample")
@@ -142,9 +139,12 @@ def _of_this_model(values: np.ndarray, chosen: np.ndarray, what: str) -> np.ndar
 def _picked(sampled: xr.DataArray, sets: dict, number: torch.Tensor) -> torch.Tensor:
     """The sampled token of its kind that stands for each token, [batch, token], by its number."""
     picked = torch.zeros_like(number)
-    for kind in np.unique(sampled.kind):
+    for kind in (kind for kind in BASE_SETS if sets[kind].any()):
         of_kind = torch.from_numpy(np.flatnonzero(sampled.kind == kind)).to(number)
-        picked = torch.where(sets[str(kind)], of_kind[number % len(of_kind)], picked)
+        if not len(of_kind):
+            lack = f"no tokens of {kind!r} among those sampled"
+            raise ValueError(f"mode 'resample': {lack}; sample prompts that hold them")
+        picked = torch.where(sets[kind], of_kind[number % len(of_kind)], picked)
     return picked
 
 

@@ -149,9 +149,9 @@ def test_modes_say_what_they_need(mllm, samples, neurons):
         ):
             pass
     some = others[others.kind == "text"]
-    lacking = pytest.raises(ValueError, match="no tokens of .*special.* among those sampled")
+    lacking = pytest.raises(ValueError, match="no tokens of 'special' among those sampled")
     with lacking, deactivate(mllm, neurons, mode="resample", constants=some):
-        pass
+        logits(mllm, mllm.encode(samples[:1]))
     other = pytest.raises(ValueError, match="of another model")
     with other, deactivate(mllm, neurons, mode="resample", constants=others[:, :1]):
         pass

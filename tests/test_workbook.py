@@ -442,7 +442,8 @@ def test_how_and_where_are_part_of_a_key(tmp_path, counted):
     wb = make(tmp_path, **few)
     neurons = some_sets(wb.mllm, 1)[0]
     asked = [{}, {"where": ["text"]}, {"where": ["image"]}, {"mode": "gain", "constants": 2.0},
-             {"mode": "gain", "constants": 0.5}, {"mode": "resample"}, {"measure": "choice"}]  # fmt: skip
+             {"mode": "gain", "constants": 0.5}, {"mode": "resample"},
+             {"measure": "choice"}]  # fmt: skip
     tables = [wb.answers(neurons, **how) for how in asked]
     assert len(counted) == 2 * len(asked)
     again = [make(tmp_path, **few).answers(neurons, **how) for how in asked]
