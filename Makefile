@@ -19,7 +19,7 @@ TINY := data/models/tiny-qwen2-vl data/models/tiny-qwen2-audio
 TESTING := HF_HUB_OFFLINE=1 TQDM_DISABLE=1 OMP_NUM_THREADS=1
 GIVEN = $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
 
-.PHONY: env models workbook notebooks test test-fast lint api bench data clean
+.PHONY: env models workbook notebooks atlas test test-fast lint api bench data clean
 
 env: $(INSTALLED)
 
@@ -49,6 +49,11 @@ test: models
 	$(TESTING) $(BIN)/python -m pytest tests notebooks -n 2 --dist loadfile \
 		--no-loadscope-reorder --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
 		-p tests.nbval_numbers
+
+# A folder of HTML with a page for each neuron, build/atlas/<model>; MODEL, RUN, NAMED="L3N45 L7N1" ...
+atlas: models
+	$(BIN)/python notebooks/run.py notebooks="2,16" \
+		$(foreach v,$(filter-out PYTHON NOTEBOOKS,$(GIVEN)),$(v)="$$$(v)")
 
 test-fast: env
 	$(TESTING) $(BIN)/python -m pytest tests -n 2 --dist loadfile -m "not slow"

@@ -23,7 +23,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from minerlib import critical, shipped
+from minerlib import atlas, critical, shipped
 from minerlib.activity import sampled
 from minerlib.aggregation import aggregate
 from minerlib.artifacts import Run, atomically, digest
@@ -34,7 +34,7 @@ from minerlib.model import MLLM, load, starts
 from minerlib.parameters import Parameters, at_least
 from minerlib.plots import show
 from minerlib.scoring import METRICS, own_metrics, score
-from minerlib.selection import STRATEGIES, first, matched_random, select, unique
+from minerlib.selection import STRATEGIES, first, matched_random, select, unique, weighted
 from minerlib.sharing import save_neurons
 from minerlib.tap import hear_once
 from minerlib.tasks import REGISTRY, Benchmark, benchmark
@@ -321,6 +321,14 @@ class Workbook(Parameters):
             return self.select(own, strategy="LA_MU")
         return first(own, n, **self.how | {"strategy": "LA_MU"})
 
+    def ranks(self, modality: str) -> np.ndarray:
+        """Every neuron's place by the paper's score for a modality, 1 the first [layer, neuron]."""
+        value = weighted(self.total().sel(modality=[modality]), self.weights)[0]
+        order = np.argsort(-value, axis=None, kind="stable")
+        places = np.empty(value.size, int)
+        places[order] = np.arange(1, value.size + 1)
+        return places.reshape(value.shape)
+
     def half_dose(self, of: Callable[[int], Sequence[xr.DataArray]] | None = None) -> int:
         """How many neurons, of those the strategy takes first, cost half of the score above chance.
 
@@ -499,6 +507,23 @@ class Workbook(Parameters):
         beyond = (table["corpus"] - table["published"]).abs() - (table["high"] - table["low"]) / 2
         rules = [table["published"].isna(), beyond > FAR]
         return table.assign(verdict=np.select(rules, ["none published", "FAR OFF"], "near"))
+
+    def excited(self, neurons: Sequence[atlas.Neuron], top: int = 6) -> dict[str, Any]:
+        """What excites neurons, (layer, neuron) each, of the mined rows: `atlas.excited`, once."""
+        compute = partial(
+            atlas.excited, self.mllm, self.mining, neurons, top=top, batch_size=self.batch_size
+        )
+        named = [atlas.named(neuron) for neuron in neurons]
+        rows, how = self.mining, {"neurons": named, "top": top}
+        return self.cached("excited", compute, of=atlas.excited, rows=rows, part=True, **how)
+
+    def look(self, layer: int, neuron: int, top: int = 4) -> atlas.Framed:
+        """One neuron's page of the atlas, on the mined rows, as a notebook shows it."""
+        one = [(layer, neuron)]
+        about = [{"writes": words} for words in atlas.writes(self.mllm, one)]
+        found, title = self.excited(one, top), f"{self.label}, {atlas.named(one[0])}"
+        page = atlas.in_one_page(self.mllm, self.mining, found, about, title=title)
+        return atlas.Framed(page)
 
     def save_finding(self, name: str, claims: pd.DataFrame, **tables: Any) -> None:
         """Keep a finding's claims and what they rest on, beside those of other parameters."""

@@ -36,7 +36,7 @@ from made import states_of, table_of
 from PIL import Image
 
 import minerlib
-from minerlib import critical, planted
+from minerlib import atlas, critical, planted
 from minerlib.activity import activity, sampled
 from minerlib.aggregation import aggregate
 from minerlib.artifacts import COMPUTATIONS, digest
@@ -241,6 +241,17 @@ def some_heads() -> np.ndarray:
     return heads
 
 
+def seen() -> tuple:
+    """What excites two neurons, and how often they say what."""
+    found = atlas.excited(mllm(), {"b": Rows(samples())}, [(0, 3), (1, 7)], top=2)
+    told = [np.array(values) for top in found["top"] for _, _, values in top]
+    return (
+        *told,
+        np.array(found["histogram"]),
+        np.array([at for t in found["top"] for _, at, _ in t]),
+    )
+
+
 def some_ranks() -> xr.DataArray:
     """Ranks of two selectors, the second without any for text."""
     ranks = np.random.default_rng(9).random((2, 2, 3, 20))
@@ -321,6 +332,7 @@ GOLDEN: dict[str, Callable[[], Any]] = {
     "findings.rivals.recovered": lambda: rivals.recovered(
         mllm(), domains(), *sites(), strength=30.0, steps=1
     ),
+    "atlas.excited": seen,
     "activity.sampled": lambda: sampled(mllm(), [Rows(samples())], each=4, seed=1),
     "activity.activity": lambda: activity(mllm(), [Rows(samples())]),
     "gradients.gradients": lambda: gradients(mllm(), [Rows(samples(4))], steps=2),

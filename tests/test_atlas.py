@@ -1,0 +1,188 @@
+"""The atlas: what excites a neuron is what it says, and a row's text stays text."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import Rows, samples_for
+
+from minerlib import atlas
+from minerlib.separation import separate
+
+NEURONS = [(1, 7), (0, 3), (1, 2)]
+EVIL = "</script><script>document.title='run'</script><img src=x onerror=document.title='run'>"
+
+
+def said(mllm, samples) -> list[tuple[np.ndarray, dict]]:
+    """Of every prompt, the neurons' activations [neuron, token], and its sets."""
+    out = []
+    for sample in samples:
+        batch, seen = mllm.encode([sample]), {}
+        with torch.inference_mode(), mllm.tap(activation=lambda i, x, s=seen: s.update({i: x[0]})):
+            mllm.forward(batch)
+        values = np.stack([seen[layer][:, k].numpy() for layer, k in NEURONS])
+        out.append((values, {name: of[0].numpy() for name, of in separate(mllm, batch).items()}))
+    return out
+
+
+def test_what_excites_a_neuron_most(mllm):
+    samples = samples_for(mllm)
+    rows = {"a": Rows(samples[:2]), "b": Rows(samples[2:])}
+    found = atlas.excited(mllm, rows, NEURONS, top=2, batch_size=2)
+    assert found["neurons"] == ["L1N7", "L0N3", "L1N2"]
+    own = said(mllm, samples)
+    for i, top in enumerate(found["top"]):
+        highest = sorted((values[i].max() for values, _ in own), reverse=True)
+        assert len({(name, at) for name, at, _ in top}) == 2
+        for (name, at, told), peak in zip(top, highest, strict=False):
+            values, _ = own[at if name == "a" else at + 2]
+            np.testing.assert_allclose(told, values[i], atol=2e-3)
+            assert max(told) == pytest.approx(peak, abs=2e-3)  # prompts that begin alike may tie
+
+
+def test_histograms_count_every_token_of_a_kind(mllm):
+    samples = samples_for(mllm)
+    found = atlas.excited(mllm, {"a": Rows(samples)}, NEURONS, batch_size=3)
+    for i, by_kind in enumerate(found["histogram"]):
+        for kind, counts in zip(found["kinds"], by_kind, strict=True):
+            values = np.concatenate([v[i][sets[kind]] for v, sets in said(mllm, samples)])
+            bins = np.histogram(values, [*atlas.EDGES, np.inf])[0]
+            assert sum(counts) == len(values)
+            assert np.abs(np.cumsum(counts) - np.cumsum(bins)).max() <= 1  # on a bin's edge
+
+
+def test_fewer_rows_than_are_asked_for_and_any_number_of_neurons(mllm):
+    samples = samples_for(mllm)[:1]
+    found = atlas.excited(mllm, {"a": Rows(samples)}, [*NEURONS, (1, 7)], top=9)
+    assert [len(of) for of in found["top"]] == [1] * 4
+    assert found["top"][0] == found["top"][3]
+
+
+def test_a_column_writes_the_token_that_it_points_to(mllm):
+    head, norm = mllm.model.get_output_embeddings().weight, mllm.family.final_norm().weight
+    down = mllm.family.down_projection(mllm.layers[0]).weight
+    kept = down[:, 5].clone()
+    try:
+        with torch.no_grad():
+            down[:, 5] = head[42] / head[42].norm() / norm
+        (found,) = atlas.writes(mllm, [(0, 5)], k=3)
+    finally:
+        with torch.no_grad():
+            down[:, 5] = kept
+    expected = (head.float() @ head[42].float()).topk(3)[1].tolist()
+    assert found["for"] == [mllm.tokenizer.decode([i]) for i in expected]
+    least = (-head.float() @ head[42].float()).topk(3)[1].tolist()
+    assert found["against"] == [mllm.tokenizer.decode([i]) for i in least]
+
+
+def test_where_a_mediums_tokens_lie(mllm):
+    for sample in samples_for(mllm):
+        told = atlas.tokens(mllm, sample)
+        count = told["kind"].count(told["medium"]) if told["medium"] else 0
+        assert np.prod(told["grid"]) == count
+        if sample.image is not None:
+            assert told["grid"][0] == 1 and told["grid"][1] == told["grid"][2]
+        if sample.video is not None:
+            assert told["grid"][0] == len(sample.video) // 2  # two frames a token in time
+        if sample.audio is not None:
+            assert told["grid"] == [1, 1, count] and count
+        words = "".join(t for t, k in zip(told["text"], told["kind"], strict=True) if k == "text")
+        assert sample.prompt in words
+
+
+@pytest.fixture
+def made(mllm, tmp_path):
+    """An atlas whose rows try to run scripts, its folder and what it was made of."""
+    samples = [replace(s, prompt=f"{EVIL} {s.prompt}", references=(EVIL,))
+               for s in samples_for(mllm)]  # fmt: skip
+    rows = {"a": Rows(samples)}
+    found = atlas.excited(mllm, rows, NEURONS, top=len(samples))
+    about = [{"sets": [f"set {i}"], "ranks": {"miner": i + 1}, "writes": words,
+              "effect": {"mean": 0.1 * i, "low": 0.0, "high": 0.3}}
+             for i, words in enumerate(atlas.writes(mllm, NEURONS))]  # fmt: skip
+    how = {"title": f"Neurons {EVIL}", "note": EVIL}
+    page = atlas.write_atlas(tmp_path / "atlas", mllm, rows, found, about, **how)
+    return page, (rows, found, about, how)
+
+
+def handed(text: str) -> list:
+    return json.loads(re.fullmatch(r"atlas\((.*)\)\s*", text, re.S)[1])
+
+
+def test_a_folder_with_a_page_for_each_neuron(mllm, made):
+    page, (rows, found, about, _) = made
+    folder = page.parent
+    what, _, whole = handed((folder / "index.js").read_text())
+    assert what == "index" and whole["layers"] == mllm.n_layers
+    assert [n["name"] for n in whole["neurons"]] == found["neurons"]
+    assert whole["neurons"][1]["effect"] == about[1]["effect"]
+    assert whole["neurons"][0]["peak"] == max(found["top"][0][0][2])
+    _, name, of = handed((folder / "neurons/L1N7.js").read_text())
+    assert name == "L1N7" and of["histogram"] == found["histogram"][0]
+    for key, told in of["top"]:
+        _, _, row = handed((folder / f"rows/{key}.js").read_text())
+        assert len(row["kind"]) == len(told)
+        sample = rows["a"][int(key.split("-")[1])]
+        shown = [row["picture"], row["sound"]]
+        assert all((folder / file).stat().st_size for file in shown if file)
+        has = sample.image is not None or sample.video is not None, sample.audio is not None
+        assert (bool(row["picture"]), bool(row["sound"])) == (has[0] or has[1], has[1])
+
+
+def test_text_of_rows_is_never_html(mllm, made):
+    page, (rows, found, about, how) = made
+    for file in (*page.parent.rglob("*.js"), page):
+        assert "<script>document.title" not in file.read_text(), file
+        assert "<img src=x" not in file.read_text(), file
+    one = atlas.in_one_page(mllm, rows, found, about, **how)
+    assert "<script>document.title" not in one and "<img src=x" not in one
+    assert EVIL not in atlas.Framed(one)._repr_html_()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser")
+def test_the_page_draws_itself_and_runs_nothing_of_a_row(mllm, made):
+    page, (rows, found, about, how) = made
+    single = page.parent / "one.html"
+    few = {k: v if k == "kinds" else v[:1] for k, v in found.items()}
+    single.write_text(atlas.in_one_page(mllm, rows, few, about[:1], **how))
+    for address in (f"{page.as_uri()}#L1N7", single.as_uri(), page.as_uri()):
+        run = subprocess.run(
+            ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+             "--virtual-time-budget=5000", address], capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert "<title>Neurons &lt;/script" in run.stdout  # the title that it was given
+        if address == page.as_uri():
+            assert "3 of 3" in run.stdout and 'href="#L1N7"' in run.stdout
+        else:
+            assert "Neuron 7 of decoder layer 1" in run.stdout
+            assert (
+                "What is the capital of Taria"
+                in run.stdout.replace("</span>", "").replace("<span", "<")
+                or "capital" in run.stdout
+            )
+
+
+def test_names():
+    assert atlas.named((3, 45)) == "L3N45" and atlas.parsed(" L3N45") == (3, 45)
+    with pytest.raises(ValueError, match="'3.45' is no neuron: call it like L3N45"):
+        atlas.parsed("3.45")
+
+
+def test_what_one_neuron_costs():
+    told = pd.DataFrame({
+        "benchmark": ["a"] * 6 + ["b"] * 3, "row": [0, 1] * 3 + [0] * 3,
+        "medium": ["x", "y"] * 3 + ["z"] * 3, "neurons": [0, 0, 1, 1, 2, 2, 0, 1, 2],
+        "logprob": [-1, -2, -1.5, -2.5, -1, -2, -1, -3, -1.0],
+    })  # fmt: skip
+    found = atlas.costs(told, [(0, 1), (2, 3)])
+    assert found["neuron"].tolist() == ["L0N1", "L2N3"] and found["layer"].tolist() == [0, 2]
+    assert found["mean"].tolist() == pytest.approx([(0.5 + 2.0) / 2, 0.0])
