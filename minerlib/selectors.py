@@ -73,17 +73,22 @@ def miner(seen: Evidence) -> xr.DataArray:
 def contrast(seen: Evidence) -> xr.DataArray:
     """The paper's score less the largest of any other modality."""
     value = miner(seen)
-    others = [np.delete(value.values, i, 0).max(0) for i in range(len(value))]
-    return value - np.stack(others)
+    return value.copy(data=less_the_largest_other(value.values))
+
+
+def less_the_largest_other(value: np.ndarray) -> np.ndarray:
+    """Values [modality, ...] less the largest of any other modality."""
+    return value - np.stack([np.delete(value, i, 0).max(0) for i in range(len(value))])
 
 
 def _low_entropy(share: xr.DataArray) -> xr.DataArray:
-    """Minus the entropy over the first axis, in nats, where a share is among the `LIVELY`."""
+    """Minus the entropy over the first axis, in nats, where a share is among the `LIVELY`; below
+    all these the others, by their share, so that no two tie by the places they have."""
     total = share.values.sum(0)
     known = entropy(np.where(total > 0, share.values, 1), axis=0)
     least = -np.log(len(share)) - 1  # below all entropies
     lively = share.values >= np.quantile(share.values, LIVELY)
-    return share.copy(data=np.where(lively, -known, least))
+    return share.copy(data=np.where(lively, -known, least - 1 + share.values))
 
 
 @selector

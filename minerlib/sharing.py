@@ -20,7 +20,7 @@ from minerlib.model import MLLM
 from minerlib.selection import unique
 
 FILE, CARD = "neurons.nc", "README.md"
-_VALUES = 4  # of every weight matrix of a layer, by which a model is known again
+_VALUES = 16  # of every weight matrix of a layer, by which a model is known again
 
 
 def save_neurons(
@@ -107,7 +107,7 @@ def push_neurons(folder: str | Path, repository: str, *, private: bool = False) 
 
 
 def _signature(mllm: MLLM) -> np.ndarray:
-    """The first values of every weight matrix of each decoder layer, float32 [layer, value]."""
+    """Values from all over every weight matrix of each decoder layer, float32 [layer, value]."""
     found = []
     for layer in mllm.layers:
         weights = [w for _, w in sorted(layer.named_parameters()) if w.ndim == 2]
@@ -116,7 +116,8 @@ def _signature(mllm: MLLM) -> np.ndarray:
                 f"{mllm.name}: its weights are quantised or offloaded, so that it cannot be told "
                 "which model it is; load it with float weights, or give load_neurons no mllm"
             )
-        found.append(torch.cat([w.detach().flatten()[:_VALUES].float().cpu() for w in weights]))
+        flat = [w.detach().flatten() for w in weights]
+        found.append(torch.cat([w[:: len(w) // _VALUES + 1].float().cpu() for w in flat]))
     return torch.stack(found).numpy()
 
 
@@ -130,8 +131,7 @@ def _same(held: xr.Dataset, card: Mapping[str, Any], mllm: MLLM) -> None:
         here = f"a {own} of {mllm.n_layers} x {mllm.n_neurons}"
         raise ValueError(f"{of}, {whose}; {mllm.name} is {here}")
     theirs, mine = held["weights"].values, _signature(mllm)
-    most = 0.01 * np.abs(theirs).max(1, keepdims=True)
-    if theirs.shape != mine.shape or (np.abs(theirs - mine) > most).any():
+    if theirs.shape != mine.shape or not np.allclose(mine, theirs, rtol=2**-8, atol=1e-6):
         raise ValueError(f"{of}, whose weights are not those of {mllm.name}: mine your own model")
 
 

@@ -270,7 +270,8 @@ class Workbook(Parameters):
 
         def compute() -> xr.DataArray:
             with condition():
-                return self._scored(bench, batch_size=self.batch_size, **how)
+                both = {"batch_size": self.batch_size, "on_error": self.on_error}
+                return self._scored(bench, **both, **how)
 
         made_by = (score, of) if of else score
         about = (key or {}) | how
@@ -342,6 +343,8 @@ class Workbook(Parameters):
             try:
                 sets = of(n) if of else [first(self.total(), n, **self.how)]
             except ValueError:  # a strategy that takes more at once, or fewer in all
+                if of:
+                    raise
                 return n > doses[len(doses) // 2]
             return self.costs_half(*sets)
 
@@ -411,6 +414,8 @@ class Workbook(Parameters):
         if mode in ("mean", "min") and constants is not None:
             key["constants"] = digest(constants[f"activation_{mode}"])
         elif mode == "resample":  # known by where they are from: their bits are a processor's
+            if constants is not None:
+                raise ValueError("mode='resample' takes its own constants, of the mined rows")
             key["constants"] = [sampled, _prints(self.mining), self.seed]
         elif mode != "zero":
             key["constants"] = digest(constants)
@@ -533,11 +538,22 @@ class Workbook(Parameters):
         self.run.save(f"finding-{name}", value, of=self._plugged, **self.configuration)
         print(f"finding {name} of {self.label} is kept in the run folder")
 
-    def save_neurons(self, neurons: xr.DataArray, folder: str | Path, effect: str = "") -> Path:
-        """Neurons to hand on, with a card of this run: `sharing.save_neurons`."""
+    def save_neurons(
+        self,
+        neurons: xr.DataArray,
+        folder: str | Path,
+        effect: str = "",
+        method: dict[str, Any] | None = None,
+    ) -> Path:
+        """Neurons to hand on, with a card of this run: `sharing.save_neurons`.
+
+        What `select` made says by itself how; of others `method` has to.
+        """
+        if not (method := method or dict(neurons.attrs)):
+            raise ValueError("say by which method these neurons were found: method={...}")
         rows = {name: f"{len(b)} rows, {b.fingerprint}" for name, b in self.mining.items()}
-        made = {"rows": rows, "method": self.choice}
-        return save_neurons(neurons, ROOT / folder, self.mllm, **made, effect=effect)
+        made: dict[str, Any] = {"rows": rows, "method": method, "effect": effect}
+        return save_neurons(neurons, ROOT / folder, self.mllm, **made)
 
     def save_figure(self, fig: Figure, name: str) -> None:
         """Keep a figure in the run folder, and without its digest where MINER_FIGURES says."""

@@ -51,6 +51,13 @@ def test_shares_are_of_what_lies_above_chance():
     assert doses.half_doses(before, after)["neurons"][0] == pytest.approx(10**1.5)
 
 
+def test_nothing_above_chance_has_no_half_dose():
+    before = table(0.25).assign(chance=0.25)
+    after = {n: table(x).assign(chance=0.25) for n, x in DOSES.items()}
+    (line,) = doses.half_doses(before, after).to_dict("records")
+    assert np.isnan(line["neurons"])
+
+
 def test_the_order_of_rows_does_not_count():
     after = {n: table(x).sample(frac=1, random_state=n) for n, x in DOSES.items()}
     ordered = doses.half_doses(table(1.0), {n: table(x) for n, x in DOSES.items()})
@@ -68,6 +75,8 @@ def test_heads_and_mlps(mllm):
     draws = doses.random_heads(mllm, 3, 4, seed=1)
     assert len({of.tobytes() for of in draws}) == 4
     assert all(of.shape == doses.heads_of(mllm) and of.sum() == 3 for of in draws)
+    with pytest.raises(ValueError, match="99 attention heads are more than the"):
+        doses.random_heads(mllm, 99, 1)
     again = doses.random_heads(mllm, 3, 4, seed=1)
     assert all(np.array_equal(a, b) for a, b in zip(draws, again, strict=True))
     whole = doses.as_mlp(random_neurons(shared_mllm("tiny-qwen2-vl")), 1)

@@ -260,6 +260,22 @@ def some_ranks() -> xr.DataArray:
     return xr.DataArray(ranks, coords, ("selector", "modality", "layer", "neuron"))
 
 
+def blocks() -> dict[str, list[xr.DataArray]]:
+    """Two benchmarks' scores in eight blocks."""
+    return {b: [scores(seed + i).assign_attrs(rows=3) for i in range(8)] for b, seed in
+            (("a", 20), ("b", 40))}  # fmt: skip
+
+
+def chosen(total: xr.DataArray) -> dict[str, xr.DataArray]:
+    return {m: select(total.sel(modality=[m]), 0.1) for m in ("text", "image")}
+
+
+def agreed() -> pd.DataFrame:
+    costs = pd.DataFrame(np.random.default_rng(10).random((30, 2)), columns=["t", "i"])
+    media = {"t": "text", "i": "image"}
+    return rivals.agreement(some_ranks(), np.arange(30), costs, media)
+
+
 def domains() -> dict[str, Asked]:
     """Two benchmarks, of pictures and of text."""
     rows = samples(6)
@@ -328,6 +344,9 @@ GOLDEN: dict[str, Callable[[], Any]] = {
         for of in stability.CHANGES.values()
     },
     "findings.rivals.ranks": lambda: rivals.ranks(mllm(), domains(), ["text", "image"], steps=1),
+    "findings.stability.growing": lambda: stability.growing(blocks(), [1, 2, 8], chosen),
+    "findings.stability.halves": lambda: stability.halves(blocks(), list(range(1, 9)), chosen),
+    "findings.rivals.agreement": agreed,
     "findings.rivals.named": lambda: rivals.named(some_ranks(), 5),
     "findings.rivals.recovered": lambda: rivals.recovered(
         mllm(), domains(), *sites(), strength=30.0, steps=1

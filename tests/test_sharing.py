@@ -49,6 +49,12 @@ def test_they_are_known_again_in_16_bits_and_not_in_another_model(saved, mllm):
         assert ml.load_neurons(folder, random_mllm(name, dtype=dtype)).any()
     with pytest.raises(ValueError, match="whose weights are not those of .*: mine your own model"):
         ml.load_neurons(folder, random_mllm(name, seed=1))
+    tuned = random_mllm(name)
+    with torch.no_grad():
+        for weight in tuned.layers[0].parameters():
+            weight.mul_(1.02)
+    with pytest.raises(ValueError, match="mine your own model"):
+        ml.load_neurons(folder, tuned)
     one = random_mllm(name)
     with torch.no_grad():  # a single attention weight, such as an adapter changes
         one.layers[-1].self_attn.o_proj.weight[:, :2] += 0.05
@@ -110,6 +116,11 @@ def test_a_run_says_where_they_are_from(tmp_path, monkeypatch):
     wb = ml.Workbook(model="data/models/tiny-qwen2-vl", benchmarks="mmlu", limit=3,
                      run_dir=str(tmp_path / "run"))  # fmt: skip
     neurons = random_neurons(wb.mllm)
+    with pytest.raises(ValueError, match="say by which method these neurons were found"):
+        wb.save_neurons(neurons, tmp_path / "n")
+    neurons.attrs["strategy"] = "mine"
     card = ml.load_neurons(wb.save_neurons(neurons, tmp_path / "n"), wb.mllm).attrs["card"]
-    assert card["rows"]["mmlu"].startswith("3 rows, ") and card["method"]["strategy"] == "LA_MU"
+    assert card["rows"]["mmlu"].startswith("3 rows, ") and card["method"] == {"strategy": "mine"}
+    wb.save_neurons(neurons, tmp_path / "n", method={"by": "hand"})
+    assert ml.load_neurons(tmp_path / "n").attrs["card"]["method"] == {"by": "hand"}
     assert card["effect"] == "" and card["model"] == "tiny-qwen2-vl"

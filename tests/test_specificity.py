@@ -186,6 +186,7 @@ def test_contrast_is_with_the_largest_other():
 
 
 def test_rounds_of_partners_are_outside_all_sets():
+    """Nor of those that are left out; each round of as many, for the same neurons, as loud."""
     rng = np.random.default_rng(0)
     shape = 2, 400
     loud = xr.DataArray(rng.lognormal(size=(2, 2, *shape)), {"statistic": ["mean", "max"],
@@ -195,14 +196,18 @@ def test_rounds_of_partners_are_outside_all_sets():
         "a": one(*range(0, 60), shape=shape).assign_coords(modality=["a"]),
         "b": one(*range(60, 120), shape=shape).assign_coords(modality=["b"]),
     }
-    found = rounds(sets, loud, 3, seed=1)
-    assert len(found) == 2 * (1 + 3)
-    chosen = np.arange(2 * 400) < 120
-    for own, of in zip(found[:2], sets.values(), strict=True):
-        assert own.any() and not (own & ~of).any()
-    for drawn in found[2:]:
-        assert drawn.any() and not drawn.values.ravel()[chosen].any()
+    spared = one(*range(120, 150), shape=shape)
+    found, pairs = rounds(sets, loud, 3, seed=1, outside=[spared])
+    assert len(found) == 2 * (1 + 3) and len(pairs) == 120
+    for own, (m, of) in zip(found[:2], sets.items(), strict=True):
+        there = pairs[(pairs["modality"] == m) & (pairs["partner"] >= 0)]
+        assert own.sum() == len(there) > 30 and not (own & ~of).any()
+    for i, drawn in enumerate(found[2:]):
+        assert not drawn.values.ravel()[:150].any()
+        assert 0.8 * found[i % 2].sum() <= drawn.sum() <= found[i % 2].sum()
     assert not found[2].equals(found[4])
+    with pytest.raises(ValueError, match="none of the neurons of .'a', 'b'. has a partner"):
+        rounds(sets, loud, 1, outside=[one(*range(800), shape=shape)])
 
 
 def test_what_cannot_be_asked_is_named():

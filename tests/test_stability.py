@@ -42,7 +42,9 @@ def test_pooled_blocks_are_the_scores_of_all_their_rows(mllm):
     torch.testing.assert_close(
         torch.tensor(found.values), torch.tensor(whole.values), atol=2e-5, rtol=0
     )
-    assert found.samples.equals(whole.samples)
+    assert found.samples.equals(whole.samples) and found.attrs["rows"] == len(samples)
+    np.testing.assert_allclose(found.activation_mean, whole.activation_mean, atol=1e-5)
+    np.testing.assert_allclose(found.activation_min, whole.activation_min, atol=1e-5)
     total = stability.of_rows({"rows": blocks}, [0, 1, 2])
     np.testing.assert_allclose(total, aggregate([whole]), atol=2e-5)
 
@@ -58,7 +60,7 @@ def made(blocks: int = 8, seed: int = 0, noise: float = 1.0) -> list[xr.DataArra
         coords |= {"samples": ("modality", 3 * held), "activation_min": ("layer", np.zeros(2))}
         coords |= {"activation_mean": (("layer", "neuron"), np.zeros((2, 50)))}
         dims = ("metric", "modality", "layer", "neuron")
-        out.append(xr.DataArray(values.astype(np.float32), coords, dims))
+        out.append(xr.DataArray(values.astype(np.float32), coords, dims, attrs={"rows": 3}))
     return out
 
 
@@ -142,6 +144,49 @@ def test_half_samples_give_the_error_of_a_mean():
         ways = [x[list(w)].mean() for w in stability.combinations(range(8), 4)]
         found.append(stability.replicated(x.mean(), ways).error ** 2)
     assert np.mean(found) == pytest.approx(1 / 8, rel=0.08)
+
+
+def test_halves_of_halves_tell_how_much_the_rows_matter():
+    """Complementary halves share alike whatever the rows: only within a half does it show."""
+    held = {}
+    for name, noise in {"little": 0.2, "much": 3.0}.items():
+        found = stability.halves({"a": made(noise=noise)}, list(range(1, 9)), choose)
+        found = found[found["way"] >= 0]
+        by_way = found.groupby("way")[["other", "other within", "whole within"]].mean()
+        held[name] = by_way
+        assert (by_way["other within"] < by_way["other"]).mean() > 0.5  # a quarter knows less
+    errors = {name: stability.spread_of(x["other"].mean(), x["other within"]).error
+              for name, x in held.items()}  # fmt: skip
+    assert errors["much"] > errors["little"]
+    x = held["much"]["other within"]
+    found = stability.spread_of(0.6, x)
+    assert found.mean == 0.6 and found.error == pytest.approx(x.std(ddof=0))
+
+
+@pytest.mark.slow
+def test_the_interval_of_what_halves_share_holds_the_truth():
+    """Where some blocks of rows are far noisier than others, as heavy tails make them."""
+    truth = np.random.default_rng(7).random(600)
+    rng = np.random.default_rng(0)
+
+    def mined():
+        scale = rng.lognormal(0, 0.7, 8)
+        return truth + scale[:, None] * 0.5 * rng.standard_normal((8, 600))
+
+    def share(blocks, one, two):
+        a, b = (set(np.argsort(-blocks[list(w)].mean(0))[:30]) for w in (one, two))
+        return len(a & b) / 30
+
+    def estimate(blocks):
+        ways = list(stability.combinations(range(8), 4))
+        other = [share(blocks, w, [i for i in range(8) if i not in w]) for w in ways]
+        within = [np.mean([share(blocks, q, [i for i in w if i not in q])
+                           for q in stability.combinations(w, 2)]) for w in ways]  # fmt: skip
+        return stability.spread_of(np.mean(other), within)
+
+    found = [estimate(mined()) for _ in range(60)]
+    mean = np.mean([x.mean for x in found])
+    assert np.mean([x.low <= mean <= x.high for x in found]) >= 0.9
 
 
 def test_rows_asked_otherwise(mllm):

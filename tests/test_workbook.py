@@ -451,6 +451,8 @@ def test_how_and_where_are_part_of_a_key(tmp_path, counted):
     for one, two in zip(tables, again, strict=True):
         pd.testing.assert_frame_equal(one, two)
     assert "chance" in tables[-1] and "chance" not in tables[0]
+    with pytest.raises(ValueError, match="takes its own constants"):
+        wb.answers(neurons, mode="resample", constants=2.0)
     other = make(tmp_path, **few | {"limit": 7})  # other inputs
     other.answers(neurons, mode="resample")
     assert len(counted) == 2 * len(asked) + 2

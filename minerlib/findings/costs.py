@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 
 import pandas as pd
 import psutil
+import torch
 from tqdm import tqdm
 
 from minerlib.activity import activity
@@ -55,7 +56,7 @@ def steps(
 
 @computation(version=1)
 def timed(jobs: Mapping[str, Callable[[], object]], rounds: int) -> pd.DataFrame:
-    """Seconds, and MiB of memory beyond what was there before, of each job in every round.
+    """Seconds, and MiB of host memory beyond what was there before, of each job in every round.
 
     The jobs take turns, so that what else the machine does falls on all; one round before is not
     counted. Columns job, round, seconds, memory.
@@ -64,12 +65,20 @@ def timed(jobs: Mapping[str, Callable[[], object]], rounds: int) -> pd.DataFrame
     for turn in tqdm(range(-1, rounds), "rounds", leave=False):
         for name, job in jobs.items():
             with memory() as peak:
+                _settle()
                 start = time.perf_counter()
                 job()
+                _settle()
                 seconds = time.perf_counter() - start
             lines.append((name, turn, seconds, peak[0]))
     table = pd.DataFrame(lines, columns=["job", "round", "seconds", "memory"])
     return table[table["round"] >= 0].reset_index(drop=True)
+
+
+def _settle() -> None:
+    """Wait for what runs on an accelerator."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 @contextmanager

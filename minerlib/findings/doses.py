@@ -18,7 +18,7 @@ def half_doses(
     after holds answers by the number of neurons silenced. The share lost is taken as growing with
     the dose (its running maximum) and read off between two doses on a log scale. Columns benchmark,
     neurons, low, high: the middle 95 % of resamplings of what rows are about; infinite where no
-    dose costs as much, the lowest dose where it already does.
+    dose costs as much, the lowest dose where it already does, NaN where nothing is above chance.
     """
     doses = sorted(after)
     columns = [*KEY, "medium", "score", "chance"]
@@ -36,6 +36,7 @@ def half_doses(
         counts = np.vstack([np.ones(len(rows)), drawn])  # [1 + n, medium]
         means = counts @ rows.to_numpy() / (counts @ rows["row"].to_numpy())[:, None]
         over = means[:, 0] - means[:, 1]
+        over = np.where(over > 0, over, np.nan)  # nothing is there to be lost
         above.append(over)
         left.append(means[:, 2:-1] - means[:, [1]])
         shares[str(name)] = 1 - left[-1] / over[:, None]
@@ -44,21 +45,21 @@ def half_doses(
     lines = []
     for name, share in shares.items():
         at = _crossing(np.log(doses), np.maximum.accumulate(share, axis=1), lost)
-        low, high = np.quantile(at[1:], [0.025, 0.975], method="nearest")
+        low, high = np.nanquantile(at[1:], [0.025, 0.975], method="nearest")
         lines.append([name, *np.exp([at[0], low, high])])
     return pd.DataFrame(lines, columns=["benchmark", "neurons", "low", "high"])
 
 
 def _crossing(x: np.ndarray, y: np.ndarray, level: float) -> np.ndarray:
     """Where each row of y [row, x], which grows, first reaches the level; inf: nowhere."""
-    reached = y >= level
+    reached = y >= level  # never, of NaN
     i = reached.argmax(1)
     before = np.maximum(i - 1, 0)
     rows = np.arange(len(y))
     low, high = y[rows, before], y[rows, i]
     part = np.where(high > low, (level - low) / np.where(high > low, high - low, 1), 0)
     at = x[before] + np.clip(part, 0, 1) * (x[i] - x[before])
-    return np.where(reached.any(1), at, np.inf)
+    return np.where(np.isnan(y).any(1), np.nan, np.where(reached.any(1), at, np.inf))
 
 
 def weights_of(mllm: MLLM) -> tuple[int, int]:
@@ -77,6 +78,8 @@ def heads_of(mllm: MLLM) -> tuple[int, int]:
 def random_heads(mllm: MLLM, n: int, draws: int, seed: int = 0) -> list[np.ndarray]:
     """Draws of n attention heads, each bool [layer, head]."""
     found = np.zeros((draws, *heads_of(mllm)), bool)
+    if n > found[0].size:
+        raise ValueError(f"{n} attention heads are more than the {found[0].size} of {mllm.name}")
     for i, of in enumerate(found.reshape(draws, -1)):
         of[np.random.default_rng((seed, i)).choice(of.size, n, replace=False)] = True
     return list(found)

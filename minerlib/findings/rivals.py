@@ -16,7 +16,7 @@ from minerlib.findings import specificity, stability
 from minerlib.gradients import gradients
 from minerlib.model import MLLM
 from minerlib.scoring import score
-from minerlib.selection import first
+from minerlib.selection import first, select
 from minerlib.selectors import SELECTORS, Evidence, miner, ranked
 from minerlib.tasks import Benchmark
 from minerlib.written import column_norms
@@ -56,6 +56,10 @@ def evidence(
         whole = whole.assign_coords(tokens=("modality", tokens))
         out[unit] = Evidence(activity=whole, domains=domains, **rest)
     return out
+
+
+MADE_OF = (score, aggregate, activity, gradients, select)
+"""The computations that `ranks` and `recovered` rest on: their versions count in keys."""
 
 
 def compared() -> list:
@@ -147,6 +151,7 @@ def sample(found: xr.DataArray, n: int, seed: int = 0) -> np.ndarray:
     return np.concatenate([rng.choice(of, size, replace=False) for of, size in parts])
 
 
+@computation(version=1)
 def agreement(
     found: xr.DataArray, index: np.ndarray, costs: pd.DataFrame, media: Mapping[str, str]
 ) -> pd.DataFrame:

@@ -18,6 +18,7 @@ from minerlib import inference
 from minerlib.critical import together
 from minerlib.inference import Estimate
 from minerlib.selection import Weights, weighted
+from minerlib.selectors import less_the_largest_other
 from minerlib.tasks.evaluation import KEY, guesses, paired
 from minerlib.written import as_loud, with_partner
 
@@ -32,12 +33,11 @@ def _lost(before: pd.DataFrame, after: pd.DataFrame) -> pd.DataFrame:
     rows["down"] = rows["score"] - paired(before, after).set_index(KEY)["score_b"]
     rows = rows.reset_index()
     rows["above"] = rows["score"] - guesses(rows)
-    for name, of in rows.groupby("benchmark", sort=False):
-        if not inference.estimate(of["above"], of["medium"], None).low > 0:
-            raise ValueError(
-                f"{name}: the score as it is is not surely above chance, so no share of it can be "
-                "lost; take more rows, or leave the benchmark out"
-            )
+    if lost_in_chance := sorted(set(rows["benchmark"]) - set(answerable(before))):
+        raise ValueError(
+            f"{lost_in_chance[0]}: the score as it is is not surely above chance, so no share of "
+            "it can be lost; take more rows, or leave the benchmark out"
+        )
     mean = rows.groupby("benchmark")[["down", "above"]].transform("mean")
     share = mean["down"] / mean["above"]
     lost = share + (rows["down"] - share * rows["above"]) / mean["above"]
@@ -103,7 +103,7 @@ def contrasts(modalities: Sequence[str], media: Mapping[str, str]) -> pd.DataFra
 def interaction(
     before: pd.DataFrame, silenced: Mapping[str, pd.DataFrame], media: Mapping[str, str]
 ) -> Estimate:
-    """The crossover interaction in shares of the score above chance.
+    """The crossover interaction in shares of the score above chance, each benchmark's of its own.
 
     silenced holds the answers with each modality's neurons silenced, media each benchmark's
     modality. 2: each takes all of its own and nothing else; 0: all cost all benchmarks alike,
@@ -150,8 +150,9 @@ def more_specific(
 def costlier(
     before: pd.DataFrame, one: Mapping[str, pd.DataFrame], other: Mapping[str, pd.DataFrame]
 ) -> Estimate:
-    """Share of the score above chance that some sets cost more than others, averaged over the sets
-    and the benchmarks."""
+    """Share of the score above chance that some sets cost more than others: each benchmark's share
+    of its own, averaged over the sets and the benchmarks (`silencing.beyond_draws` takes the
+    average's share)."""
     share = 1 / before["benchmark"].nunique()
     sets, weights = {}, {}
     for sign, of in ((1, one), (-1, other)):
@@ -216,24 +217,30 @@ def at_own_tokens(
 def by_contrast(scores: xr.DataArray, weights: Weights) -> xr.DataArray:
     """Scores of the same shape whose every metric is the weighted score less the largest of any
     other modality: weighted in any way they rank neurons by contrast."""
-    value = weighted(scores, weights)
-    most = np.stack([np.delete(value, i, 0).max(0) for i in range(len(value))])
-    told = xr.DataArray(value - most, dims=("modality", "layer", "neuron"))
+    value = less_the_largest_other(weighted(scores, weights))
+    told = xr.DataArray(value, dims=("modality", "layer", "neuron"))
     return scores.copy(data=told.broadcast_like(scores).transpose(*scores.dims).values)
 
 
 def rounds(
-    sets: Mapping[str, xr.DataArray], loud: xr.DataArray, n: int, seed: int = 0
-) -> list[xr.DataArray]:
-    """Each set's neurons that have partners as loud (`written.as_loud`) outside all sets, and then
-    n times such partners, set by set."""
-    others = {m: together(of for k, of in sets.items() if k != m) for m in sets}
+    sets: Mapping[str, xr.DataArray],
+    loud: xr.DataArray,
+    n: int,
+    seed: int = 0,
+    outside: Sequence[xr.DataArray] = (),
+) -> tuple[list[xr.DataArray], pd.DataFrame]:
+    """Each set's neurons that have partners as loud (`written.as_loud`), then n times partners of
+    these, set by set; and who stands for whom in the first matching, for `written.balance`.
 
-    def match(m: str, i: int) -> tuple[xr.DataArray, pd.DataFrame]:
-        return as_loud(sets[m], loud, seed + i, outside=others[m])
-
-    own = [with_partner(of, match(m, 0)[1]) for m, of in sets.items()]
-    return own + [match(m, i)[0] for i in range(n) for m in sets]
+    Partners are in none of the sets, nor in those `outside`, bool [modality, layer, neuron].
+    """
+    taken = together([*sets.values(), *outside])
+    pairs = {m: as_loud(of, loud, seed, outside=taken)[1] for m, of in sets.items()}
+    own = {m: with_partner(of, pairs[m]) for m, of in sets.items()}
+    if none := [m for m, of in own.items() if not of.any()]:
+        raise ValueError(f"none of the neurons of {none} has a partner that writes as much")
+    drawn = [as_loud(of, loud, seed + i, outside=taken)[0] for i in range(n) for of in own.values()]
+    return [*own.values(), *drawn], pd.concat(pairs.values(), ignore_index=True)
 
 
 def pairwise(

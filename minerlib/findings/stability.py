@@ -47,7 +47,14 @@ def pooled(blocks: Sequence[xr.DataArray]) -> xr.DataArray:
     weights = n / n.sum(0).clip(1)
     values = sum(w[:, None, None] * b.values for w, b in zip(weights, blocks, strict=True))
     out = blocks[0].copy(data=np.asarray(values, np.float32))
-    return out.assign_coords(samples=("modality", n.sum(0)))
+    rows = [block.attrs["rows"] for block in blocks]
+    means = [block.activation_mean.values for block in blocks]
+    low = np.min([block.activation_min.values for block in blocks], axis=0)
+    return out.assign_coords(
+        samples=("modality", n.sum(0)),
+        activation_mean=(("layer", "neuron"), np.average(means, axis=0, weights=rows)),
+        activation_min=("layer", low),
+    ).assign_attrs(rows=sum(rows))
 
 
 def of_rows(mined: Mined, blocks: Sequence[int]) -> xr.DataArray:
@@ -62,6 +69,7 @@ def shared(a: Mapping[str, xr.DataArray], b: Mapping[str, xr.DataArray]) -> dict
     }
 
 
+@computation(version=1)
 def growing(mined: Mined, ends: Sequence[int], choose: Choose) -> pd.DataFrame:
     """What is found on the first rows and on all: columns rows, modality, shared (with all)."""
     whole = choose(of_rows(mined, range(len(ends))))
@@ -79,12 +87,15 @@ def enough(grown: pd.DataFrame, share: float = 0.95) -> int:
     return int(least.index[least.index > (short.max() if len(short) else 0)].min())
 
 
+@computation(version=1)
 def halves(mined: Mined, ends: Sequence[int], choose: Choose) -> pd.DataFrame:
     """What is found on each half of the rows, for every way to halve them by their `BLOCKS`.
 
     Columns way (-1: all rows), modality, other (share of the half's neurons that the other half
     has too), whole (that all rows have), alone (that no other modality has), benchmarks (share
-    that two benchmarks have in common, each mined alone; NaN where one alone holds the modality).
+    that two benchmarks have in common, each mined alone; NaN where one alone holds the modality);
+    and `other within` and `whole within`, the same of the half alone, halved again in every way:
+    two complementary halves share alike, so that only these tell how much the rows matter.
     """
     first = len(ends) - BLOCKS + 1
     groups = [range(first), *([i] for i in range(first, len(ends)))]
@@ -99,14 +110,27 @@ def halves(mined: Mined, ends: Sequence[int], choose: Choose) -> pd.DataFrame:
     whole, *own = found(range(BLOCKS))
     ways = combinations(range(BLOCKS), BLOCKS // 2)
     half = {way: found(way) for way in ways}
+    pairs_of = {pair: found(pair)[0] for pair in combinations(range(BLOCKS), BLOCKS // 4)}
+
+    def within(way: Sequence[int], one: Mapping[str, xr.DataArray]) -> list[pd.Series]:
+        """What two quarters share, and what a quarter shares with its half, by modality."""
+        quarters = [q for q in pairs_of if set(q) <= set(way)]
+        rest = [tuple(i for i in way if i not in q) for q in quarters]
+        pairs = [shared(pairs_of[q], pairs_of[r]) for q, r in zip(quarters, rest, strict=True)]
+        return [
+            pd.DataFrame(x).mean() for x in (pairs, [shared(pairs_of[q], one) for q in quarters])
+        ]
+
     lines = [{"way": -1, "modality": m, "alone": own[0][m], "benchmarks": own[1].get(m)}
              for m in whole]  # fmt: skip
     for number, (way, (one, single, pairs)) in enumerate(half.items()):
         other = shared(one, half[tuple(i for i in range(BLOCKS) if i not in way)][0])
+        apart, of_half = within(way, one)
         of_whole = shared(one, whole)
         lines += [
             {"way": number, "modality": m, "other": other[m], "whole": of_whole[m],
-             "alone": single[m], "benchmarks": pairs.get(m)}
+             "alone": single[m], "benchmarks": pairs.get(m),
+             "other within": apart.get(m), "whole within": of_half.get(m)}
             for m in one if m in other
         ]  # fmt: skip
     return pd.DataFrame(lines).astype({"benchmarks": float})
@@ -129,6 +153,13 @@ def replicated(value: float, replicates: Sequence[float]) -> Estimate:
     error = math.sqrt(np.mean((np.asarray(replicates) - value) ** 2))
     wide, narrow = stats.t.ppf([0.975, 0.95], BLOCKS - 1) * error
     return Estimate(value, value - wide, value + wide, value - narrow, value + narrow, error)
+
+
+def spread_of(value: float, replicates: Sequence[float]) -> Estimate:
+    """The same where replicates are of fewer rows and so of another mean: the error is their
+    spread around it, which is rather too large."""
+    values = np.asarray(replicates, float)
+    return replicated(value, value + values - values.mean())
 
 
 def by_chance(chosen: Mapping[str, xr.DataArray], draws: int, seed: int = 0) -> np.ndarray:
@@ -160,7 +191,7 @@ def medium_behind(sample: Sample) -> Sample:
 
 @computation(version=1)
 def noise(sample: Sample) -> Sample:
-    """Noise in the medium's place, as large or long and as bright or loud, drawn by the row."""
+    """Noise in the medium's place, as large or long (and a sound as loud), drawn by the row."""
     rng = np.random.default_rng(sample.row)
     made: dict[str, Any] = {}
     if sample.image is not None:
