@@ -19,7 +19,7 @@ TINY := data/models/tiny-qwen2-vl data/models/tiny-qwen2-audio
 TESTING := HF_HUB_OFFLINE=1 TQDM_DISABLE=1 OMP_NUM_THREADS=1
 GIVEN = $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
 
-.PHONY: env models workbook notebooks atlas test test-fast lint api bench data clean
+.PHONY: env models workbook notebooks atlas test test-fast lint api book bench data clean
 
 env: $(INSTALLED)
 
@@ -65,6 +65,11 @@ lint: env
 
 api: env
 	$(BIN)/pdoc -o build/api minerlib
+
+# A static site of the notebooks as committed, build/book; atlases that are built come along.
+book: env
+	$(BIN)/python -m pip install -q -c requirements.lock -e ".[book]"
+	$(BIN)/python -m book
 
 # SECTIONS="scoring memory" measures those alone. Nothing else should run.
 bench: env

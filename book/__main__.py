@@ -1,0 +1,67 @@
+"""Build the static site: notebooks as committed, what they guarantee, gotchas, the API, atlases.
+
+    python -m book            # into build/book; opens from disk and from any static host
+
+Nothing is executed. Sphinx with MyST-NB reads what stands in the repository, once its files lie in
+one folder; pdoc makes the API page; atlases that lie in build/atlas come along.
+"""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pdoc
+from sphinx.cmd.build import main as sphinx
+
+ROOT = Path(__file__).parents[1]
+HERE, SOURCES, SITE = ROOT / "book", ROOT / "build/book-sources", ROOT / "build/book"
+FOLDERS = ("notebooks", "figures")
+PAGES = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md")
+
+
+def assemble() -> None:
+    """Everything that the site is made of, in one folder."""
+    shutil.rmtree(SOURCES, ignore_errors=True)
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, SOURCES / folder)
+    for page in PAGES:
+        (SOURCES / page).parent.mkdir(parents=True, exist_ok=True)
+        (SOURCES / page).write_text(linked((ROOT / page).read_text(), Path(page).parent))
+    for file in (*HERE.glob("*.md"), HERE / "conf.py"):
+        shutil.copy(file, SOURCES)
+    atlases = sorted((ROOT / "build/atlas").glob("*/index.html"))
+    names = [file.parent.name for file in atlases]
+    lines = [f"- [{name}](atlas/{name}/index.html)" for name in names]
+    none = "None is built yet: `make atlas` builds one, and `make book` takes it along."
+    listed = "\n".join(lines) or none
+    (SOURCES / "atlas.md").write_text(
+        f"# Atlas\n\nNeurons to look at, and to listen to.\n\n{listed}\n"
+    )
+
+
+def linked(text: str, folder: Path) -> str:
+    """Links to files that are no pages of the site, as plain text."""
+
+    def keep(found: re.Match) -> str:
+        target = (folder / found[2].split("#")[0]).as_posix()
+        page = target.startswith(("http", "notebooks/0", "notebooks/1", "notebooks/2", "figures/"))
+        return found[0] if page or target in PAGES or found[2][0] == "#" else f"`{found[1]}`"
+
+    return re.sub(r"(?<!!)\[([^\]\[]+)\]\(([^)]+)\)", keep, text)
+
+
+def main() -> int:
+    assemble()
+    shutil.rmtree(SITE, ignore_errors=True)
+    if failed := sphinx(["-q", "-W", "--keep-going", "-j", "2", str(SOURCES), str(SITE)]):
+        return failed
+    pdoc.pdoc("minerlib", output_directory=SITE / "api")
+    if (ROOT / "build/atlas").is_dir():
+        shutil.copytree(ROOT / "build/atlas", SITE / "atlas", dirs_exist_ok=True)
+    print(f"open {(SITE / 'index.html').relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
