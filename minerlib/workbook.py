@@ -520,7 +520,7 @@ class Workbook(Parameters):
         )
         named = [atlas.named(neuron) for neuron in neurons]
         rows, how = self.mining, {"neurons": named, "top": top}
-        return self.cached("excited", compute, of=atlas.excited, rows=rows, part=True, **how)
+        return self.cached("excited", compute, of=atlas.excited, rows=rows, **how)
 
     def look(self, layer: int, neuron: int, top: int = 4) -> atlas.Framed:
         """One neuron's page of the atlas, on the mined rows, as a notebook shows it."""
