@@ -330,23 +330,24 @@ class Workbook(Parameters):
         places[order] = np.arange(1, value.size + 1)
         return places.reshape(value.shape)
 
-    def half_dose(self, of: Callable[[int], Sequence[xr.DataArray]] | None = None) -> int:
+    def half_dose(self, of: Callable[[int], dict[str, xr.DataArray]] | None = None) -> int:
         """How many neurons, of those the strategy takes first, cost half of the score above chance.
 
-        Or of the sets that `of` makes of a number, silenced one at a time, on average. To a factor
-        of two, by `costs_half`. Where no dose up to a tenth of all neurons costs as much it says
-        so, and is the number that a whole budget holds.
+        Or of the sets that `of` makes of a number, one for each modality, of which each is asked
+        for its own benchmarks alone, so that specific neurons can cost as much as others. To a
+        factor of two, by `costs_half`. Where no dose up to a tenth of all neurons costs as much it
+        says so, and is the number that a whole budget holds.
         """
         doses = [round(self.total()[0, 0].size * 0.0002 * 2**i) for i in range(10)]
 
         def halved(n: int) -> bool:
             try:
-                sets = of(n) if of else [first(self.total(), n, **self.how)]
+                neurons = of(n) if of else first(self.total(), n, **self.how)
             except ValueError:  # a strategy that takes more at once, or fewer in all
                 if of:
                     raise
                 return n > doses[len(doses) // 2]
-            return self.costs_half(*sets)
+            return self.costs_half(neurons)
 
         at = bisect_left(doses, True, key=halved)
         if at < len(doses):
@@ -356,12 +357,24 @@ class Workbook(Parameters):
         )
         return unique(self.select())
 
-    def costs_half(self, *sets: xr.DataArray) -> bool:
-        """Whether silencing each of these costs half of the score above chance, on average, on at
-        most 24 mined rows."""
-        start = self._above_chance
-        left = (above_chance(self.answers(neurons, rows=self._few)) for neurons in sets)
-        return bool(start > 0 and np.mean([*left]) <= start / 2)
+    def costs_half(self, neurons: xr.DataArray | dict[str, xr.DataArray]) -> bool:
+        """Whether silencing them costs half of the score above chance, on at most 24 mined rows.
+
+        Of each modality's own, its own benchmarks' score, on average over the modalities.
+        """
+        left = [
+            above_chance(self.answers(of, rows=rows)) / start
+            for of, rows in self._asked_for(neurons)
+            if (start := above_chance(self.answers(rows=rows))) > 0
+        ]
+        return bool(left) and float(np.mean(left)) <= 0.5
+
+    def _asked_for(self, neurons: xr.DataArray | dict[str, xr.DataArray]) -> list[tuple]:
+        """Neurons, and the rows whose score they are to cost."""
+        if not isinstance(neurons, dict):
+            return [(neurons, self._few)]
+        own = {m: {k: b for k, b in self._few.items() if b.spec.modality == m} for m in neurons}
+        return [(of, own[m]) for m, of in neurons.items() if own[m]]
 
     def critical(self, tried: int) -> tuple[xr.DataArray, np.ndarray]:
         """The fewest neurons that jointly cost half of the score, and what each candidate costs.
@@ -391,10 +404,6 @@ class Workbook(Parameters):
     @cached_property
     def _few(self) -> dict[str, Benchmark]:
         return {name: bench[:24] for name, bench in self.mining.items()}
-
-    @cached_property
-    def _above_chance(self) -> float:
-        return above_chance(self.answers(rows=self._few))
 
     def draws(self, neurons: xr.DataArray, n: int, by_layer=False, **how) -> list[xr.DataArray]:
         """A null: n draws of as many different neurons (`matched_random`), with by_layer in each

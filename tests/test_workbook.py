@@ -392,26 +392,36 @@ def test_what_costs_half_of_the_score(tmp_path, monkeypatch):
     assert set(asked) == {24}
 
 
-def test_what_costs_half_on_average(tmp_path, monkeypatch):
-    wb = make(tmp_path, benchmarks="mmlu", limit=30)
-    sets = some_sets(wb.mllm, 2)
-    score = {None: 0.75, digest(sets[0]): 0.75, digest(sets[1]): 0.25}
+def test_each_modality_is_asked_for_its_own_benchmarks(tmp_path, monkeypatch):
+    """So that sets that cost nothing but their own reach half; those without one do not count."""
+    wb = make(tmp_path, benchmarks="mmlu, text_vqa", limit=30)
+    one, two, three = some_sets(wb.mllm, 3)
+    left = {None: {"mmlu": 0.75, "text_vqa": 0.8}, digest(one): {"mmlu": 0.25, "text_vqa": 0.8},
+            digest(two): {"mmlu": 0.75, "text_vqa": 0.2}}  # fmt: skip
 
     def answers(self, neurons=None, rows=None):
-        left = score[None if neurons is None else digest(neurons)]
-        return pd.DataFrame({"benchmark": "mmlu", "score": [left] * 4})
+        of = left[None if neurons is None else digest(neurons)]
+        table = [{"benchmark": k, "score": of[k]} for k in rows]
+        return pd.DataFrame(table)
 
     monkeypatch.setattr(ml.Workbook, "answers", answers)
-    assert wb.costs_half(*sets) and wb.costs_half(sets[1]) and not wb.costs_half(sets[0])
+    assert wb.costs_half({"text": one, "image": two, "special": three})
+    assert not wb.costs_half({"text": two, "image": one}) and not wb.costs_half({"special": three})
+    assert wb.costs_half({"text": one, "image": one})  # (0 + 1) / 2
+    assert not wb.costs_half(one)  # of all, 0.25 + 0.8 of 0.5 + 0.8 above chance is more than half
 
 
-def test_the_half_dose_of_sets_of_ones_own(tmp_path, monkeypatch, capsys):
+def test_the_half_dose_of_sets_of_ones_own(tmp_path, monkeypatch):
     """The least of 0.02 % times powers of two that costs as much, of sets that `of` makes."""
     wb = make(tmp_path, benchmarks="mmlu", limit=30)
     total = xr.DataArray(np.zeros((1, 1, 30, 1000)), dims=("metric", "modality", "layer", "neuron"))
     monkeypatch.setattr(ml.Workbook, "total", lambda self: total)
-    monkeypatch.setattr(ml.Workbook, "costs_half", lambda self, *sets: sum(sets) >= 200)
-    assert wb.half_dose(lambda n: [n, n]) == 192 and wb.half_dose(lambda n: [n]) == 384
+    monkeypatch.setattr(ml.Workbook, "costs_half", lambda self, sets: sum(sets.values()) >= 200)
+    assert (
+        wb.half_dose(lambda n: {"a": n, "b": n}) == 192 and wb.half_dose(lambda n: {"a": n}) == 384
+    )
+    with pytest.raises(ValueError, match="no such modality"):
+        wb.half_dose(lambda n: (_ for _ in ()).throw(ValueError("no such modality")))
 
 
 def test_critical_neurons_are_the_fewest_that_cost_half(tmp_path, monkeypatch):
