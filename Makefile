@@ -1,9 +1,11 @@
 # The workbook in a few words:
-#     make workbook                          every notebook, for both shipped models, into runs/
+#     make workbook                          notebooks 00 to 10 and 20 for both stand-ins, into runs/
+#     make workbook NOTEBOOKS=02,11-16,20    what the paper's reviewers asked
 #     make workbook QUICK=1                  fewer rows: a first look; FULL=1: as committed
 #     make workbook MODEL=Qwen/Qwen2-VL-7B-Instruct DTYPE=bfloat16 LIMIT=500
 #     make test                              pytest and nbval; test-fast takes about two minutes
 #     make bench                             how fast it is, beside its floors and other libraries
+#     make atlas, make book                  a page for each neuron; a site of the notebooks
 #     make models                            assemble the smol models from their pretrained parts
 #     make data                              make the benchmarks and train the models again
 #     make api                               the library's reference, into build/api/

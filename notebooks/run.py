@@ -1,6 +1,6 @@
 """Execute the workbook with Papermill: every numbered notebook in order, for each model.
 
-    python notebooks/run.py                                  # both smol models, into runs/
+    python notebooks/run.py                                  # both stand-ins, into runs/
     python notebooks/run.py quick=1                          # a first look; full=1: as committed
     python notebooks/run.py model=Qwen/Qwen2-VL-7B-Instruct dtype=bfloat16 limit=500
     python notebooks/run.py notebooks=11,13-15               # some; all=00-99
