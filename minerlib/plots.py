@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import xarray as xr
+from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.pyplot import Axes, Figure, MaxNLocator, Rectangle
 
 COLOURS = {
@@ -161,6 +162,7 @@ def upset(sets: Mapping[str, xr.DataArray]) -> Figure:
     with own, warnings.catch_warnings(action="ignore"):  # pandas: of arguments that will go
         grid = Upset(UpsetData.from_sets(members, sets_names=list(sets)), sort_sets="ascending")
         grid.render()
+    grid.figure.set_layout_engine(PlaceHolderLayoutEngine(False, False))  # nor when it is shown
     return grid.figure
 
 
