@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import xarray as xr
 
@@ -241,13 +243,32 @@ def _to_netcdf(value: xr.DataArray, path: Path) -> None:
     value.to_netcdf(path, **_H)
 
 
+def _to_parquet(value: pd.DataFrame, path: Path) -> None:
+    """Without the descriptions of pandas and arrow, which outweigh a small table, where the columns
+    say all: the index only counts rows."""
+    table = pa.Table.from_pandas(value)
+    how: dict[str, Any] = {"compression": "zstd", "compression_level": 19}
+    how |= {"write_statistics": False, "store_schema": not isinstance(value.index, pd.RangeIndex)}
+    with pq.ParquetWriter(path, table.schema, **how) as file:
+        file.write_table(table)
+        file.add_key_value_metadata({"attrs": json.dumps(value.attrs)})
+
+
+def _from_parquet(path: Path) -> pd.DataFrame:
+    with pq.ParquetFile(path) as file:
+        value = file.read().to_pandas()
+        told = (file.metadata.metadata or {}).get(b"attrs")
+    value.attrs = json.loads(told) if told else value.attrs
+    return value
+
+
 _H: dict[str, Any] = {"engine": "h5netcdf"}
 _FORMATS: dict[type, tuple[str, Callable, Callable]] = {  # suffix, write, read
     xr.DataArray: (".nc", _to_netcdf, partial(xr.load_dataarray, **_H)),
     pd.DataFrame: (
         ".parquet",
-        partial(pd.DataFrame.to_parquet, compression="zstd"),
-        pd.read_parquet,
+        _to_parquet,
+        _from_parquet,
     ),
     dict: (".json", lambda value, p: p.write_text(json.dumps(value, indent=1)), _json),
 }

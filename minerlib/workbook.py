@@ -468,7 +468,7 @@ class Workbook(Parameters):
         for name, bench in (self.evaluation if rows is None else rows).items():
             key["rows"] = bench.fingerprint
             if measure == "choice":  # among the other rows' answers
-                key["whole"] = [bench.whole, CHOICES]
+                key["whole"] = digest([bench.whole, CHOICES])
             tables.append(self.run.cached(f"answers-{name}", partial(compute, bench), **key))
         whole = pd.concat(tables, ignore_index=True)
         whole.attrs = {"skipped": [line for t in tables for line in t.attrs.get("skipped", [])]}
