@@ -706,7 +706,8 @@ def test_two_checkpoints_with_one_key(tmp_path):
 def test_a_table_comes_back_as_it_was_and_is_small(index, tmp_path):
     """Types, lists, attributes and an index that says something; a small table in a small file."""
     table = pd.DataFrame({
-        "text": ["a", "ü"], "n": np.array([1, 2], np.int32), "x": [0.1, np.nan], "yes": [True, False],
+        "text": ["a", "ü"], "n": np.array([1, 2], np.int32), "x": [0.1, np.nan],
+        "yes": [True, False],
         "references": [["b", "c"], ["d"]], "logprob": np.array([1, 2], np.float32),
     }, index=index)  # fmt: skip
     table.attrs = {"skipped": ["b row 3: gone"]}
