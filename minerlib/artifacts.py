@@ -265,10 +265,6 @@ def _from_parquet(path: Path) -> pd.DataFrame:
 _H: dict[str, Any] = {"engine": "h5netcdf"}
 _FORMATS: dict[type, tuple[str, Callable, Callable]] = {  # suffix, write, read
     xr.DataArray: (".nc", _to_netcdf, partial(xr.load_dataarray, **_H)),
-    pd.DataFrame: (
-        ".parquet",
-        _to_parquet,
-        _from_parquet,
-    ),
+    pd.DataFrame: (".parquet", _to_parquet, _from_parquet),
     dict: (".json", lambda value, p: p.write_text(json.dumps(value, indent=1)), _json),
 }

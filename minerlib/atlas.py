@@ -28,7 +28,7 @@ from tqdm import tqdm
 from minerlib.artifacts import atomically, computation
 from minerlib.inference import estimate
 from minerlib.model import MLLM
-from minerlib.separation import BASE_SETS, separate
+from minerlib.separation import BASE_SETS, kinds_of, separate
 from minerlib.tasks import Sample
 from minerlib.tasks.evaluation import by_benchmark
 
@@ -127,9 +127,7 @@ def tokens(mllm: MLLM, sample: Sample) -> dict[str, Any]:
     """A prompt's tokens, `text` and `kind`, and how those of its medium lie: `grid` [time, height,
     width]; a row of moments where the processor says nothing of places."""
     batch = mllm.encode([sample])
-    sets = separate(mllm, batch)
-    n = batch["input_ids"].shape[1]
-    kinds = [next(k for k in BASE_SETS if sets[k][0, i]) for i in range(n)]
+    kinds = kinds_of(separate(mllm, batch))
     ids = batch["input_ids"][0].tolist()
     texts = [mllm.tokenizer.decode([i]) if k in ("text", "special") else ""
              for i, k in zip(ids, kinds, strict=True)]  # fmt: skip

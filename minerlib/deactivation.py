@@ -13,7 +13,7 @@ import xarray as xr
 
 from minerlib.artifacts import computation
 from minerlib.model import MLLM
-from minerlib.separation import BASE_SETS, SETS, separate, so_far
+from minerlib.separation import BASE_SETS, SETS, separate_new
 
 Neurons = xr.DataArray | np.ndarray
 Names = Sequence[str] | None
@@ -57,13 +57,11 @@ def deactivate(
     there: dict[str, torch.Tensor] = {}
 
     def locate(module, args, batch):
-        ids, mask = so_far(batch)
-        n = ids.shape[1]
-        sets = separate(mllm, {"input_ids": ids, "attention_mask": mask[:, -n:]})
+        sets, ids, mask = separate_new(mllm, batch)
         if wanted is not None:
             there["at"] = torch.stack([sets[name] for name in wanted]).any(0)[..., None]
         if mode == "resample":
-            place = mask.cumsum(1)[:, -n:]  # by it a token is the same in every batch
+            place = mask.cumsum(1)[:, -ids.shape[1] :]  # by it a token is the same in every batch
             there["picked"] = _picked(constants, sets, 7919 * place + ids)
 
     def silence(layer, x):
@@ -71,13 +69,14 @@ def deactivate(
             index[layer], value[layer] = index[layer].to(x.device), value[layer].to(x)
         if torch.is_grad_enabled():
             x = x.clone()  # in place would break the activation's own backward pass
-        own, new = x[..., index[layer]], value[layer]
+        new = value[layer]
         if mode == "gain":
-            new = own * new
+            new = x[..., index[layer]] * new
         elif mode == "resample":
             new = new[there["picked"].to(x.device)]
-        at = None if wanted is None else there["at"].to(x.device)
-        x[..., index[layer]] = new if at is None else torch.where(at, new, own)
+        if wanted is not None:
+            new = torch.where(there["at"].to(x.device), new, x[..., index[layer]])
+        x[..., index[layer]] = new
         return x
 
     with ExitStack() as stack:
@@ -148,6 +147,11 @@ def _picked(sampled: xr.DataArray, sets: dict, number: torch.Tensor) -> torch.Te
     return picked
 
 
+def heads_of(mllm: MLLM) -> tuple[int, int]:
+    """Layers and attention heads in each."""
+    return mllm.n_layers, mllm.text_config.num_attention_heads
+
+
 @computation(version=1)
 @contextmanager
 def silence_heads(mllm: MLLM, heads: np.ndarray) -> Iterator[MLLM]:
@@ -155,7 +159,7 @@ def silence_heads(mllm: MLLM, heads: np.ndarray) -> Iterator[MLLM]:
 
     Their part of what enters the attention's output projection, at every token.
     """
-    expected = mllm.n_layers, mllm.text_config.num_attention_heads
+    expected = heads_of(mllm)
     if heads.dtype != bool or heads.shape != expected:
         what = f"heads is {heads.dtype} {heads.shape}"
         raise ValueError(f"{what}; {mllm.name} needs bool [layer, head] of {expected}")

@@ -229,8 +229,17 @@ def shuffles(labels: np.ndarray, groups: np.ndarray, n: int, seed: int = 0) -> n
 
 def less(a: Estimate, b: Estimate) -> Estimate:
     """The difference a - b of two estimates from rows that are not the same."""
-    mean, error = a.mean - b.mean, math.hypot(a.error, b.error)
-    wide, narrow = stats.norm.ppf([0.975, 0.95]) * error
+    return around(a.mean - b.mean, math.hypot(a.error, b.error))
+
+
+def summed(parts: Sequence[Estimate]) -> Estimate:
+    """The sum of estimates from rows that are not the same."""
+    return around(sum(part.mean for part in parts), math.hypot(*(part.error for part in parts)))
+
+
+def around(mean: float, error: float, df: float = math.inf) -> Estimate:
+    """The estimate of a mean with this standard error, by t with so many degrees of freedom."""
+    wide, narrow = stats.t.ppf([0.975, 0.95], df) * error
     return Estimate(mean, mean - wide, mean + wide, mean - narrow, mean + narrow, error)
 
 

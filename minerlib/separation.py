@@ -51,6 +51,18 @@ def so_far(given) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
+def separate_new(mllm: MLLM, given) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """The sets of the tokens that a forward pass is given, their ids, and what is real `so_far`."""
+    ids, mask = so_far(given)
+    sets = separate(mllm, {"input_ids": ids, "attention_mask": mask[:, -ids.shape[1] :]})
+    return sets, ids, mask
+
+
+def kinds_of(sets: dict[str, torch.Tensor]) -> list[str]:
+    """The base set of every token of one prompt, without padding."""
+    return [next(k for k in BASE_SETS if sets[k][0, i]) for i in range(sets["prompt"].shape[1])]
+
+
 def stack(sets: dict[str, torch.Tensor]) -> torch.Tensor:
     """The sets as one mask, bool [batch, set, token], in the order of SETS."""
     return torch.stack([sets[name] for name in SETS], dim=1)
@@ -60,6 +72,5 @@ def token_table(mllm: MLLM, sample) -> pd.DataFrame:
     """A prompt's tokens, as text, and the kind of each: columns token, kind."""
     batch = mllm.encode([sample])
     sets = separate(mllm, batch)
-    kinds = [next(k for k in BASE_SETS if sets[k][0, i]) for i in range(sets["prompt"].shape[1])]
     text = [mllm.tokenizer.decode([i]) for i in batch["input_ids"][0].tolist()]
-    return pd.DataFrame({"token": text, "kind": kinds})
+    return pd.DataFrame({"token": text, "kind": kinds_of(sets)})

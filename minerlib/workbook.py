@@ -21,6 +21,7 @@ import pandas as pd
 import transformers
 import xarray as xr
 from matplotlib.figure import Figure
+from scipy.stats import rankdata
 from tqdm import tqdm
 
 from minerlib import atlas, critical, shipped
@@ -325,10 +326,7 @@ class Workbook(Parameters):
     def ranks(self, modality: str) -> np.ndarray:
         """Every neuron's place by the paper's score for a modality, 1 the first [layer, neuron]."""
         value = weighted(self.total().sel(modality=[modality]), self.weights)[0]
-        order = np.argsort(-value, axis=None, kind="stable")
-        places = np.empty(value.size, int)
-        places[order] = np.arange(1, value.size + 1)
-        return places.reshape(value.shape)
+        return rankdata(-value, method="ordinal").reshape(value.shape)
 
     def half_dose(self, of: Callable[[int], dict[str, xr.DataArray]] | None = None) -> int:
         """How many neurons, of those the strategy takes first, cost half of the score above chance.
@@ -362,10 +360,11 @@ class Workbook(Parameters):
 
         Of each modality's own, its own benchmarks' score, on average over the modalities.
         """
+        before = self._few_before
         left = [
             above_chance(self.answers(of, rows=rows)) / start
             for of, rows in self._asked_for(neurons)
-            if (start := above_chance(self.answers(rows=rows))) > 0
+            if (start := above_chance(before[before["benchmark"].isin(rows)])) > 0
         ]
         return bool(left) and float(np.mean(left)) <= 0.5
 
@@ -405,6 +404,10 @@ class Workbook(Parameters):
     def _few(self) -> dict[str, Benchmark]:
         return {name: bench[:24] for name, bench in self.mining.items()}
 
+    @cached_property
+    def _few_before(self) -> pd.DataFrame:
+        return self.answers(rows=self._few)
+
     def draws(self, neurons: xr.DataArray, n: int, by_layer=False, **how) -> list[xr.DataArray]:
         """A null: n draws of as many different neurons (`matched_random`), with by_layer in each
         layer."""
@@ -419,7 +422,6 @@ class Workbook(Parameters):
         if neurons is None:
             return self.under(nullcontext, rows, measure, **key)
         key |= {"silenced": digest(_union(neurons)), "mode": mode}
-        how: dict[str, Any] = {"mode": mode, "constants": constants, "where": where}
         if mode in ("mean", "min") and constants is not None:
             key["constants"] = digest(constants[f"activation_{mode}"])
         elif mode == "resample":  # known by where they are from: their bits are a processor's
@@ -432,9 +434,8 @@ class Workbook(Parameters):
             key["where"] = where
 
         def silenced() -> AbstractContextManager:
-            if mode == "resample":
-                how["constants"] = self._sampled
-            return deactivate(self.mllm, neurons, **how)
+            of = self._sampled if mode == "resample" else constants
+            return deactivate(self.mllm, neurons, mode=mode, constants=of, where=where)
 
         return self.under(silenced, rows, measure, **key)
 

@@ -17,7 +17,7 @@ from minerlib.artifacts import computation
 from minerlib.inference import decide, estimate, interval
 from minerlib.model import MLLM
 from minerlib.scoring import attention, visible
-from minerlib.separation import separate, so_far
+from minerlib.separation import separate, separate_new
 from minerlib.tasks.evaluation import by_benchmark
 
 
@@ -120,11 +120,9 @@ def cut_off(mllm: MLLM, kinds: Sequence[str], layers: Sequence[int]) -> Iterator
     there: dict[str, Tensor] = {}
 
     def locate(module, args, batch):
-        ids, mask = so_far(batch)
-        n = ids.shape[1]
-        sets = separate(mllm, {"input_ids": ids, "attention_mask": mask[:, -n:]})
+        sets, ids, mask = separate_new(mllm, batch)
         own = torch.stack([sets[kind] for kind in kinds]).any(0)
-        if n == mask.shape[1]:  # the prompt; what is generated after it is no medium
+        if ids.shape[1] == mask.shape[1]:  # the prompt; what is generated after it is no medium
             there["keys"] = own
         there["keys"] = pad(there["keys"], (0, mask.shape[1] - there["keys"].shape[1]))
         there["queries"], there["real"] = own, mask.bool()

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from minerlib.deactivation import heads_of
 from minerlib.model import MLLM
 from minerlib.tasks.evaluation import AVERAGE, KEY, guesses, paired
 
@@ -68,11 +69,6 @@ def weights_of(mllm: MLLM) -> tuple[int, int]:
     hidden = mllm.text_config.hidden_size
     size = getattr(mllm.text_config, "head_dim", None) or hidden // heads_of(mllm)[1]
     return 3 * hidden, 2 * hidden * size
-
-
-def heads_of(mllm: MLLM) -> tuple[int, int]:
-    """Layers and attention heads in each."""
-    return mllm.n_layers, mllm.text_config.num_attention_heads
 
 
 def random_heads(mllm: MLLM, n: int, draws: int, seed: int = 0) -> list[np.ndarray]:

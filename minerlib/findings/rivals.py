@@ -164,7 +164,7 @@ def agreement(
     for name, of in zip(found.selector.values, found, strict=True):
         for m in of.modality.values:
             value = of.sel(modality=m).values.ravel()[index]
-            own = [k for k, modality in media.items() if modality == m]
+            own = specificity.holding(str(m), media)
             if own and not np.isnan(value).any():
                 both = [_correlation(value, costs[k].mean(axis=1)) for k in (own, [*media])]
                 lines.append([str(name), str(m), *both])

@@ -5,7 +5,6 @@ about half is lost. A modality's neurons are specific if they cost the benchmark
 another's neurons do, and the other's benchmarks less: the crossover interaction.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -78,6 +77,11 @@ def crossing(before: pd.DataFrame, silenced: Mapping[str, pd.DataFrame]) -> pd.D
     return pd.DataFrame(lines, columns=["silenced", "benchmark", "lost", "low", "high"])
 
 
+def holding(modality: str, media: Mapping[str, str]) -> list[str]:
+    """The benchmarks that a modality is asked about."""
+    return [name for name, of in media.items() if of == modality]
+
+
 def contrasts(modalities: Sequence[str], media: Mapping[str, str]) -> pd.DataFrame:
     """How much each set's loss on each benchmark counts in the crossover interaction.
 
@@ -94,7 +98,7 @@ def contrasts(modalities: Sequence[str], media: Mapping[str, str]) -> pd.DataFra
     pairs = list(combinations(has, 2))
     for pair in pairs:
         for a, b in (pair, pair[::-1]):
-            own = [name for name, modality in media.items() if modality == a]
+            own = holding(a, media)
             weights.loc[a, own] += 1 / len(own) / len(pairs)
             weights.loc[b, own] -= 1 / len(own) / len(pairs)
     return weights
@@ -123,15 +127,7 @@ def _summed(before, silenced: Mapping[Any, pd.DataFrame], weights: pd.DataFrame)
     )
     reach = weights.clip(lower=0).sum()  # of a benchmark's losses, each between 0 and `most`
     rows = rows.assign(lost=total, most=rows["most"] * rows["benchmark"].map(reach))
-    return _sum([*_each(rows).values()])
-
-
-def _sum(parts: Sequence[Estimate]) -> Estimate:
-    """Of estimates of rows that are not the same."""
-    nothing = Estimate(*[0.0] * 6)
-    mean = sum(part.mean for part in parts)
-    error = math.hypot(*(part.error for part in parts))
-    return inference.less(Estimate(mean, mean, mean, mean, mean, error), nothing)
+    return inference.summed([*_each(rows).values()])
 
 
 def more_specific(
@@ -208,7 +204,7 @@ def at_own_tokens(
     kinds = [m for m in own if m in media.values()]
     weights = pd.DataFrame(0.0, kinds, list(media))
     for m in kinds:
-        names = [name for name, modality in media.items() if modality == m]
+        names = holding(m, media)
         weights.loc[m, names] = 1 / len(names) / len(kinds)
     sets = {("own", m): own[m] for m in kinds} | {("elsewhere", m): elsewhere[m] for m in kinds}
     return _summed(before, sets, pd.concat({"own": weights, "elsewhere": -weights}))

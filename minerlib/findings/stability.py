@@ -14,12 +14,11 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from PIL import Image
-from scipy import stats
 
 from minerlib.aggregation import aggregate
 from minerlib.artifacts import computation
 from minerlib.findings.convergence import behind
-from minerlib.inference import Estimate
+from minerlib.inference import Estimate, around
 from minerlib.selection import matched_random
 from minerlib.tasks.spec import Sample
 
@@ -151,8 +150,7 @@ def replicated(value: float, replicates: Sequence[float]) -> Estimate:
     estimates its variance; t with one degree of freedom fewer than there are blocks.
     """
     error = math.sqrt(np.mean((np.asarray(replicates) - value) ** 2))
-    wide, narrow = stats.t.ppf([0.975, 0.95], BLOCKS - 1) * error
-    return Estimate(value, value - wide, value + wide, value - narrow, value + narrow, error)
+    return around(value, error, BLOCKS - 1)
 
 
 def spread_of(value: float, replicates: Sequence[float]) -> Estimate:
