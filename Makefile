@@ -4,6 +4,7 @@
 #     make workbook QUICK=1                  fewer rows: a first look; FULL=1: as committed
 #     make workbook MODEL=Qwen/Qwen2-VL-7B-Instruct DTYPE=bfloat16 LIMIT=500
 #     make test                              pytest and nbval; test-fast takes about two minutes
+#     make test-ui                           every notebook in JupyterLab, in a browser
 #     make bench                             how fast it is, beside its floors and other libraries
 #     make atlas, make book                  a page for each neuron; a site of the notebooks
 #     make models                            assemble the smol models from their pretrained parts
@@ -21,7 +22,7 @@ TINY := data/models/tiny-qwen2-vl data/models/tiny-qwen2-audio
 TESTING := HF_HUB_OFFLINE=1 TQDM_DISABLE=1 OMP_NUM_THREADS=1
 GIVEN = $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
 
-.PHONY: env models workbook notebooks atlas test test-fast lint api book bench data clean
+.PHONY: env models workbook notebooks atlas test test-fast test-ui lint api book bench data clean
 
 env: $(INSTALLED)
 
@@ -59,6 +60,13 @@ atlas: models
 
 test-fast: env
 	$(TESTING) $(BIN)/python -m pytest tests -n 2 --dist loadfile -m "not slow"
+
+# Every notebook in JupyterLab in a browser, as a reader runs it; CHROMIUM=/usr/bin/chromium, else
+# Playwright's own is fetched. NOTEBOOKS="00 16" are some.
+test-ui: models
+	$(BIN)/python -m pip install -q -c requirements.lock -e ".[ui]"
+	$(if $(CHROMIUM),,$(BIN)/python -m playwright install chromium)
+	$(BIN)/python -m tests.lab $(NOTEBOOKS)
 
 lint: env
 	$(BIN)/ruff check .

@@ -286,7 +286,7 @@ def machine() -> dict:
 
 
 def table(results: dict) -> pd.DataFrame:
-    """All lines of all sections, as README and terminal show them."""
+    """All lines of all sections, as pages and terminal show them."""
     rows = [row for name in SECTIONS for row in results.get(name, {}).get("lines", [])]
     columns = ["what", "setting", "value", "unit", "low", "high", "target", "met", "memory"]
     frame = pd.DataFrame(rows).reindex(columns=columns)
@@ -305,30 +305,62 @@ def table(results: dict) -> pd.DataFrame:
     return frame[["what", "setting", "value", "spread", "target", "met"]]
 
 
-def readme(results: dict) -> str:
-    """The table as README shows it, and the machine's name."""
+BRIEF = (
+    ("scoring / forward", "Qwen2-VL-7B width, 1280 tokens x 4"),
+    ("scoring / forward", "Qwen2-Audio-7B width, 1280 tokens x 4"),
+    ("silenced / plain generation", "Qwen2-VL-7B width"),
+    ("scoring - forward, peak memory", "hidden 1024 x 5504 neurons, 4096 tokens"),
+    ("selection of 2 %", "LA_MU, 5 x 5 x 28 x 18944"),
+    ("plain way / minerlib", "Qwen2-VL-7B width, 1 row of text_vqa"),
+)
+"""The lines that README shows; all are in book/speed.md."""
+
+
+def markdown(found: pd.DataFrame) -> str:
+    """The lines of `table` as a table of Markdown."""
+    rows = [[*found], ["---"] * len(found.T), *found.to_numpy()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def brief(results: dict) -> str:
+    """README's six lines."""
+    found = table(results).set_index(["what", "setting"], drop=False)
+    return markdown(found.loc[list(BRIEF)])
+
+
+def whole(results: dict) -> str:
+    """The table as book/speed.md shows it, and the machine's name."""
     found = table({name: part for name, part in results.items() if name != "notebooks"})
-    lines = ["| what | setting | value | spread | target | met |", "|---|---|---|---|---|---|"]
-    lines += ["| " + " | ".join(row) + " |" for row in found.to_numpy()]
     here = results["scoring"]["machine"]
     where = (
         f"Measured on {here['cpu']}, {here['cores']} cores, {here['device']}; torch "
         f"{here['torch']}, transformers {here['transformers']}."
     )
+    lines = [where, "", markdown(found)]
     if "notebooks" in results:
-        parts = results["notebooks"]["lines"]
-        spent = ["| notebook | model | seconds | peak memory, MiB |", "|---|---|---|---|"]
-        for row in parts[:-1]:
-            name, model = row["setting"].split(", ")
-            spent.append(f"| {name} | {model} | {row['value']:.0f} | {row['memory']} |")
-        whole = f"The workbook takes {parts[-1]['value'] / 60:.1f} minutes for both stand-ins."
-        lines += ["", whole, "", "<details><summary>Each notebook</summary>", "", *spent, ""]
-        lines += ["</details>"]
-    return "\n".join([where, "", *lines])
+        *parts, last = results["notebooks"]["lines"]
+        spent = [
+            [*row["setting"].split(", "), f"{row['value']:.0f}", str(row["memory"])]
+            for row in parts
+        ]
+        names = ["notebook", "model", "seconds", "peak memory, MiB"]
+        lines += ["", f"The workbook takes {last['value'] / 60:.1f} minutes for both models.", ""]
+        lines += [markdown(pd.DataFrame(spent, columns=names))]
+    return "\n".join(lines)
+
+
+PAGES = {ROOT / "README.md": brief, ROOT / "book/speed.md": whole}
+
+
+def shown(page: Path, results: dict) -> str:
+    """A page with its table as it should stand there."""
+    before, rest = page.read_text().split("<!-- bench -->")
+    after = rest.split("<!-- /bench -->")[1]
+    return f"{before}<!-- bench -->\n{PAGES[page](results)}\n<!-- /bench -->{after}"
 
 
 def main() -> None:
-    """Measure, print, and write figures/bench.json, its chart and README's table."""
+    """Measure, print, and write figures/bench.json, its chart and the tables of `PAGES`."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     parser.add_argument("sections", nargs="*", metavar="section", help=", ".join(SECTIONS))
     parser.add_argument("--rounds", type=int, default=7)
@@ -350,11 +382,8 @@ def main() -> None:
         part.replace(JSON)
         print(table({name: results[name]}).to_string(index=False), flush=True)
     charts.draw(results, JSON.parent)
-    page = ROOT / "README.md"
-    before, rest = page.read_text().split("<!-- bench -->")
-    after = rest.split("<!-- /bench -->")[1]
-    shown = f"<!-- bench -->\n{readme(results)}\n<!-- /bench -->"
-    page.write_text(before + shown + after)
+    for page in PAGES:
+        page.write_text(shown(page, results))
 
 
 if __name__ == "__main__":

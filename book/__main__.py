@@ -6,13 +6,13 @@ Nothing is executed. Sphinx with MyST-NB reads what stands in the repository, on
 one folder; pdoc makes the API page; atlases that lie in build/atlas come along.
 """
 
+import os
 import re
 import shutil
 import sys
 from pathlib import Path
 
 import pdoc
-from sphinx.cmd.build import main as sphinx
 
 ROOT = Path(__file__).parents[1]
 HERE, SOURCES, SITE = ROOT / "book", ROOT / "build/book-sources", ROOT / "build/book"
@@ -28,8 +28,9 @@ def assemble() -> None:
     for page in PAGES:
         (SOURCES / page).parent.mkdir(parents=True, exist_ok=True)
         (SOURCES / page).write_text(linked((ROOT / page).read_text(), Path(page).parent))
-    for file in (*HERE.glob("*.md"), HERE / "conf.py"):
-        shutil.copy(file, SOURCES)
+    for file in HERE.glob("*.md"):
+        (SOURCES / file.name).write_text(linked(file.read_text(), Path("book")))
+    shutil.copy(HERE / "conf.py", SOURCES)
     atlases = sorted((ROOT / "build/atlas").glob("*/index.html"))
     names = [file.parent.name for file in atlases]
     lines = [f"- [{name}](atlas/{name}/index.html)" for name in names]
@@ -41,17 +42,27 @@ def assemble() -> None:
 
 
 def linked(text: str, folder: Path) -> str:
-    """Links to files that are no pages of the site, as plain text."""
+    """A page's links as on the site, where book/ is the top; to what is no page, plain text."""
 
     def keep(found: re.Match) -> str:
-        target = (folder / found[2].split("#")[0]).as_posix()
-        page = target.startswith(("http", "notebooks/0", "notebooks/1", "notebooks/2", "figures/"))
-        return found[0] if page or target in PAGES or found[2][0] == "#" else f"`{found[1]}`"
+        mark, name, link = found.groups()
+        if link.startswith(("http", "#")):
+            return found[0]
+        path, _, anchor = link.partition("#")
+        target = os.path.normpath(folder / path)
+        site = target.removeprefix("book/")
+        pages = ("notebooks/0", "notebooks/1", "notebooks/2", "figures/")
+        if not (target.startswith(pages) or target in PAGES or (HERE / site).is_file()):
+            return f"`{name}`"
+        home = "." if folder == Path("book") else folder
+        return f"{mark}[{name}]({os.path.relpath(site, home)}{'#' * bool(anchor)}{anchor})"
 
-    return re.sub(r"(?<!!)\[([^\]\[]+)\]\(([^)]+)\)", keep, text)
+    return re.sub(r"(!?)\[([^\]\[]+)\]\(([^)]+)\)", keep, text)
 
 
 def main() -> int:
+    from sphinx.cmd.build import main as sphinx
+
     assemble()
     shutil.rmtree(SITE, ignore_errors=True)
     if failed := sphinx(["-q", "-W", "--keep-going", "-j", "2", str(SOURCES), str(SITE)]):

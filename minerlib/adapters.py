@@ -6,14 +6,17 @@ import base64
 import io
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import soundfile
 import torch
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 from transformers.video_utils import VideoMetadata
 
-from minerlib.families import Family
+from minerlib.families import Family, RowError
 
 _TICKS = 1000  # per second: video processors take times as whole frames at a rate
 
@@ -67,6 +70,99 @@ class Voxtral(Family):
             soundfile.write(wav, sample.audio, self.sampling_rate, format="WAV", subtype="FLOAT")
             yield {"type": "audio", "base64": base64.b64encode(wav.getvalue()).decode()}
         yield {"type": "text", "text": sample.prompt}
+
+
+class FramesAsPictures(Family):
+    """InternVL: a clip's frames stand as image tokens, so that ids would not tell it from pictures.
+
+    Here they have the id of the video token, which the model's body is given as image tokens.
+    """
+
+    architectures: ClassVar[tuple[str, ...]] = ("InternVLForConditionalGeneration",)
+
+    def placeholder(self, kind: str) -> int | None:
+        if kind != "video":
+            return super().placeholder(kind)
+        known = self.tokenizer.get_vocab()
+        return known.get(self.processor.video_token, len(known))  # any that nothing else has
+
+    def patch(self) -> None:
+        video, image = self.placeholder("video"), self.placeholder("image")
+
+        def restore(body, args, given):
+            if (ids := given.get("input_ids")) is not None:
+                given = {**given, "input_ids": ids.masked_fill(ids == video, image)}
+            return args, given
+
+        self.model.base_model.register_forward_pre_hook(restore, with_kwargs=True)
+
+    def inputs(self, samples: Sequence) -> dict:
+        for sample in (s for s in samples if s.video is not None and s.image is not None):
+            fault = f"{self.name} takes frames for pictures, so a row has one or the other"
+            raise RowError(sample.benchmark, sample.row, "video", fault)
+        batch = super().inputs(samples)
+        clips = torch.tensor([s.video is not None for s in samples])[:, None]
+        frames = clips & (batch["input_ids"] == self.placeholder("image"))
+        batch["input_ids"] = batch["input_ids"].masked_fill(frames, self.placeholder("video"))
+        return batch
+
+
+class SmolVLM(FramesAsPictures):
+    """SmolVLM: frames with their times, in a chat template of their own."""
+
+    architectures = ("SmolVLMForConditionalGeneration",)
+
+    def chat(self, sample) -> str:
+        if sample.video is None or "video" in str(self.template):
+            return super().chat(sample)
+        own, self.processor.chat_template = self.template, DEFAULT_CHAT_TEMPLATE
+        try:
+            return super().chat(sample)
+        finally:
+            self.processor.chat_template = own
+
+    def video_times(self, samples: Sequence) -> dict[str, Any]:
+        return {"video_metadata": [_metadata(sample) for sample in samples]}
+
+    def inputs(self, samples: Sequence) -> dict:
+        """Pictures and clips in one batch one by one, for the processor keeps only the latter."""
+        if (
+            len({s.video is None for s in samples if s.image is not None or s.video is not None})
+            < 2
+        ):
+            return super().inputs(samples)
+        rows = [super(SmolVLM, self).inputs([sample]) for sample in samples]
+        ids = {"input_ids": [row["input_ids"][0].tolist() for row in rows]}
+        batch = self.tokenizer.pad(ids, return_tensors="pt")
+        for name in ("pixel_values", "pixel_attention_mask"):
+            batch[name] = pad_sequence([r[name][0] for r in rows if name in r], batch_first=True)
+        return batch
+
+
+class SoundInEveryPrompt(Family):
+    """Audio Flamingo 3 and Qwen3-ASR, whose processors want a sound for each prompt.
+
+    Each sound is entered alone: Qwen3-ASR's processor pads a shorter one of a batch with silence,
+    which its encoder then hears beside the end.
+    """
+
+    architectures = ("AudioFlamingo3ForConditionalGeneration", "Qwen3ASRForConditionalGeneration")
+    padding: ClassVar[dict[str, Any]] = {}  # theirs: text to the longest, sounds as the tower wants
+
+    def inputs(self, samples: Sequence) -> dict:
+        ids, sounds = [], []
+        for sample in samples:
+            if sample.audio is None:
+                ids.append(self.tokenizer(self.chat(sample))["input_ids"])
+            else:
+                sounds.append(super().inputs([sample]))
+                ids.append(sounds[-1].pop("input_ids")[0].tolist())
+        batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+        for name in ("input_features", "input_features_mask") if sounds else ():
+            parts = [sound[name] for sound in sounds]
+            widest = max(part.shape[-1] for part in parts)
+            batch[name] = torch.cat([pad(part, (0, widest - part.shape[-1])) for part in parts])
+        return batch
 
 
 class Phi4Multimodal(Family):

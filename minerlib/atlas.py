@@ -165,7 +165,9 @@ def write_atlas(
     All of it is text to the page: nothing of a row can run. Addresses are index.html#L3N45.
     """
     folder = Path(folder)
-    for what, name, value in tqdm(_parts(mllm, rows, found, about, title, note), "pages"):
+    for what, name, value in tqdm(
+        _parts(mllm, rows, found, about, title, note), "pages", leave=False
+    ):
         if what == "row":
             value |= {part: _beside(folder, f"media/{name}", value[part]) for part in _MEDIA}
         file = "index" if what == "index" else f"{what}s/{name}"

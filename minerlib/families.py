@@ -46,6 +46,8 @@ class Family:
     architectures: ClassVar[tuple[str, ...]] = ()
     version: ClassVar[int] = 1
     """Raised when what the adapter changes changes numbers: part of every artefact's key."""
+    padding: ClassVar[dict[str, Any]] = {"padding": True}
+    """What the processor is told of padding."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -99,6 +101,12 @@ class Family:
             if projection := _child(module, _OUTPUTS):
                 return projection
         raise self._missing(f"an attention output projection, one of {_OUTPUTS}", layer)
+
+    def other_mixers(self) -> dict[int, str]:
+        """The layers whose tokens meet in a convolution or a recurrence, and its kind."""
+        kinds = getattr(self.model.config.get_text_config(decoder=True), "layer_types", None) or []
+        known = enumerate(map(str, kinds))
+        return {i: k for i, k in known if "attention" not in k or k == "linear_attention"}
 
     def input_norm(self, layer: nn.Module) -> nn.Module | None:
         """The norm that a layer's input passes first; None where it passes none."""
@@ -171,7 +179,7 @@ class Family:
         # A template that opens with a token must not get the tokenizer's own one on top of it.
         if (bos := self.tokenizer.bos_token) and text[0].startswith(bos):
             kwargs["add_special_tokens"] = False
-        return self.processor(text=text, padding=True, return_tensors="pt", **kwargs)
+        return self.processor(text=text, return_tensors="pt", **self.padding, **kwargs)
 
     def video_times(self, samples: Sequence) -> dict[str, Any]:
         """Processor arguments that say when the frames were taken; most families take none."""

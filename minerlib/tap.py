@@ -47,7 +47,8 @@ def tap(
     first layer, at depth i + 1 what layer i returns. written(layer, x [batch, token, neuron]) sees
     what enters the down projection. `layers` defaults to all.
     With a cache all fire once for the prompt and once for each new token. RuntimeError when a
-    forward pass ends in which a tapped activation or attention never ran.
+    forward pass ends in which a tapped activation or attention never ran; ValueError for the
+    attention of layers without queries and keys.
     """
     chosen = range(mllm.n_layers) if layers is None else list(layers)
     taps = (("activation", activation), ("attention", attention), ("written", written))
@@ -160,6 +161,13 @@ def _routed(mllm: MLLM, callbacks: Mapping[int, Callable]) -> Iterator[None]:
     told |= {i: partial(_in_turn, tell, told[i]) for i, tell in outer.items()}
     modules = [m for layer in mllm.layers for m in layer.modules() if hasattr(m, "config")]
     before = {id(m.config): (m.config, m.config._attn_implementation) for m in modules}
+    if other := {i: kind for i, kind in mllm.family.other_mixers().items() if i in callbacks}:
+        kinds = ", ".join(sorted({*other.values()}))
+        raise ValueError(
+            f"{mllm.name}: layers {sorted(other)} are {kinds}, without queries and keys: attn_k, "
+            "attn_q and whatever else looks at attention cannot be measured; activations, "
+            "silencing, answers and hidden states can"
+        )
     own = modules[0].config._attn_implementation.removesuffix(SUFFIX)
     AttentionInterface.register(own + SUFFIX, _attend)
     AttentionMaskInterface.register(own + SUFFIX, ALL_MASK_ATTENTION_FUNCTIONS[own])

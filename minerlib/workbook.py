@@ -34,6 +34,7 @@ from minerlib.findings.silencing import nats
 from minerlib.model import MLLM, load, starts
 from minerlib.parameters import Parameters, at_least
 from minerlib.plots import show
+from minerlib.presets import published
 from minerlib.scoring import METRICS, own_metrics, score
 from minerlib.selection import STRATEGIES, first, matched_random, select, unique, weighted
 from minerlib.sharing import save_neurons
@@ -63,12 +64,6 @@ notebooks rest on, found unless MINER_FRESH is set; with MINER_PUBLISH a run goe
 PAPER_BENCHMARKS = ("text_vqa", "coco_caption", "mmlu", "msvd_qa", "libri", "vocal_sound")
 """What the paper asks Qwen2-VL and Qwen2-Audio: each what its media allow."""
 
-PUBLISHED = {
-    "Qwen2-VL-7B-Instruct": {"text_vqa": 0.843},
-    "Qwen2-Audio-7B-Instruct": {"libri": 1 - 0.0359, "vocal_sound": 0.936},
-}
-"""Corpus figures: Qwen2-VL's README (TextVQA val), lmms-eval (LibriSpeech test-clean with the chat
-template, VocalSound test)."""
 FAR = 0.05  # a figure is far off that differs by more, beyond its interval
 
 
@@ -518,7 +513,7 @@ class Workbook(Parameters):
         """
         table = summarise(self.answers()).query("benchmark != 'average'").reset_index(drop=True)
         table = table[["benchmark", "corpus", "low", "high"]]
-        table["published"] = table["benchmark"].map(PUBLISHED.get(self.label, {}))
+        table["published"] = table["benchmark"].map(published(self.label))
         beyond = (table["corpus"] - table["published"]).abs() - (table["high"] - table["low"]) / 2
         rules = [table["published"].isna(), beyond > FAR]
         return table.assign(verdict=np.select(rules, ["none published", "FAR OFF"], "near"))

@@ -3,6 +3,7 @@
     python notebooks/run.py                                  # both stand-ins, into runs/
     python notebooks/run.py quick=1                          # a first look; full=1: as committed
     python notebooks/run.py model=Qwen/Qwen2-VL-7B-Instruct dtype=bfloat16 limit=500
+    python notebooks/run.py preset=smolvlm-256m              # a model of minerlib/presets.yml
     python notebooks/run.py notebooks=11,13-15               # some; all=00-99
     python notebooks/run.py params="ratio=0.05 seed=1"       # the same as ratio=0.05 seed=1
 
@@ -44,6 +45,8 @@ import psutil
 import torch
 import yaml
 
+from minerlib.presets import PRESETS
+
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = "data/models/tiny-qwen2-vl data/models/tiny-qwen2-audio"
 NOTEBOOKS = "00-10,20"  # what the paper says; those between ask what its reviewers did
@@ -68,6 +71,17 @@ def parse(arguments: Sequence[str]) -> dict[str, str]:
             raise SystemExit(f"{argument!r} is not NAME=VALUE, such as limit=100")
         given |= parse(shlex.split(text)) if name.lower() == "params" else {name.lower(): text}
     return given
+
+
+def preset(given: dict[str, str]) -> dict[str, str]:
+    """The arguments with those of the `preset` they name, into runs/<preset>; the given win."""
+    if (name := given.get("preset")) is None:
+        return given
+    if name not in PRESETS:
+        raise SystemExit(f"preset={name!r}: there are {', '.join(PRESETS)}")
+    own = {n: json.dumps(v) for n, v in PRESETS[name].parameters.items()}
+    rest = {n: text for n, text in given.items() if n != "preset"}
+    return {"model": PRESETS[name].model, "run": name, **own, **rest}
 
 
 def numbered(text: str) -> set[int]:
@@ -134,7 +148,7 @@ class Task(NamedTuple):
 
 
 def main(arguments: Sequence[str]) -> None:
-    given = parse(arguments)
+    given = preset(parse(arguments))
     models = given.get("model", MODELS).split()
     run = given.get("run", "")
     runs = Path("runs", run) if Path(run).name == run else Path(run)

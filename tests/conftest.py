@@ -5,6 +5,7 @@ Models get random weights so that nothing here depends on how well the stand-ins
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 # Before torch and transformers read them: no network, no bars, the same sums on any machine.
@@ -29,6 +30,14 @@ torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
 MODELS = ("tiny-qwen2-vl", "tiny-qwen2-audio")
+
+
+def run_script():
+    """notebooks/run.py as a module, a new one each time."""
+    spec = importlib.util.spec_from_file_location("run", ROOT / "notebooks/run.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
 def random_mllm(name: str, *, dtype=torch.float32, seed: int = 0, **config_kwargs) -> MLLM:

@@ -429,7 +429,8 @@ def gemma(folder: Path) -> None:
             "head_dim": 16,
             "query_pre_attn_scalar": 24,  # not the head's size, as in the 27B model
             "sliding_window": 12,
-            "layer_types": ["sliding_attention", "full_attention"],
+            "layer_types": ["sliding_attention", "full_attention"]
+            * (TEXT["num_hidden_layers"] // 2),
         },
         vision_config=SIGLIP | {"vision_use_head": False},
         mm_tokens_per_image=4,
@@ -488,6 +489,102 @@ def phi4(folder: Path) -> None:
     save(folder, "Phi4MultimodalForCausalLM", config, processor, eos=eos)
 
 
+def smolvlm(folder: Path) -> None:
+    named = ["<|im_start|>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
+    split = ["<global-img>", *(f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2))]
+    ends = {"eos_token": "<end_of_utterance>", "pad_token": "<|im_start|>"}
+    tokens = tokenizer([*named, *split], **ends)
+    one = {"longest_edge": 32}
+    sampling = {"max_frames": 64, "video_size": one, "fps": 1}
+    processor = tf.SmolVLMProcessor(
+        image_processor=tf.SmolVLMImageProcessor(size={"longest_edge": 64}, max_image_size=one),
+        video_processor=tf.SmolVLMVideoProcessor(
+            size=one, max_image_size=one, video_sampling=sampling
+        ),
+        tokenizer=tokens,
+        image_seq_len=4,
+        # As its makers publish it: without a word on videos.
+        chat_template=template({"image": "<image>"}, "<|im_start|>ROLE: ", "<end_of_utterance>\n"),
+    )
+    config = tf.SmolVLMConfig(
+        text_config=TEXT | {"model_type": "llama", "vocab_size": len(tokens)},
+        vision_config=VISION_TOWER | {"image_size": 32, "patch_size": 8},
+        scale_factor=2,
+        pad_token_id=tokens.pad_token_id,
+        **ids(tokens, image_token_id="<image>"),
+    )
+    save(folder, "SmolVLMForConditionalGeneration", config, processor)
+
+
+def internvl(folder: Path) -> None:
+    named = {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+    named |= {"start_image_token": "<img>", "end_image_token": "</img>"}
+    tokens = tokenizer(CHATML, eos_token="<|im_end|>", model_specific_special_tokens=named)
+    size = {"height": 32, "width": 32}
+    processor = tf.InternVLProcessor(
+        image_processor=tf.GotOcr2ImageProcessor(size=size, max_patches=4),
+        video_processor=tf.InternVLVideoProcessor(size=size),
+        tokenizer=tokens,
+        image_seq_length=4,
+        chat_template=chatml({"image": "<IMG_CONTEXT>\n", "video": "<video>\n"}),
+    )
+    config = tf.InternVLConfig(
+        text_config=TEXT | {"model_type": "qwen2", "vocab_size": len(tokens)},
+        vision_config=VISION_TOWER | {"image_size": [32, 32], "patch_size": [8, 8]},
+        image_seq_length=4,
+        **ids(tokens, image_token_id="<IMG_CONTEXT>"),
+    )
+    save(folder, "InternVLForConditionalGeneration", config, processor)
+
+
+VISION_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+# ------------------------------------------------------------------ other audio models
+
+
+def audio_flamingo(folder: Path) -> None:
+    tokens = tokenizer([*CHATML, "<sound>"], eos_token="<|im_end|>")
+    processor = tf.AudioFlamingo3Processor(
+        feature_extractor=whisper(2),
+        tokenizer=tokens,
+        chat_template=chatml({"audio": "<sound>"}),
+    )
+    tower = {"model_type": "audioflamingo3_encoder", "num_mel_bins": MEL}
+    config = tf.AudioFlamingo3Config(
+        text_config=TEXT | {"model_type": "qwen2", "vocab_size": len(tokens)},
+        audio_config=VISION_TOWER | tower | {"max_source_positions": 100},
+        **ids(tokens, audio_token_id="<sound>"),
+    )
+    save(folder, "AudioFlamingo3ForConditionalGeneration", config, processor)
+
+
+def qwen_asr(folder: Path) -> None:
+    named = {"audio_token": "<|audio_pad|>"}
+    named |= {"audio_bos_token": "<|audio_start|>", "audio_eos_token": "<|audio_end|>"}
+    tokens = tokenizer(CHATML, eos_token="<|im_end|>", model_specific_special_tokens=named)
+    processor = tf.Qwen3ASRProcessor(
+        feature_extractor=tf.Qwen3ASRFeatureExtractor(feature_size=MEL),
+        tokenizer=tokens,
+        chat_template=chatml({"audio": "".join(named[k] for k in sorted(named, key=AROUND.index))}),
+    )
+    config = tf.Qwen3ASRConfig(
+        text_config=TEXT | {"model_type": "qwen3", "vocab_size": len(tokens), "head_dim": 16},
+        audio_config=AUDIO_TOWER
+        | {"model_type": "qwen3_asr_encoder", "output_dim": HIDDEN, "downsample_hidden_size": 16},
+        pad_token_id=tokens.pad_token_id,
+        eos_token_id=tokens.eos_token_id,
+        **ids(tokens, audio_token_id="<|audio_pad|>"),
+    )
+    save(folder, "Qwen3ASRForConditionalGeneration", config, processor)
+
+
+AROUND = ["audio_bos_token", "audio_token", "audio_eos_token"]
+
 # ------------------------------------------------------------------ text-only models
 
 
@@ -539,6 +636,17 @@ FAMILIES = {
     ),
     "phi4-multimodal": Family(
         "Phi4MultimodalForCausalLM", "Phi4MultimodalProcessor", ("image", "audio"), phi4
+    ),
+    "smolvlm": Family(
+        "SmolVLMForConditionalGeneration", "SmolVLMProcessor", VISION, smolvlm, needs="num2words"
+    ),
+    "internvl": Family("InternVLForConditionalGeneration", "InternVLProcessor", VISION, internvl),
+    "audioflamingo3": Family(
+        "AudioFlamingo3ForConditionalGeneration", "AudioFlamingo3Processor", ("audio",),
+        audio_flamingo,
+    ),
+    "qwen3-asr": Family(
+        "Qwen3ASRForConditionalGeneration", "Qwen3ASRProcessor", ("audio",), qwen_asr
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM", "Qwen2Tokenizer", (), text_only("Qwen2ForCausalLM", "Qwen2Config", True)

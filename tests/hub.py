@@ -1,8 +1,8 @@
 """A Hugging Face cache as downloads would leave it: real names and layouts, small contents.
 
-`fill(home)` puts random-weight checkpoints under the names of the paper's models, and the shipped
-rows under the names, splits and columns of the real datasets. With HF_HOME=home and
-HF_HUB_OFFLINE=1 the hub's own calls then read them.
+`fill(home)` puts the shipped rows under the names, splits and columns of the real datasets,
+`checkpoint` random weights under the name of a model. With HF_HOME=home and HF_HUB_OFFLINE=1 the
+hub's own calls then read them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 from conftest import ROOT
 from families import FAMILIES, TEXT
 
-MODELS = {"qwen2-vl": "Qwen/Qwen2-VL-7B-Instruct", "qwen2-audio": "Qwen/Qwen2-Audio-7B-Instruct"}
 SIZE = {"num_hidden_layers": 4, "intermediate_size": 256}  # enough for 2 % to be some neurons
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -35,11 +34,14 @@ def shipped(name: str, split: str = "test") -> pa.Table:
     return pq.read_table(file)
 
 
-def fill(home: Path) -> None:
-    """Write both checkpoints and all six datasets into a cache folder."""
+def checkpoint(home: Path, family: str, name: str) -> None:
+    """Write a small checkpoint of a family into a cache folder, as if it were that model."""
     with patch.dict(TEXT, SIZE):
-        for family, name in MODELS.items():
-            FAMILIES[family].build(repository(home, "model", name))
+        FAMILIES[family].build(repository(home, "model", name))
+
+
+def fill(home: Path) -> None:
+    """Write all six datasets into a cache folder."""
     captions = shipped("coco_caption")
     sets = {
         ("lmms-lab-encoder/textvqa", "data/validation-00000-of-00001.parquet"): shipped(

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 from bench import harness
-from bench.__main__ import SECTIONS, mine, readme, table
+from bench.__main__ import PAGES, SECTIONS, mine, shown, table
 from minerlib import scoring
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
@@ -71,10 +71,11 @@ def test_models_of_another_width(name):
     mine(mllm, batch)
 
 
-def test_readme_shows_what_was_measured():
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_show_what_was_measured(page):
     results = json.loads((ROOT / "figures/bench.json").read_text())
     assert set(results) == set(SECTIONS)
-    assert readme(results) in (ROOT / "README.md").read_text()
-    shown = table(results)
-    assert len(shown) == sum(len(part["lines"]) for part in results.values())
+    assert shown(page, results) == page.read_text()
+    found = table(results)
+    assert len(found) == sum(len(part["lines"]) for part in results.values())
     assert results["scoring"]["rounds"] >= 7

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
-import pytest
 from conftest import ROOT
 
 INDEX = (ROOT / "book/index.md").read_text()
@@ -35,9 +35,31 @@ def test_a_gotcha_has_its_parts():
         assert {"Cause", "Right"} <= set(re.findall(r"^- \*\*(\w+)\.\*\*", part, re.M)), part
 
 
-def test_links_to_what_is_no_page_are_text():
-    pytest.importorskip("sphinx")
+def test_links_lead_to_the_sites_pages_and_to_what_is_none_are_text():
     from book.__main__ import linked
 
     text = "[a](notebooks/05_x.ipynb) [b](minerlib/claims.yml) [c](https://x.y) ![d](figures/e.png)"
-    assert linked(text, ROOT.relative_to(ROOT)) == text.replace("[b](minerlib/claims.yml)", "`b`")
+    assert linked(text, Path(".")) == text.replace("[b](minerlib/claims.yml)", "`b`")
+    assert linked("[a](book/speed.md) [b](CONTRIBUTING.md#a)", Path(".")) == (
+        "[a](speed.md) [b](CONTRIBUTING.md#a)"
+    )
+    assert linked("![a](../figures/e.png) [b](gotchas.md) [c](../README.md)", Path("book")) == (
+        "![a](figures/e.png) [b](gotchas.md) [c](README.md)"
+    )
+    assert linked("[a](../README.md) [b](../book/speed.md)", Path("data")) == (
+        "[a](../README.md) [b](../speed.md)"
+    )
+
+
+def test_links_of_the_pages_lead_somewhere():
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("*/*.md")):
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, anchor = link.partition("#")
+            if path.startswith("http"):
+                continue
+            target = page.parent / path if path else page
+            assert target.exists(), f"{page.relative_to(ROOT)}: {link}"
+            heads = re.findall(r"^#+ (.+)$", target.read_text(), re.M) if anchor else []
+            known = [re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads]
+            assert not anchor or anchor in known, f"{page.relative_to(ROOT)}: {link}"

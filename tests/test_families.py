@@ -11,7 +11,18 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from families import FAMILIES, LAYERS, NEURONS, TEXT, Rows, chatml, randomise, samples, tokenizer
+from families import (
+    CHATML,
+    FAMILIES,
+    LAYERS,
+    NEURONS,
+    TEXT,
+    Rows,
+    chatml,
+    randomise,
+    samples,
+    tokenizer,
+)
 
 import minerlib as ml
 from minerlib import families
@@ -100,7 +111,8 @@ def test_every_token_is_of_one_kind_and_every_placeholder_holds_a_feature(name, 
     )
     with torch.inference_mode(), hook:
         mllm.forward(batch)
-        words = mllm.model.get_input_embeddings()(batch["input_ids"])
+        table = mllm.model.get_input_embeddings()
+        words = table(batch["input_ids"].clamp(max=table.num_embeddings - 1))
     replaced = (entered[0] - words).abs().amax(-1) > 1e-6
     media = sets["image"] | sets["video"] | sets["audio"]
     assert torch.equal(replaced & sets["prompt"], media)
@@ -376,6 +388,46 @@ def test_voxtral_takes_clips_of_any_length(loaded):
     mllm = loaded("voxtral")
     sets = ml.separate(mllm, mllm.encode([lasting(31)]))
     assert sets["audio"].sum() == 2 * 375  # two windows of 30 s
+
+
+def test_frames_among_image_tokens_are_told_from_pictures(loaded):
+    """And a clip's times reach SmolVLM's prompt; a row with both is refused."""
+    for name in ("smolvlm", "internvl"):
+        mllm, rows = loaded(name), samples(("image", "video"))
+        sets = ml.separate(mllm, mllm.encode([rows["image"][0], rows["video"][0]]))
+        assert sets["image"].any(1).tolist() == [True, False]
+        assert sets["video"].any(1).tolist() == [False, True]
+        both = {**vars(rows["video"][0]), "image": rows["image"][0].image}
+        with pytest.raises(ValueError, match="row 0: video: .* takes frames for pictures"):
+            mllm.encode([type(rows["video"][0])(**both)])
+    clip = {**vars(rows["video"][0]), "times": np.array([0.0, 2.0, 4.0, 6.0])}
+    mllm = loaded("smolvlm")
+    (ids,) = mllm.encode([type(rows["video"][0])(**clip)])["input_ids"]
+    assert "Frame from 00:04:" in mllm.tokenizer.decode(ids)
+
+
+def test_layers_without_attention_say_what_cannot_be_measured():
+    """Qwen3.5's linear attention; LFM2's convolutions, whose MLP hides its activation as well."""
+    tokens = tokenizer(CHATML, eos_token="<|im_end|>")
+    tokens.chat_template = chatml({})
+    kinds = ["linear_attention", "full_attention"]
+    text = TEXT | {"vocab_size": len(tokens), "layer_types": kinds}
+    narrow = {f"linear_{k}_head_dim": 16 for k in ("key", "value")}
+    narrow |= {f"linear_num_{k}_heads": 2 for k in ("key", "value")}
+    config = tf.Qwen3_5TextConfig(**text, **narrow, head_dim=16)
+    mllm = ml.model.MLLM(tf.Qwen3_5ForCausalLM(config), tokens, "qwen3.5")
+    rows = Rows(samples()["text"])
+    with pytest.raises(ValueError, match=r"layers \[0\] are linear_attention, without queries"):
+        ml.score(mllm, rows)
+    neurons = np.zeros((1, LAYERS, NEURONS), bool)
+    neurons[0, 0, :9] = True
+    before = ml.evaluate(mllm, rows, measure="logprob")["logprob"]
+    with ml.deactivate(mllm, neurons):
+        assert (ml.evaluate(mllm, rows, measure="logprob")["logprob"] != before).all()
+
+    config = tf.Lfm2Config(**text | {"layer_types": ["conv", "full_attention"]})
+    with pytest.raises(ValueError, match="looked for one gated MLP"):
+        ml.model.MLLM(tf.Lfm2ForCausalLM(config), tokens, "lfm2")
 
 
 # ------------------------------------------------------------------ families nobody listed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 import re
 import socket
@@ -15,7 +14,7 @@ import papermill
 import printed
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NEEDED = (
@@ -246,9 +245,7 @@ def test_results_are_compared(text):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """The script, with two small notebooks in a project of its own."""
-    spec = importlib.util.spec_from_file_location("run", ROOT / "notebooks/run.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = run_script()
     monkeypatch.setitem(sys.modules, "run", script)  # where its processes look for functions
     monkeypatch.setattr(script, "ROOT", tmp_path)
     monkeypatch.setattr(script, "SIZES", tmp_path / "sizes.yml")
@@ -355,9 +352,7 @@ def test_sizes(run, executed):
 
 
 def test_the_sizes_name_notebooks_and_parameters_that_are_there():
-    spec = importlib.util.spec_from_file_location("run", ROOT / "notebooks/run.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = run_script()
     declared = {p.stem[:2]: set(papermill.inspect_notebook(str(p))) for p in NOTEBOOKS}
     for size in yaml.safe_load(script.SIZES.read_text()).values():
         assert set(size) - {"all"} <= set(declared)

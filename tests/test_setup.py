@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import subprocess
 import tomllib
@@ -18,7 +19,7 @@ from packaging.version import Version
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-NOT_LOCKED = {"bench", "book"}
+NOT_LOCKED = {"bench", "book", "ui"}
 NEEDED = [
     Requirement(line)
     for lines in (PROJECT["dependencies"], *(v for k, v in EXTRAS.items() if k not in NOT_LOCKED))
@@ -157,12 +158,26 @@ def test_the_whole_project_fits_its_budget():
 
 
 def test_make_knows_its_targets():
-    targets = "env models workbook notebooks atlas test test-fast lint api book bench data clean"
+    targets = (
+        "env models workbook notebooks atlas test test-fast test-ui lint api book bench data clean"
+    )
     for target in targets.split():
         done = subprocess.run(
             ["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_hosted_places_set_up_what_make_does():
+    """Continuous integration elsewhere runs .ci/run; Binder and the container take the lock."""
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    assert {"run": ".ci/run"} in jobs["locked"]["steps"]
+    container = json.loads((ROOT / ".devcontainer/devcontainer.json").read_text())
+    assert container["postCreateCommand"] == "make env models"
+    assert container["image"].endswith(":3.11")
+    assert (ROOT / ".binder/runtime.txt").read_text() == "python-3.11\n"
+    (line,) = lines((ROOT / ".binder/requirements.txt").read_text())
+    assert (ROOT / ".binder" / line.removeprefix("-r ")).resolve() == ROOT / "requirements.lock"
 
 
 def test_make_passes_parameters_on():

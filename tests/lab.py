@@ -1,0 +1,136 @@
+"""Every notebook in a real JupyterLab: `make test-ui`.
+
+    python -m tests.lab              # all; or some by number: python -m tests.lab 00 16
+
+A script opens each in Chromium, runs all cells as a reader would, and looks at what is then on the
+page: errors, warnings, cells that did not run, widgets without their model, pictures that are
+missing or wider than the page. Screenshots lie in build/lab/. CHROMIUM names the browser's program,
+else it is Playwright's own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.request import urlopen
+
+from playwright.sync_api import Page, sync_playwright
+
+ROOT = Path(__file__).parents[1]
+LAB = ROOT / "build/lab"
+MINUTES = 20  # for all cells of a notebook
+# All cells are on the page, not those in view alone; nothing asks before it starts.
+SETTINGS = {
+    "@jupyterlab/notebook-extension/tracker": '{"windowingMode": "none"}',
+    "@jupyterlab/apputils-extension/notification": '{"fetchNews": "false"}',
+}
+RUN = """async () => {
+  const app = window.jupyterapp, panel = app.shell.currentWidget;
+  await panel.sessionContext.ready;
+  await app.commands.execute("notebook:run-all-cells");
+  const cells = [...panel.content.model.cells].filter(c => c.type === "code");
+  return cells.filter(c => c.sharedModel.source.trim() && c.executionCount === null).length;
+}"""
+LOOK = r"""() => {
+  const faults = [], panel = document.querySelector(".jp-NotebookPanel:not(.lm-mod-hidden)");
+  const all = selector => [...panel.querySelectorAll(selector)];
+  const text = e => e.innerText.trim().slice(0, 200);
+  for (const kind of ["error", "stderr"])
+    for (const e of all(`[data-mime-type="application/vnd.jupyter.${kind}"]`))
+      if (text(e) && !/it\/s\]|s\/it\]/.test(text(e)))  // progress bars write there
+        faults.push(`${kind}: ${text(e)}`);
+  for (const e of all(".jp-OutputArea-output"))
+    if (/Error displaying widget|Loading widget|Error creating widget|No JS view/.test(e.innerText))
+      faults.push(`widget: ${text(e)}`);
+  for (const e of all(".jp-OutputArea-output img, .jp-MarkdownOutput img")) {
+    const page = e.closest(".jp-OutputArea-output, .jp-MarkdownOutput").getBoundingClientRect();
+    const box = e.getBoundingClientRect();
+    if (!e.naturalWidth) faults.push(`a picture is missing: ${e.src.slice(0, 80)}`);
+    else if (box.right > page.right + 1) faults.push(`a picture of ${box.width} px is cut off`);
+  }
+  return faults;
+}"""
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """JupyterLab over copies of the notebooks, which it may save; its address."""
+    shutil.rmtree(LAB, ignore_errors=True)
+    shutil.copytree(ROOT / "notebooks", LAB / "notebooks")
+    for name, text in SETTINGS.items():
+        file = LAB / "settings" / f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
+    command += [f"--ServerApp.port={port}", "--IdentityProvider.token=", "--ServerApp.password="]
+    command += [f"--ServerApp.root_dir={LAB / 'notebooks'}", "--LabApp.expose_app_in_browser=True"]
+    process = subprocess.Popen(
+        command,
+        env=os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(LAB / "settings")},
+        stdout=(LAB / "server.log").open("w"),
+        stderr=subprocess.STDOUT,
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(120):
+            try:
+                urlopen(f"{url}/api").close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        else:
+            raise RuntimeError(f"JupyterLab does not answer; see {LAB / 'server.log'}")
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def faults(page: Page, url: str, notebook: str) -> list[str]:
+    """What is wrong with a notebook once all its cells ran."""
+    page.set_viewport_size({"width": 1280, "height": 900})
+    page.goto(f"{url}/lab/tree/{notebook}?reset")
+    page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=60_000)
+    page.wait_for_function("() => window.jupyterapp.shell.currentWidget?.content?.model")
+    left = page.evaluate(RUN)
+    page.wait_for_timeout(2000)  # for what draws itself
+    found = page.evaluate(LOOK)
+    height = page.evaluate("() => document.querySelector('.jp-WindowedPanel-outer').scrollHeight")
+    page.set_viewport_size({"width": 1280, "height": min(height + 150, 16_000)})
+    page.wait_for_timeout(500)
+    page.screenshot(path=LAB / f"{Path(notebook).stem}.png")
+    page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+    return [f"{left} cells did not run", *found] if left else found
+
+
+def main(numbers: list[str]) -> int:
+    wrong = 0
+    with server() as url, sync_playwright() as playwright:
+        program = os.environ.get("CHROMIUM")
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        for file in sorted((LAB / "notebooks").glob("[0-9]*.ipynb")):
+            if numbers and file.name[:2] not in numbers:
+                continue
+            page = browser.new_page()
+            page.set_default_timeout(MINUTES * 60_000)
+            start = time.time()
+            found = faults(page, url, file.name)
+            page.close()
+            wrong += bool(found)
+            print(f"{file.name}: {time.time() - start:.0f} s", *found, sep="\n  ", flush=True)
+        browser.close()
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
