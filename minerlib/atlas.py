@@ -12,6 +12,7 @@ import html
 import io
 import json
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -193,6 +194,53 @@ def in_one_page(
             value |= {part: _inside(value[part]) for part in _MEDIA}
         calls.append(f"<script>{_call(what, name, value)}</script>")
     return _page(title, "\n".join(calls))
+
+
+def gallery(
+    mllm: MLLM, rows: Mapping[str, Any], found: Mapping[str, Any], titles: Sequence[str]
+) -> plt.Figure:
+    """What excites neurons most, four rows for each, two neurons side by side under their titles.
+
+    A medium, each shown once, is pale where the neuron is quiet, a clip stands there by the frame
+    of its peak; of a prompt whose peak lies in its words these stand there, up to the peak.
+    """
+    lines = -(-len(found["top"]) // 2)
+    fig = plt.figure(figsize=(9, 1.35 * lines))
+    for part, title, top in zip(
+        np.ravel(fig.subfigures(lines, 2, squeeze=False)), titles, found["top"], strict=False
+    ):
+        part.suptitle(title, fontsize="x-small")
+        loudest = max(max(told) for *_, told in top)
+        once = {rows[name].media[at]: (name, at, told) for name, at, told in reversed(top)}
+        best = sorted(once.values(), key=lambda of: -max(of[2]))
+        for ax, (name, at, told) in zip(part.subplots(1, 4), best, strict=False):
+            _sketch(ax, rows[name][at], tokens(mllm, rows[name][at]), np.array(told), loudest)
+        for ax in part.axes:
+            ax.axis("off")
+    return fig
+
+
+def _sketch(ax, sample: Sample, about: Mapping[str, Any], told: np.ndarray, loudest: float) -> None:
+    """One row of a gallery."""
+    kinds, grid = np.array(about["kind"]), about["grid"]
+    peak = int(told.argmax())
+    if kinds[peak] in ("text", "special"):
+        text = "".join(about["text"][max(0, peak - 3) : peak + 1]).replace("\n", "↵")
+        ax.text(0.5, 0.5, textwrap.fill(text, 13), ha="center", va="center", fontsize=6.5)
+        return
+    shares = np.clip(told[kinds == kinds[peak]] / max(loudest, 1e-9), 0, 1)
+    if sample.audio is not None:
+        ends = (0, len(sample.audio), -1, 1)
+        ax.imshow(shares[None], extent=ends, aspect="auto", cmap="Oranges", vmin=0, vmax=1.2)
+        ax.plot(sample.audio / max(np.abs(sample.audio).max(), 1e-9), lw=0.3, color="#222222")
+        return
+    shares = shares.reshape(grid)
+    time = int(shares.max((1, 2)).argmax())
+    frames = sample.video if sample.video is not None else np.asarray(sample.image)[None]
+    ends = (0, frames.shape[2], frames.shape[1], 0)
+    ax.imshow(frames[round((time + 0.5) / grid[0] * len(frames) - 0.5)], extent=ends)
+    pale = 0.9 * (1 - shares[time])
+    ax.imshow(np.ones_like(pale), extent=ends, cmap="gray", vmin=0, vmax=1, alpha=pale)
 
 
 class Framed(NamedTuple):

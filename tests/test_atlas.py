@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -186,3 +187,32 @@ def test_what_one_neuron_costs():
     found = atlas.costs(told, [(0, 1), (2, 3)])
     assert found["neuron"].tolist() == ["L0N1", "L2N3"] and found["layer"].tolist() == [0, 2]
     assert found["mean"].tolist() == pytest.approx([(0.5 + 2.0) / 2, 0.0])
+
+
+def test_a_gallery_is_pale_where_a_neuron_is_quiet(mllm):
+    """Each medium once, the loudest first; of words what leads to the peak."""
+    samples = samples_for(mllm)
+    rows = {"a": Rows(samples), "again": Rows(samples)}  # the same media under another name
+    media = next(s for s in samples if s.image is not None or s.audio is not None)
+    at, about = samples.index(media), atlas.tokens(mllm, media)
+    inside = np.array([kind == about["medium"] for kind in about["kind"]])
+    told = np.where(inside, np.linspace(-1, 2, len(inside)), -1.0)
+    words = np.zeros(len(atlas.tokens(mllm, samples[0])["kind"]))
+    words[4] = 1.0
+    top = [["a", at, told.tolist()], ["again", at, told.tolist()], ["a", 0, words.tolist()]]
+    fig = atlas.gallery(mllm, rows, {"top": [top]}, ["what it answers to"])
+    first, second, *rest = fig.subfigs[0].axes
+    shares = np.clip(told[inside] / told.max(), 0, 1)
+    if media.image is not None:
+        shade = first.images[-1]
+        pale = shade.get_alpha().ravel()
+        np.testing.assert_allclose(pale, 0.9 * (1 - shares))
+        assert (shade.get_array() == 1).all()
+    else:
+        np.testing.assert_allclose(first.images[0].get_array().ravel(), shares)
+    (text,) = second.texts
+    leads = "".join(atlas.tokens(mllm, samples[0])["text"][1:5])
+    assert text.get_text().split() == leads.replace("\n", "↵").split()
+    assert not any(ax.images or ax.texts for ax in rest)
+    assert fig.subfigs[0].get_suptitle() == "what it answers to"
+    plt.close(fig)

@@ -36,7 +36,7 @@ from made import states_of, table_of
 from PIL import Image
 
 import minerlib
-from minerlib import atlas, critical, planted
+from minerlib import atlas, critical, described, planted
 from minerlib.activity import activity, sampled
 from minerlib.aggregation import aggregate
 from minerlib.artifacts import COMPUTATIONS, digest
@@ -252,6 +252,13 @@ def seen() -> tuple:
     )
 
 
+def told() -> pd.DataFrame:
+    """How well two rules foretell two neurons."""
+    rules = {"L0N3": 'kind == "image"', "L1N7": "place + red - blue"}
+    made = [described.Description(neuron=n, words="", rule=rule) for n, rule in rules.items()]
+    return described.foretold(mllm(), {"b": Asked(samples())}, made).drop(columns="words")
+
+
 def some_ranks() -> xr.DataArray:
     """Ranks of two selectors, the second without any for text."""
     ranks = np.random.default_rng(9).random((2, 2, 3, 20))
@@ -352,6 +359,7 @@ GOLDEN: dict[str, Callable[[], Any]] = {
         mllm(), domains(), *sites(), strength=30.0, steps=1
     ),
     "atlas.excited": seen,
+    "described.foretold": told,
     "activity.sampled": lambda: sampled(mllm(), [Rows(samples())], each=4, seed=1),
     "activity.activity": lambda: activity(mllm(), [Rows(samples())]),
     "gradients.gradients": lambda: gradients(mllm(), [Rows(samples(4))], steps=2),
