@@ -8,10 +8,11 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import random_mllm, random_neurons
+import xarray as xr
+from conftest import ROOT, random_mllm, random_neurons
 
 import minerlib as ml
-from minerlib import sharing
+from minerlib import sharing, shipped
 
 
 @pytest.fixture
@@ -124,3 +125,26 @@ def test_a_run_says_where_they_are_from(tmp_path, monkeypatch):
     wb.save_neurons(neurons, tmp_path / "n", method={"by": "hand"})
     assert ml.load_neurons(tmp_path / "n").attrs["card"]["method"] == {"by": "hand"}
     assert card["effect"] == "" and card["model"] == "tiny-qwen2-vl"
+
+
+HANDED_ON = sorted(path.parent for path in (ROOT / "data/neurons").glob("*/neurons.nc"))
+
+
+def test_every_model_with_published_scores_has_its_neurons_handed_on():
+    published = {path.parent.name for path in (ROOT / "data/results").glob("*/scores-*.nc")}
+    assert {folder.name for folder in HANDED_ON} == published
+
+
+@pytest.mark.parametrize("folder", HANDED_ON, ids=lambda folder: folder.name)
+def test_shipped_neurons_are_those_of_the_notebooks(folder):
+    """Of this model, by its weights, and what stages 3 and 4 make of the published scores."""
+    try:
+        shipped.checkpoint(f"{ROOT}/data/models/{folder.name}")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    wb = ml.Workbook(model=f"data/models/{folder.name}", limit=96)
+    neurons = ml.load_neurons(folder, wb.mllm)
+    xr.testing.assert_equal(neurons, wb.select(wb.total()))
+    card = neurons.attrs["card"]
+    assert card["model"] == folder.name and set(card["rows"]) == set(wb.names)
+    assert card["different"] == neurons.any("modality").sum() and card["method"]["ratio"] == 0.02
