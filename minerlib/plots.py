@@ -110,7 +110,15 @@ def stacked(counts: pd.DataFrame, ax: Axes, *, xlabel: str = "", ylabel: str = "
     counts.plot.bar(stacked=True, ax=ax, legend=False, **style)
     for name, bars in zip(counts, ax.containers, strict=True):
         plt.setp(bars, hatch=HATCHES[name])
+    thin_out(ax)
     ax.set(xlabel=xlabel, ylabel=ylabel)
+
+
+def thin_out(ax: Axes, most: int = 12) -> None:
+    """Leave at most so many of an axis' labelled bars labelled, evenly."""
+    step = -(-len(ax.get_xticks()) // most)
+    labels = [label.get_text() for label in ax.get_xticklabels()]
+    ax.set_xticks(ax.get_xticks()[::step], labels[::step])
 
 
 def heat(matrix: pd.DataFrame, ax: Axes, *, low=0.0, high=1.0, fmt=".2f", cmap="viridis") -> None:
