@@ -123,6 +123,25 @@ def test_shared_and_alone():
     assert stability.alone(sets) == {"a": 0.75, "b": 0.5}
 
 
+def test_neurons_of_other_models_are_met_by_the_smaller_set():
+    own = {"a": one(0, 1, 2, 3), "b": one(8)}
+    theirs = xr.concat([one(3, 4)[0], one(7, 8, 9)[0]], "modality").assign_coords(
+        modality=["x", "y"]
+    )
+    another = theirs.isel(neuron=slice(5))  # a model of another shape
+    found = stability.elsewhere(own, {"near": theirs, "far": another})
+    assert set(found["model"]) == {"near"}
+    wide = found.set_index(["theirs", "modality"])
+    assert wide["shared"].to_dict() == {
+        ("x", "a"): 0.5, ("x", "b"): 0.0, ("y", "a"): 0.0, ("y", "b"): 1.0,
+    }  # fmt: skip
+    size = own["a"].size
+    assert wide["chance"].to_dict() == pytest.approx(
+        {("x", "a"): 4 / size, ("x", "b"): 2 / size, ("y", "a"): 4 / size, ("y", "b"): 3 / size}
+    )
+    assert stability.elsewhere(own, {}).empty
+
+
 def test_chance_is_the_share_of_a_layer():
     chosen = {"m": one(*range(0, 5), 10, 11)}  # five of ten, two of ten
     found = stability.by_chance(chosen, 400, seed=1)

@@ -7,7 +7,7 @@ any union of blocks are the blocks' means, weighted by their rows (`pooled`).
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,23 @@ def pooled(blocks: Sequence[xr.DataArray]) -> xr.DataArray:
 def of_rows(mined: Mined, blocks: Sequence[int]) -> xr.DataArray:
     """Stage 3 on the numbered blocks of every benchmark."""
     return aggregate([pooled([of[i] for i in blocks]) for of in mined.values()])
+
+
+def elsewhere(own: Mapping[str, xr.DataArray], others: Mapping[str, xr.DataArray]) -> pd.DataFrame:
+    """How far each modality's neurons are those of other models' sets, bool [modality, layer,
+    neuron]: columns model, theirs, modality, shared, chance.
+
+    shared is the part of the smaller set that lies in the larger, chance what that is of sets drawn
+    at random. Models of another shape are left out.
+    """
+    lines = []
+    for model, sets in others.items():
+        for (m, of), theirs in product(own.items(), sets.modality.values.tolist()):
+            a, b = of.values.any(0), sets.sel(modality=theirs).values
+            if a.shape == b.shape and (smaller := min(a.sum(), b.sum())):
+                shared, chance = (a & b).sum() / smaller, max(a.mean(), b.mean())
+                lines.append([model, theirs, m, shared, chance])
+    return pd.DataFrame(lines, columns=["model", "theirs", "modality", "shared", "chance"])
 
 
 def shared(a: Mapping[str, xr.DataArray], b: Mapping[str, xr.DataArray]) -> dict[str, float]:
