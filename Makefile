@@ -63,7 +63,7 @@ test-fast: env
 	$(TESTING) $(BIN)/python -m pytest tests -n 2 --dist loadfile -m "not slow"
 
 # Every notebook in JupyterLab in a browser, as a reader runs it; CHROMIUM=/usr/bin/chromium, else
-# Playwright's own is fetched. NOTEBOOKS="00 16" are some.
+# Playwright's own is fetched. NOTEBOOKS=00,11-16 are some.
 test-ui: models
 	$(BIN)/python -m pip install -q -c requirements.lock -e ".[ui]"
 	$(if $(CHROMIUM),,$(BIN)/python -m playwright install chromium)

@@ -307,7 +307,7 @@ def table(results: dict) -> pd.DataFrame:
 
 BRIEF = (
     ("scoring / forward", "Qwen2-VL-7B width, 1280 tokens x 4"),
-    ("scoring / forward", "Qwen2-Audio-7B width, 1280 tokens x 4"),
+    ("scoring / forward", "Qwen2-VL-7B width, 1280 tokens x 1"),
     ("silenced / plain generation", "Qwen2-VL-7B width"),
     ("scoring - forward, peak memory", "hidden 1024 x 5504 neurons, 4096 tokens"),
     ("selection of 2 %", "LA_MU, 5 x 5 x 28 x 18944"),

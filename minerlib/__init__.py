@@ -17,10 +17,11 @@ from minerlib.separation import separate
 from minerlib.sharing import load_neurons, push_neurons, save_neurons
 from minerlib.tasks import benchmark
 from minerlib.tasks.evaluation import compare, evaluate, prepare, summarise
+from minerlib.tasks.rows import split
 from minerlib.workbook import Workbook
 
 __all__ = [
     "MLLM", "PAPER_WEIGHTS", "Run", "Workbook", "aggregate", "benchmark", "compare", "deactivate",
     "evaluate", "export", "load", "load_neurons", "matched_random", "prepare", "push_neurons",
-    "save_neurons", "score", "select", "separate", "summarise",
+    "save_neurons", "score", "select", "separate", "split", "summarise",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -61,15 +61,17 @@ class Voxtral(Family):
     architectures = ("VoxtralForConditionalGeneration",)
 
     def inputs(self, samples: Sequence) -> dict:
-        turns = [[{"role": "user", "content": [*self._content(s)]}] for s in samples]
+        turns = [[{"role": "user", "content": self._content(s)}] for s in samples]
         return self.processor.apply_chat_template(turns, return_tensors="pt")
 
-    def _content(self, sample) -> Iterator[dict]:
+    def _content(self, sample) -> list[dict]:
+        content = [{"type": "text", "text": sample.prompt}]
         if sample.audio is not None:
             wav = io.BytesIO()
             soundfile.write(wav, sample.audio, self.sampling_rate, format="WAV", subtype="FLOAT")
-            yield {"type": "audio", "base64": base64.b64encode(wav.getvalue()).decode()}
-        yield {"type": "text", "text": sample.prompt}
+            sound = {"type": "audio", "base64": base64.b64encode(wav.getvalue()).decode()}
+            content.insert(len(content) if sample.behind else 0, sound)
+        return content
 
 
 class FramesAsPictures(Family):

@@ -68,6 +68,7 @@ def excited(
     among the rows, activation at every prompt token]; and `histogram`, by kind of token how many
     activations lie in each bin of `EDGES`. A row counts once, by its highest token.
     """
+    neurons = checked(mllm, neurons)
     order = sorted(range(len(neurons)), key=lambda i: neurons[i])
     layers: dict[int, list[int]] = {}
     for i in order:
@@ -113,7 +114,7 @@ def writes(mllm: MLLM, neurons: Sequence[Neuron], k: int = 8) -> list[dict[str, 
     """
     head, norm = mllm.model.get_output_embeddings(), mllm.family.final_norm()
     out = []
-    for layer, neuron in neurons:
+    for layer, neuron in checked(mllm, neurons):
         down = mllm.family.down_projection(mllm.layers[layer])
         column = down.weight[:, neuron].float().to(head.weight.device)
         scale = norm.weight.float().to(column) if hasattr(norm, "weight") else 1.0
@@ -126,7 +127,8 @@ def writes(mllm: MLLM, neurons: Sequence[Neuron], k: int = 8) -> list[dict[str, 
 
 def tokens(mllm: MLLM, sample: Sample) -> dict[str, Any]:
     """A prompt's tokens, `text` and `kind`, and how those of its medium lie: `grid` [time, height,
-    width]; a row of moments where the processor says nothing of places."""
+    width]; a row of moments, [1, 1, token], where the processor says nothing of places, as where it
+    cuts a picture into tiles."""
     batch = mllm.encode([sample])
     kinds = kinds_of(separate(mllm, batch))
     ids = batch["input_ids"][0].tolist()
@@ -139,7 +141,7 @@ def tokens(mllm: MLLM, sample: Sample) -> dict[str, Any]:
         time, height, width = places[0].tolist()
         side = round((time * height * width / count) ** 0.5)
         grid = [time, height // side, width // side]
-    elif medium == "image" and (side := round(count**0.5)) ** 2 == count:
+    elif medium == "image" and (side := round(count**0.5)) ** 2 == count and not _tiled(batch):
         grid = [1, side, side]
     elif sample.video is not None:
         side = max(1, round((count / len(sample.video)) ** 0.5))
@@ -147,6 +149,21 @@ def tokens(mllm: MLLM, sample: Sample) -> dict[str, Any]:
     if np.prod(grid) != count:
         grid = [1, 1, count]
     return {"text": texts, "kind": kinds, "medium": medium, "grid": grid}
+
+
+def _tiled(batch) -> bool:
+    """Whether one picture was entered as several."""
+    pixels = batch.get("pixel_values")
+    return pixels is not None and np.prod(pixels.shape[:-3]) > 1
+
+
+def checked(mllm: MLLM, neurons: Sequence[Neuron]) -> Sequence[Neuron]:
+    """The neurons, if the model has them all; else ValueError names the first it has not."""
+    for layer, neuron in neurons:
+        if not (0 <= layer < mllm.n_layers and 0 <= neuron < mllm.n_neurons):
+            has = f"layers 0 to {mllm.n_layers - 1} of neurons 0 to {mllm.n_neurons - 1}"
+            raise ValueError(f"there is no {named((layer, neuron))}: {mllm.name} has {has}")
+    return neurons
 
 
 def write_atlas(

@@ -18,9 +18,10 @@ import yaml
 from PIL import Image
 
 from minerlib.artifacts import computation
-from minerlib.atlas import parsed, tokens
+from minerlib.atlas import checked, parsed, tokens
 from minerlib.inference import middle95, resamples
 from minerlib.model import MLLM
+from minerlib.separation import BASE_SETS
 from minerlib.tasks import Sample
 
 COLOURS = ("red", "green", "blue")
@@ -37,9 +38,13 @@ class Description(pydantic.BaseModel):
 
 
 def descriptions(file: Path) -> list[Description]:
-    """Those that stand in a YAML file; none where there is no file."""
-    entries = yaml.safe_load(file.read_text()) if file.is_file() else []
-    return [Description(**entry) for entry in entries]
+    """Those of a YAML file, none where there is no file. ValueError names a wrong one."""
+    entries = yaml.safe_load(file.read_text()) if file.is_file() else None
+    try:
+        return [Description(**entry) for entry in entries or []]
+    except (TypeError, ValueError) as error:
+        what = "a list of neuron, words and rule, each a text"
+        raise ValueError(f"{file} is not {what}: {error}") from error
 
 
 def known(mllm: MLLM, sample: Sample) -> pd.DataFrame:
@@ -48,7 +53,8 @@ def known(mllm: MLLM, sample: Sample) -> pd.DataFrame:
     Columns benchmark, reference, kind, token (text; "" in a medium), before (the token before it),
     place and back (counted from the start and from the end of its kind, from 0); of a patch x, y in
     [0, 1] and its mean red, green, blue in [0, 1]; of a patch of a clip and of a moment of a sound
-    time, in [0, 1]; of a moment loud, in dB. 0 where a token has none.
+    time, in [0, 1]; of a moment loud, in dB, as if the tokens covered the sound evenly. 0 where a
+    token has none, and where it is not known where patches lie (`atlas.tokens`).
     """
     found = tokens(mllm, sample)
     table = pd.DataFrame({"kind": found["kind"], "token": found["text"]})
@@ -60,7 +66,10 @@ def known(mllm: MLLM, sample: Sample) -> pd.DataFrame:
     if (medium := found["medium"]) is not None:
         at = table.index[table["kind"] == medium]
         sound = sample.audio
-        seen = patches(sample, found["grid"]) if sound is None else heard(sound, len(at))
+        if sound is not None:
+            seen = heard(sound, len(at))
+        else:
+            seen = patches(sample, found["grid"]) if found["grid"] != [1, 1, len(at)] else {}
         for name, values in seen.items():
             table.loc[at, name] = values
     return table
@@ -108,7 +117,7 @@ def rule(description: Description, table: pd.DataFrame) -> np.ndarray:
 @torch.inference_mode()
 def said(mllm: MLLM, rows: Mapping[str, Any], neurons: Sequence[tuple[int, int]]) -> Iterator:
     """For each row its medium, what is `known` of its tokens, and activations [token, neuron]."""
-    layers = sorted({layer for layer, _ in neurons})
+    layers = sorted({layer for layer, _ in checked(mllm, neurons)})
     for bench in rows.values():
         for i in range(len(bench)):
             sample, seen = bench[i], dict[int, torch.Tensor]()
@@ -122,21 +131,25 @@ def said(mllm: MLLM, rows: Mapping[str, Any], neurons: Sequence[tuple[int, int]]
             yield bench.media[i], known(mllm, sample), np.stack(values, -1)
 
 
-@computation(version=1)
+@computation(version=2)
 def foretold(
     mllm: MLLM, rows: Mapping[str, Any], described: Sequence[Description], *, seed: int = 0
 ) -> pd.DataFrame:
     """How well each rule foretells its neuron, over all tokens of these rows: one row each.
 
-    Columns neuron, words, rows, tokens, told (share of tokens of which the rule says something),
-    correlation (Pearson's), low, high: its 95 % interval over what the rows are about.
+    Columns neuron, words, rule, rows, tokens, correlation (Pearson's), low, high: its 95 % interval
+    over what the rows are about; and `by kind`, the correlation of the best rule that knows a
+    token's kind alone, fitted to these rows.
     """
     neurons = [parsed(d.neuron) for d in described]
     media, sums = [], []
     for medium, table, y in said(mllm, rows, neurons):
         x = np.stack([rule(d, table) for d in described], -1)
         media.append(medium)
-        sums.append([(x * 0 + 1).sum(0), *(v.sum(0) for v in (x, y, x * x, y * y, x * y, x != 0))])
+        own = [(table["kind"] == kind).to_numpy(float) for kind in BASE_SETS]
+        of_kinds = [v for k in own for v in (k.sum() + 0 * y[0], k @ y)]
+        moments = [v.sum(0) for v in (x * 0 + 1, x, y, x * x, y * y, x * y)]
+        sums.append([*moments, *of_kinds])
     _, group = np.unique(media, return_inverse=True)
     totals = np.zeros((group.max() + 1, *np.shape(sums)[1:]))  # [medium, sum, neuron]
     np.add.at(totals, group, sums)
@@ -146,14 +159,25 @@ def foretold(
         {
             "neuron": [d.neuron for d in described],
             "words": [d.words for d in described],
+            "rule": [d.rule for d in described],
             "rows": len(media),
             "tokens": whole[0].astype(int),
-            "told": whole[-1] / whole[0],
             "correlation": correlation(whole),
             "low": low,
             "high": high,
+            "by kind": by_kind(whole),
         }
     )
+
+
+def by_kind(sums: np.ndarray) -> np.ndarray:
+    """The correlation ratio of y on the kinds, [neuron], from sums [sum, neuron] of 1, x, y, x²,
+    y², xy and then, for each kind, of 1 and y."""
+    n, _, y, _, yy, _ = sums[:6]
+    count, of_kind = sums[6::2], sums[7::2]
+    between = (of_kind**2 / count.clip(1)).sum(0) - y**2 / n
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.sqrt(between / (yy - y**2 / n))
 
 
 def correlation(sums: np.ndarray) -> np.ndarray:

@@ -170,14 +170,15 @@ class Scorecard:
 
     def headlines(self) -> str:
         """The findings' headlines as a Markdown table, a column per model that has any."""
+        paper = [name for name in self.findings if not is_question(name)]
         firsts = self.table.groupby(["finding", "of"], sort=False).first()
+        firsts = firsts[firsts.index.isin(paper, level="finding")]
         cells = firsts["measured"] + "<br>**" + firsts["verdict"] + "**"
-        told = cells.unstack("of", fill_value="").sort_index(axis=1)
+        told = cells.unstack("of", fill_value="not measured").sort_index(axis=1)
         lines = [
             ["the paper says", *told, "smallest effect of interest"],
             ["---"] * (2 + len(told.T)),
         ]
-        paper = [name for name in self.findings if not is_question(name)]
         for name in (n for n in paper if n in told.index):
             of = f"{name}: {self.findings[name].claim}"
             lines.append([of, *told.loc[name], f"{claim(name).smallest:g}"])

@@ -1,4 +1,4 @@
-"""Neurons to hand on: a file with a card, that another model refuses, here or on the hub.
+"""Neurons to hand on: a file with a card, that another decoder refuses, here or on the hub.
 
 ml.save_neurons(neurons, "my-neurons", mllm, method={"ratio": 0.02})
 with ml.deactivate(mllm, ml.load_neurons("user/their-neurons", mllm)):
@@ -150,6 +150,6 @@ def _told(about: Mapping[str, Any]) -> str:
         f"## Found on\n\n{lists['rows']}\n\n## By\n\n{lists['method']}\n\n"
         f"## Of the model\n\n{lists['fingerprint']}\n\n"
         "```python\nimport minerlib as ml\n\n"
-        f'neurons = ml.load_neurons("this repository", mllm)  # refuses another model\n'
+        f'neurons = ml.load_neurons("this folder or repository", mllm)  # refuses another decoder\n'
         "with ml.deactivate(mllm, neurons):\n    ...\n```\n"
     )

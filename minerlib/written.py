@@ -46,6 +46,7 @@ def column_norms(mllm: MLLM) -> xr.DataArray:
     return xr.DataArray(norms.numpy(), {"layer": range(mllm.n_layers)}, ("layer", "neuron"))
 
 
+@computation(version=1)
 def as_loud(
     neurons: xr.DataArray,
     loud: xr.DataArray,

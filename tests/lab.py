@@ -1,6 +1,6 @@
 """Every notebook in a real JupyterLab: `make test-ui`.
 
-    python -m tests.lab              # all; or some by number: python -m tests.lab 00 16
+    python -m tests.lab              # all; or some by number: python -m tests.lab 00,11-16
 
 A script opens each in Chromium, runs all cells as a reader would, and looks at what is then on the
 page: errors, warnings, cells that did not run, widgets without their model, pictures that are
@@ -21,7 +21,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import urlopen
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Error, Page, sync_playwright
+
+from tests.conftest import run_script
 
 ROOT = Path(__file__).parents[1]
 LAB = ROOT / "build/lab"
@@ -31,10 +33,11 @@ SETTINGS = {
     "@jupyterlab/notebook-extension/tracker": '{"windowingMode": "none"}',
     "@jupyterlab/apputils-extension/notification": '{"fetchNews": "false"}',
 }
-RUN = """async () => {
+RUN = """async limit => {
   const app = window.jupyterapp, panel = app.shell.currentWidget;
   await panel.sessionContext.ready;
-  await app.commands.execute("notebook:run-all-cells");
+  const late = new Promise((_, no) => setTimeout(() => no(new Error("still running")), limit));
+  await Promise.race([app.commands.execute("notebook:run-all-cells"), late]);
   const cells = [...panel.content.model.cells].filter(c => c.type === "code");
   return cells.filter(c => c.sharedModel.source.trim() && c.executionCount === null).length;
 }"""
@@ -102,7 +105,7 @@ def faults(page: Page, url: str, notebook: str) -> list[str]:
     page.goto(f"{url}/lab/tree/{notebook}?reset")
     page.wait_for_selector(".jp-NotebookPanel .jp-Cell", timeout=60_000)
     page.wait_for_function("() => window.jupyterapp.shell.currentWidget?.content?.model")
-    left = page.evaluate(RUN)
+    left = page.evaluate(RUN, MINUTES * 60_000)
     page.wait_for_timeout(2000)  # for what draws itself
     found = page.evaluate(LOOK)
     height = page.evaluate("() => document.querySelector('.jp-WindowedPanel-outer').scrollHeight")
@@ -113,18 +116,21 @@ def faults(page: Page, url: str, notebook: str) -> list[str]:
     return [f"{left} cells did not run", *found] if left else found
 
 
-def main(numbers: list[str]) -> int:
+def main(numbers: str) -> int:
+    files = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    wanted = run_script().numbered(numbers or "00-99")
+    if not (files := [file for file in files if int(file.name[:2]) in wanted]):
+        raise SystemExit(f"{numbers!r}: there are no notebooks of these numbers")
     wrong = 0
     with server() as url, sync_playwright() as playwright:
         program = os.environ.get("CHROMIUM")
         browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        for file in sorted((LAB / "notebooks").glob("[0-9]*.ipynb")):
-            if numbers and file.name[:2] not in numbers:
-                continue
-            page = browser.new_page()
-            page.set_default_timeout(MINUTES * 60_000)
-            start = time.time()
-            found = faults(page, url, file.name)
+        for file in files:
+            page, start = browser.new_page(), time.time()
+            try:
+                found = faults(page, url, file.name)
+            except Error as error:  # the next may be well
+                found = [str(error).splitlines()[0]]
             page.close()
             wrong += bool(found)
             print(f"{file.name}: {time.time() - start:.0f} s", *found, sep="\n  ", flush=True)
@@ -133,4 +139,4 @@ def main(numbers: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(",".join(sys.argv[1:])))

@@ -25,7 +25,7 @@ from families import (
 )
 
 import minerlib as ml
-from minerlib import families
+from minerlib import atlas, families
 from minerlib.families import Family as Adapter
 from minerlib.findings.attention import attention_between
 from minerlib.findings.convergence import CONVERGENCE, convergence
@@ -404,6 +404,25 @@ def test_frames_among_image_tokens_are_told_from_pictures(loaded):
     mllm = loaded("smolvlm")
     (ids,) = mllm.encode([type(rows["video"][0])(**clip)])["input_ids"]
     assert "Frame from 00:04:" in mllm.tokenizer.decode(ids)
+
+
+def test_pictures_in_tiles_have_no_places(loaded):
+    row = samples(("image",))["image"][0]
+    for name in ("smolvlm", "internvl", "llava-onevision"):
+        grid = atlas.tokens(loaded(name), row)["grid"]
+        assert grid[:2] == [1, 1] and grid[2] > 1, name
+    assert atlas.tokens(loaded("gemma3"), row)["grid"] == [1, 2, 2]
+
+
+def test_a_medium_behind_the_question_is_there(name, mllm):
+    for kind in FAMILIES[name].media:
+        row = samples((kind,))[kind][1]
+        for behind in (False, True):
+            told = atlas.tokens(mllm, dataclasses.replace(row, behind=behind))
+            ends = (
+                i for i in range(len(told["text"])) if "here?" in "".join(told["text"][: i + 1])
+            )
+            assert (next(ends) < told["kind"].index(kind)) == behind
 
 
 def test_layers_without_attention_say_what_cannot_be_measured():

@@ -61,7 +61,7 @@ from minerlib.selection import PAPER_WEIGHTS, STRATEGIES, matched_random, select
 from minerlib.separation import SETS
 from minerlib.tasks import Sample, media, metrics
 from minerlib.tasks.evaluation import evaluate
-from minerlib.written import loudness
+from minerlib.written import as_loud, loudness
 
 for module in pkgutil.walk_packages(minerlib.__path__, "minerlib."):
     importlib.import_module(module.name)
@@ -256,7 +256,13 @@ def told() -> pd.DataFrame:
     """How well two rules foretell two neurons."""
     rules = {"L0N3": 'kind == "image"', "L1N7": "place + red - blue"}
     made = [described.Description(neuron=n, words="", rule=rule) for n, rule in rules.items()]
-    return described.foretold(mllm(), {"b": Asked(samples())}, made).drop(columns="words")
+    return described.foretold(mllm(), {"b": Asked(samples())}, made).drop(columns=["words", "rule"])
+
+
+def partners() -> tuple:
+    """Random neurons that write as much as some, and who stands for whom."""
+    chosen = neurons().assign_coords(modality=["text", "image"])
+    return as_loud(chosen, loudness(mllm(), [Rows(samples())]), seed=3, caliper=1.0)
 
 
 def some_ranks() -> xr.DataArray:
@@ -342,6 +348,7 @@ GOLDEN: dict[str, Callable[[], Any]] = {
     "findings.telomeres.in_short": lambda: telomeres.in_short(
         mllm(), samples(), n_null=20, **DRAWN
     ),
+    "written.as_loud": partners,
     "written.loudness": lambda: loudness(mllm(), [Rows(samples())]),
     "deactivation.silence_heads": lambda: last_logits(silence_heads(mllm(), some_heads())),
     "findings.attention.cut_off": lambda: last_logits(attention.cut_off(mllm(), ["image"], [1])),

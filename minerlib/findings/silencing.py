@@ -136,12 +136,18 @@ def failures(conditions: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 
 def examples(conditions: Mapping[str, pd.DataFrame], each: int = 2) -> pd.DataFrame:
-    """What is asked, the reference, and the answers: the first rows of each benchmark.
+    """What is asked, the reference, and the answers: a few rows of each benchmark.
 
-    The first condition is the model as it is: only rows that it answers right are shown.
+    The first condition is the model as it is: only rows that it answers right are shown, and of
+    them first those that the second condition answers otherwise.
     """
-    first, *_ = conditions.values()
-    right = first[first["score"] >= 0.5].groupby("benchmark", sort=False).head(each)
+    first, *others = conditions.values()
+    right = first[first["score"] >= 0.5]
+    if others:
+        then = right[KEY].merge(others[0][[*KEY, "answer"]], on=KEY, how="left")["answer"]
+        same = right["answer"].to_numpy() == then.to_numpy()
+        right = right.iloc[np.lexsort((same, pd.factorize(right["benchmark"])[0]))]
+    right = right.groupby("benchmark", sort=False).head(each)
     asked = right["prompt"].map(lambda prompt: shorten(prompt.partition("\n")[0], 48))
     table = right[KEY].assign(asked=asked, reference=right["references"].str[0])
     for what, answers in conditions.items():
