@@ -110,6 +110,7 @@ def faults(page: Page, url: str, notebook: str) -> list[str]:
     found = page.evaluate(LOOK)
     height = page.evaluate("() => document.querySelector('.jp-WindowedPanel-outer').scrollHeight")
     page.set_viewport_size({"width": 1280, "height": min(height + 150, 16_000)})
+    page.evaluate("() => { document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0; }")
     page.wait_for_timeout(500)
     page.screenshot(path=LAB / f"{Path(notebook).stem}.png")
     page.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
