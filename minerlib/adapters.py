@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -82,11 +82,13 @@ class FramesAsPictures(Family):
 
     architectures: ClassVar[tuple[str, ...]] = ("InternVLForConditionalGeneration",)
 
-    def placeholder(self, kind: str) -> int | None:
-        if kind != "video":
-            return super().placeholder(kind)
+    @cached_property
+    def _video(self) -> int:
         known = self.tokenizer.get_vocab()
         return known.get(self.processor.video_token, len(known))  # any that nothing else has
+
+    def placeholder(self, kind: str) -> int | None:
+        return self._video if kind == "video" else super().placeholder(kind)
 
     def patch(self) -> None:
         video, image = self.placeholder("video"), self.placeholder("image")
@@ -114,17 +116,11 @@ class SmolVLM(FramesAsPictures):
 
     architectures = ("SmolVLMForConditionalGeneration",)
 
-    def chat(self, sample) -> str:
-        if sample.video is None or "video" in str(self.template):
-            return super().chat(sample)
-        own, self.processor.chat_template = self.template, DEFAULT_CHAT_TEMPLATE
-        try:
-            return super().chat(sample)
-        finally:
-            self.processor.chat_template = own
+    video_times = QwenVL.video_times
 
-    def video_times(self, samples: Sequence) -> dict[str, Any]:
-        return {"video_metadata": [_metadata(sample) for sample in samples]}
+    def template_for(self, sample) -> str | None:
+        knows = sample.video is None or "video" in str(self.template)
+        return self.template if knows else DEFAULT_CHAT_TEMPLATE
 
     def inputs(self, samples: Sequence) -> dict:
         """Pictures and clips in one batch one by one, for the processor keeps only the latter."""

@@ -125,11 +125,11 @@ def writes(mllm: MLLM, neurons: Sequence[Neuron], k: int = 8) -> list[dict[str, 
     return out
 
 
-def tokens(mllm: MLLM, sample: Sample) -> dict[str, Any]:
+def tokens(mllm: MLLM, sample: Sample, batch: Any = None) -> dict[str, Any]:
     """A prompt's tokens, `text` and `kind`, and how those of its medium lie: `grid` [time, height,
     width]; a row of moments, [1, 1, token], where the processor says nothing of places, as where it
-    cuts a picture into tiles."""
-    batch = mllm.encode([sample])
+    cuts a picture into tiles. batch: the sample encoded, where it is already."""
+    batch = mllm.encode([sample]) if batch is None else batch
     kinds = kinds_of(separate(mllm, batch))
     ids = batch["input_ids"][0].tolist()
     texts = [mllm.tokenizer.decode([i]) if k in ("text", "special") else ""
@@ -231,7 +231,8 @@ def gallery(
         once = {rows[name].media[at]: (name, at, told) for name, at, told in reversed(top)}
         best = sorted(once.values(), key=lambda of: -max(of[2]))
         for ax, (name, at, told) in zip(part.subplots(1, 4), best, strict=False):
-            _sketch(ax, rows[name][at], tokens(mllm, rows[name][at]), np.array(told), loudest)
+            sample = rows[name][at]
+            _sketch(ax, sample, tokens(mllm, sample), np.array(told), loudest)
         for ax in part.axes:
             ax.axis("off")
     return fig

@@ -47,7 +47,7 @@ def descriptions(file: Path) -> list[Description]:
         raise ValueError(f"{file} is not {what}: {error}") from error
 
 
-def known(mllm: MLLM, sample: Sample) -> pd.DataFrame:
+def known(mllm: MLLM, sample: Sample, batch: Any = None) -> pd.DataFrame:
     """What is known of each token of a prompt, without the model's neurons.
 
     Columns benchmark, reference, kind, token (text; "" in a medium), before (the token before it),
@@ -56,7 +56,7 @@ def known(mllm: MLLM, sample: Sample) -> pd.DataFrame:
     time, in [0, 1]; of a moment loud, in dB, as if the tokens covered the sound evenly. 0 where a
     token has none, and where it is not known where patches lie (`atlas.tokens`).
     """
-    found = tokens(mllm, sample)
+    found = tokens(mllm, sample, batch)
     table = pd.DataFrame({"kind": found["kind"], "token": found["text"]})
     table = table.assign(benchmark=sample.benchmark, reference=sample.reference)
     table["before"] = table["token"].shift(fill_value="")
@@ -121,14 +121,15 @@ def said(mllm: MLLM, rows: Mapping[str, Any], neurons: Sequence[tuple[int, int]]
     for bench in rows.values():
         for i in range(len(bench)):
             sample, seen = bench[i], dict[int, torch.Tensor]()
+            batch = mllm.encode([sample])
 
             def keep(layer, x, seen=seen):
                 seen[layer] = x[0].clone()
 
             with mllm.tap(activation=keep, layers=layers):
-                mllm.forward(mllm.encode([sample]))
+                mllm.forward(batch)
             values = [seen[layer][:, neuron].float().cpu().numpy() for layer, neuron in neurons]
-            yield bench.media[i], known(mllm, sample), np.stack(values, -1)
+            yield bench.media[i], known(mllm, sample, batch), np.stack(values, -1)
 
 
 @computation(version=2)

@@ -150,16 +150,20 @@ class Family:
         own = getattr(self.processor, "chat_template", None)
         return own or getattr(self.tokenizer, "chat_template", None)
 
+    def template_for(self, sample) -> str | None:
+        """The chat template that a sample is entered in."""
+        return self.template
+
     def chat(self, sample) -> str:
         """The sample's prompt in the chat template, medium first or `behind`, to be answered."""
-        if not self.template:
+        if not (template := self.template_for(sample)):
             return sample.prompt
         content: Any = sample.prompt
         if self.processor is not self.tokenizer:
             media = [{"type": kind} for kind in MEDIA if getattr(sample, kind) is not None]
             content = [*media, {"type": "text", "text": sample.prompt}]
             content = content[::-1] if sample.behind else content
-        how = {"chat_template": self.template, "add_generation_prompt": True, "tokenize": False}
+        how = {"chat_template": template, "add_generation_prompt": True, "tokenize": False}
         return self.processor.apply_chat_template([{"role": "user", "content": content}], **how)
 
     def inputs(self, samples: Sequence) -> dict:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
+
 import minerlib as ml
 from minerlib.scorecard import Scorecard
 from minerlib.workbook import RESULTS, ROOT
@@ -17,20 +19,20 @@ from minerlib.workbook import RESULTS, ROOT
 ROWS = 96  # per benchmark, as the committed notebooks mine
 
 
-def effect(label: str) -> str:
-    """The first line of finding I of a model, as it is published; empty where it is not."""
-    table = Scorecard(runs="no runs").table
+def effect(table: pd.DataFrame, label: str) -> str:
+    """The first line of finding I of a model, in a scorecard's table; empty where it is not."""
     told = table[(table["finding"] == "I") & (table["of"] == label)]["measured"]
     return told.iloc[0] if len(told) else ""
 
 
 def main() -> None:
+    published = Scorecard(runs="no runs").table
     for folder in sorted((ROOT / RESULTS).iterdir()):
         if not any(folder.glob("scores-*.nc")):
             continue
         wb = ml.Workbook(model=f"data/models/{folder.name}", limit=ROWS)
         place = Path("data/neurons", folder.name)
-        wb.save_neurons(wb.select(wb.total()), place, effect=effect(folder.name))
+        wb.save_neurons(wb.select(wb.total()), place, effect=effect(published, folder.name))
         print(place)
 
 
