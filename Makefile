@@ -44,7 +44,7 @@ workbook: models
 notebooks: models
 	$(TESTING) MINER_PUBLISH=1 MINER_FIGURES=figures $(BIN)/jupyter nbconvert --to notebook --execute \
 		--inplace --ExecutePreprocessor.record_timing=False notebooks/[0-9]*.ipynb
-	$(BIN)/python notebooks/readme.py
+	$(BIN)/python -m book.tables
 	$(TESTING) $(BIN)/python -m data.make.neurons
 
 # Every notebook from nothing, small; then the committed ones, which find what is published.

@@ -28,6 +28,7 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 import minerlib as ml
+from book.tables import markdown, placed
 from minerlib import scoring
 from minerlib.selection import STRATEGIES
 
@@ -316,12 +317,6 @@ BRIEF = (
 """The lines that README shows; all are in book/speed.md."""
 
 
-def markdown(found: pd.DataFrame) -> str:
-    """The lines of `table` as a table of Markdown."""
-    rows = [[*found], ["---"] * len(found.T), *found.to_numpy()]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
 def brief(results: dict) -> str:
     """README's six lines."""
     found = table(results).set_index(["what", "setting"], drop=False)
@@ -354,9 +349,7 @@ PAGES = {ROOT / "README.md": brief, ROOT / "book/speed.md": whole}
 
 def shown(page: Path, results: dict) -> str:
     """A page with its table as it should stand there."""
-    before, rest = page.read_text().split("<!-- bench -->")
-    after = rest.split("<!-- /bench -->")[1]
-    return f"{before}<!-- bench -->\n{PAGES[page](results)}\n<!-- /bench -->{after}"
+    return placed(page, "bench", PAGES[page](results))
 
 
 def main() -> None:

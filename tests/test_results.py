@@ -7,19 +7,16 @@ derived anew from the numbers it rests on.
 from __future__ import annotations
 
 import json
-import sys
 
 import numpy as np
 import pytest
 from conftest import ROOT
 
 import minerlib as ml
+from book import tables
 from minerlib import inference, scorecard
 from minerlib.findings import silencing
 from minerlib.workbook import RESULTS
-
-sys.path.insert(0, str(ROOT / "notebooks"))
-import readme  # noqa: E402
 
 # Average score as it is, and the share of it lost beyond random neurons of the same layers.
 EXPECTED = {
@@ -107,12 +104,12 @@ def test_the_doses_rise_from_a_handful_and_have_random_neurons_beside_them(findi
     assert [d["neurons"] for d in by["selected"]] == sorted({d["neurons"] for d in by["selected"]})
 
 
-@pytest.mark.parametrize("name", readme.TABLES)
+@pytest.mark.parametrize("name", tables.TABLES)
 def test_pages_show_what_is_published(name):
-    page, _ = readme.TABLES[name]
-    assert readme.written(name) == page.read_text(), "run notebooks/readme.py"
+    page, _ = tables.TABLES[name]
+    assert tables.written(name) == page.read_text(), "run python -m book.tables"
 
 
 def test_the_readme_has_every_published_model():
-    _, table = readme.TABLES["headlines"]
+    _, table = tables.TABLES["headlines"]
     assert all(f"| {model} |" in table() for model in EXPECTED)
