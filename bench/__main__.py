@@ -41,50 +41,29 @@ from .harness import (
     alternate,
     footprint,
     forward,
+    generate,
     line,
+    mine,
     prompt,
     ratio,
     real_width,
     stand_in,
+    two_percent,
 )
 
 JSON = ROOT / "figures/bench.json"
 MODELS = tuple(TEXT)
 BENCHMARK = {"tiny-qwen2-vl": "text_vqa", "tiny-qwen2-audio": "libri"}
 SHAPES = [(320, 1), (320, 4), (1280, 1), (1280, 4)]  # tokens, batch
-NEW_TOKENS = 16
 
 
 def rows_of(name: str, limit: int) -> ml.benchmarks.Benchmark:
     return ml.benchmark(BENCHMARK[name], source=ROOT / "data/benchmarks", limit=limit)
 
 
-def mine(mllm: ml.MLLM, batch) -> None:
-    scoring.add_batch(mllm, batch, scoring.Sums(mllm.n_layers))
-
-
 def scored_and_plain(mllm: ml.MLLM, batch) -> dict:
     """The two sides of every comparison of scoring with its floor."""
     return {"score": lambda: mine(mllm, batch), "forward": lambda: forward(mllm, batch)}
-
-
-@torch.inference_mode()
-def generate(mllm: ml.MLLM, batch, tokens: int = NEW_TOKENS) -> None:
-    """Exactly so many greedy tokens, whatever they are."""
-    mllm.model.generate(
-        **batch,
-        do_sample=False,
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        pad_token_id=mllm.tokenizer.pad_token_id,
-    )
-
-
-def two_percent(mllm: ml.MLLM, seed: int = 0) -> xr.DataArray:
-    """A random 2 % of the neurons: what silencing costs does not depend on which."""
-    rng = np.random.default_rng(seed)
-    mask = rng.random((1, mllm.n_layers, mllm.n_neurons)) < 0.02
-    return xr.DataArray(mask, {"modality": ["random"]}, ("modality", "layer", "neuron"))
 
 
 # --- sections ------------------------------------------------------------------------------------

@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+import xarray as xr
 
 import minerlib as ml
 from minerlib import scoring
 
 ROOT = Path(__file__).parents[1]
+NEW_TOKENS = 16
 TEXT = {
     "tiny-qwen2-vl": {
         "hidden_size": 3584,
@@ -39,7 +41,9 @@ def stand_in(name: str) -> ml.MLLM:
     return ml.load(ROOT / "data/models" / name)
 
 
-def real_width(name: str, layers: int = 2, dtype=torch.float32, **text) -> ml.MLLM:
+def real_width(
+    name: str, layers: int = 2, dtype=torch.float32, device: str = "cpu", **text
+) -> ml.MLLM:
     """A stand-in's class, tower and vocabulary around decoder layers of a 7 B model's width."""
     folder = ROOT / "data/models" / name
     config = transformers.AutoConfig.from_pretrained(folder)
@@ -59,8 +63,8 @@ def real_width(name: str, layers: int = 2, dtype=torch.float32, **text) -> ml.ML
     torch.manual_seed(0)
     with torch.device("meta"):
         model = getattr(transformers, config.architectures[0])(config)
-    model = model.to(dtype).to_empty(device="cpu")
-    block = torch.randn(2**20 - 3).to(dtype)
+    model = model.to(dtype).to_empty(device=device)
+    block = torch.randn(2**20 - 3).to(device, dtype)
     with torch.no_grad():
         for weight in model.parameters():
             flat = weight.view(-1)
@@ -71,7 +75,8 @@ def real_width(name: str, layers: int = 2, dtype=torch.float32, **text) -> ml.ML
             buffer.zero_()
         for module in model.modules():
             if hasattr(module, "compute_default_rope_parameters") and hasattr(module, "inv_freq"):
-                module.inv_freq = module.compute_default_rope_parameters(module.config)[0]
+                inverse, _ = module.compute_default_rope_parameters(module.config)
+                module.inv_freq = inverse.to(device)
     processor = transformers.AutoProcessor.from_pretrained(folder)
     return ml.MLLM(model, processor, str(folder))
 
@@ -89,13 +94,36 @@ def prompt(mllm: ml.MLLM, tokens: int, batch: int = 1) -> dict[str, torch.Tensor
     first = tokens // 10
     ids[:, first : first + int(0.8 * tokens)] = medium
     ids[:, [0, first - 1, first + int(0.8 * tokens), tokens - 3]] = special[1]
-    ids = torch.from_numpy(ids)
+    ids = torch.from_numpy(ids).to(mllm.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 @torch.inference_mode()
 def forward(mllm: ml.MLLM, batch) -> None:
     mllm.forward(batch)
+
+
+def mine(mllm: ml.MLLM, batch) -> None:
+    scoring.add_batch(mllm, batch, scoring.Sums(mllm.n_layers))
+
+
+@torch.inference_mode()
+def generate(mllm: ml.MLLM, batch, tokens: int = NEW_TOKENS) -> None:
+    """Exactly so many greedy tokens, whatever they are."""
+    mllm.model.generate(
+        **batch,
+        do_sample=False,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
+        pad_token_id=mllm.tokenizer.pad_token_id,
+    )
+
+
+def two_percent(mllm: ml.MLLM, seed: int = 0) -> xr.DataArray:
+    """A random 2 % of the neurons: what silencing costs does not depend on which."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random((1, mllm.n_layers, mllm.n_neurons)) < 0.02
+    return xr.DataArray(mask, {"modality": ["random"]}, ("modality", "layer", "neuron"))
 
 
 def alternate(sides: Mapping[str, Callable[[], object]], rounds: int = 7) -> dict[str, np.ndarray]:
