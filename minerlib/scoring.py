@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -58,6 +59,11 @@ _BLOCK = 2**19  # elements of scratch memory: what stays in a core's cache betwe
 _GPU_BLOCK = 2**25  # a GPU wants few large kernels instead
 
 
+def fused(x: Tensor) -> bool:
+    """Whether `kernels` take this tensor."""
+    return x.is_cuda and x.dtype != torch.float64 and find_spec("triton") is not None
+
+
 def own_metrics() -> list[str]:
     """The registered metrics that are not the paper's: part of the key of scores."""
     return [name for name, metric in METRICS.items() if metric.__module__ != __name__]
@@ -97,7 +103,8 @@ def attention_weights(
     masks = masks.float()
     weights_k, weights_q = torch.empty_like(masks), torch.empty_like(masks)
     # One [token, token] matrix at a time; short prompts several, which together are as small.
-    for rows in _parts(len(masks), _block(query) // (heads * n * n)):
+    each = n * n * (1 if fused(query) else heads)
+    for rows in _parts(len(masks), _block(query) // each):
         m = masks[rows]
         # P lies in [0, 1], so its exponential needs no maximum subtracted. Columns of padding
         # never meet a weight: m is 0 there.
@@ -119,8 +126,12 @@ def attention(query: Tensor, key: Tensor, real: Tensor, scaling: float | None = 
     """
     (batch, heads, n, dim), kv_heads = query.shape, key.shape[1]
     groups = heads // kv_heads
-    query, keys = query.view(batch, kv_heads, groups, n, dim), key.float().mT
     scale = dim**-0.5 if scaling is None else scaling
+    if fused(query) and real.ndim == 2:
+        from minerlib import kernels  # Triton is not everywhere
+
+        return kernels.attention(query, key, real, scale)
+    query, keys = query.view(batch, kv_heads, groups, n, dim), key.float().mT
     p = torch.zeros(batch, n, n, device=query.device)
     # Long runs of queries of few heads make the fastest products.
     chunk = min(n, max(1, 2 * _block(query) // (batch * groups * n)))
@@ -172,8 +183,12 @@ def _parts(n: int, size: int) -> list[slice]:
 
 def layout(masks: Tensor) -> np.ndarray:
     """The base set of every token, int [batch, token] on the CPU; padding is -1."""
-    base = masks[:, _BASE].int()
-    return torch.where(base.any(1), base.argmax(1), -1).cpu().numpy()  # one transfer per batch
+    return _base(masks).cpu().numpy()  # one transfer per batch
+
+
+def _base(masks: Tensor) -> Tensor:
+    base = torch.stack([masks[:, i] for i in _BASE], 1).int()
+    return torch.where(base.any(1), base.argmax(1), -1)
 
 
 def metrics(x, weights_k, weights_q, masks, kinds) -> Tensor:
@@ -182,11 +197,38 @@ def metrics(x, weights_k, weights_q, masks, kinds) -> Tensor:
     x [batch, token, neuron]; the weights are those of `attention_weights`, kinds is `layout`.
     """
     batch, n, neurons = x.shape
-    members, outside = masks.float(), torch.where(masks, 0, -math.inf)
-    weights = torch.cat([members, weights_k, weights_q], 1)
+    weights = torch.cat([masks.float(), weights_k, weights_q], 1)
+    highest = torch.full((batch, len(SETS), neurons), -math.inf, device=x.device)
+    if fused(x):
+        from minerlib import kernels
+
+        sums, positive, tops = kernels.over_tokens(x, weights, masks, _base(masks), len(_BASE))
+        for i, top in zip(_BASE, tops.unbind(1), strict=True):
+            highest[:, i] = top
+    else:
+        sums, positive = _over_tokens(x, weights, masks, kinds, highest)
+    for union, names in UNIONS.items():
+        for name in names:
+            top = highest[:, SETS.index(union)]
+            torch.maximum(top, highest[:, SETS.index(name)], out=top)
+    count = masks.sum(-1, keepdim=True)
+    highest.masked_fill_(count == 0, 0)
+    total, *attn = sums.chunk(3, 1)
+    layer = Layer(x, masks, count.clamp(min=1), positive, total, highest, *attn)
+    found = {name: metric(layer) for name, metric in METRICS.items()}
+    for name, values in found.items():
+        if values.shape != highest.shape:
+            shapes = f"{tuple(values.shape)}, not [batch, set, neuron] {tuple(highest.shape)}"
+            raise ValueError(f"importance metric {name!r} gave {shapes}")
+    return torch.stack([*found.values()], 1)
+
+
+def _over_tokens(x, weights, masks, kinds, highest) -> tuple[Tensor, Tensor]:
+    """Weighted sums over the tokens and how many are above 0; puts in the highest of each kind."""
+    (batch, n, neurons), members = x.shape, masks.float()
+    outside = torch.where(masks, 0, -math.inf)
     sums = x.new_zeros(batch, weights.shape[1], neurons, dtype=torch.float32)
     positive = torch.zeros(batch, len(SETS), neurons, device=x.device)
-    highest = torch.full_like(positive, -math.inf)
     # All passes over a block of activations are made while a CPU's cache holds it.
     size = max(1, min(batch, _block(x) // (32 * neurons)))
     block = min(n, max(1, _block(x) // (size * neurons)))
@@ -203,19 +245,7 @@ def metrics(x, weights_k, weights_q, masks, kinds) -> Tensor:
                 own = torch.add(part, outside[rows, _BASE[k], columns, None], out=other)
             top = highest[rows, _BASE[k]]
             torch.maximum(top, own.amax(1), out=top)
-
-    for union, names in UNIONS.items():
-        highest[:, SETS.index(union)] = highest[:, [SETS.index(k) for k in names]].amax(1)
-    count = masks.sum(-1, keepdim=True)
-    highest.masked_fill_(count == 0, 0)
-    total, *attn = sums.chunk(3, 1)
-    layer = Layer(x, masks, count.clamp(min=1), positive, total, highest, *attn)
-    found = {name: metric(layer) for name, metric in METRICS.items()}
-    for name, values in found.items():
-        if values.shape != highest.shape:
-            shapes = f"{tuple(values.shape)}, not [batch, set, neuron] {tuple(highest.shape)}"
-            raise ValueError(f"importance metric {name!r} gave {shapes}")
-    return torch.stack([*found.values()], 1)
+    return sums, positive
 
 
 def normalise(values: Tensor) -> Tensor:

@@ -126,6 +126,7 @@ def last_token_flow(
             found["row"][layer] = last_row(query, key, seen[:, -1], scaling).detach()
             found["seen"][layer] = seen[:, -1].float()
             bias = dense_bias(mask, seen, query.dtype)
+            query.requires_grad_()  # else a fused kernel keeps nothing for the mask's gradient
             found["gate"][layer] = gate = bias.new_zeros(seen[:, -1].shape, requires_grad=True)
             return torch.cat([bias[:, :, :-1], bias[:, :, -1:] + gate[:, None, None]], 2)
 
