@@ -33,6 +33,7 @@ from minerlib import scoring
 from minerlib.selection import STRATEGIES
 
 from . import charts, peers
+from .accelerator import accelerator
 from .harness import (
     REAL,
     ROOT,
@@ -243,6 +244,7 @@ SECTIONS = {
     "selection": selection,
     "plain": plain_way,
     "peers": peers.capture,
+    "accelerator": accelerator,
     "notebooks": notebooks,
 }
 
@@ -304,13 +306,12 @@ def brief(results: dict) -> str:
 
 def whole(results: dict) -> str:
     """The table as book/speed.md shows it, and the machine's name."""
-    found = table({name: part for name, part in results.items() if name != "notebooks"})
-    here = results["scoring"]["machine"]
-    where = (
-        f"Measured on {here['cpu']}, {here['cores']} cores, {here['device']}; torch "
-        f"{here['torch']}, transformers {here['transformers']}."
-    )
-    lines = [where, "", markdown(found)]
+    apart = ("notebooks", "accelerator")
+    found = table({name: part for name, part in results.items() if name not in apart})
+    lines = [_where(results["scoring"]["machine"]), "", markdown(found)]
+    if "accelerator" in results:
+        there = {"accelerator": results["accelerator"]}
+        lines += ["", _where(results["accelerator"]["machine"]), "", markdown(table(there))]
     if "notebooks" in results:
         *parts, last = results["notebooks"]["lines"]
         spent = [
@@ -321,6 +322,13 @@ def whole(results: dict) -> str:
         lines += ["", f"The workbook takes {last['value'] / 60:.1f} minutes for both models.", ""]
         lines += [markdown(pd.DataFrame(spent, columns=names))]
     return "\n".join(lines)
+
+
+def _where(machine: dict) -> str:
+    return (
+        f"Measured on {machine['cpu']}, {machine['cores']} cores, {machine['device']}; torch "
+        f"{machine['torch']}, transformers {machine['transformers']}."
+    )
 
 
 PAGES = {ROOT / "README.md": brief, ROOT / "book/speed.md": whole}
@@ -346,7 +354,8 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     results = json.loads(JSON.read_text()) if JSON.exists() else {}
     off = os.environ.get("TQDM_DISABLE") == "1"
-    for name in tqdm(arguments.sections or SECTIONS, desc="bench", disable=off):
+    here = [name for name in SECTIONS if name != "accelerator" or torch.cuda.is_available()]
+    for name in tqdm(arguments.sections or here, desc="bench", disable=off):
         lines = SECTIONS[name](arguments.rounds)
         results[name] = {"machine": machine(), "rounds": arguments.rounds, "lines": lines}
         part = JSON.with_suffix(".part")  # a section that is measured is kept

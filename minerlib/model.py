@@ -75,7 +75,10 @@ class MLLM:
 
     @property
     def device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+        """Where inputs go: of weights that wait elsewhere, where they are used."""
+        embeddings = self.model.get_input_embeddings()
+        used = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+        return torch.device(embeddings.weight.device if used is None else used)
 
     @cached_property
     def token_ids(self) -> dict[str, list[int]]:
