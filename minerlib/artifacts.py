@@ -13,7 +13,8 @@ import resource
 import sys
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from importlib import metadata
 from itertools import product
@@ -27,6 +28,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import xarray as xr
+
+from minerlib import processes
 
 log = logging.getLogger(__name__)
 Function = TypeVar("Function", bound=Callable)
@@ -124,12 +127,28 @@ class Run:
     def cached(self, name: str, compute: Callable[[], Any], *, of: Any, **config: Any) -> Any:
         """The artefact of this name and key, computed and saved if it is not there whole."""
         stem, start = self.stem(name, of=of, **config), time.perf_counter()
+        value = self._kept(stem) if processes.rank() == 0 else None
+        if not processes.agreed(value is not None):
+            with _computing(self.folder / stem):
+                value = compute()
+            if processes.rank() == 0:
+                self.save(name, value, of=of, seconds=time.perf_counter() - start, **config)
+            processes.wait()
+            value = None
+        value = self._kept(stem) if value is None else value
+        if value is None:
+            raise FileNotFoundError(
+                f"{stem} was made by the first process, and is not in this one's {self.folder}: "
+                "processes must share the run folder"
+            )
+        return value
+
+    def _kept(self, stem: str) -> Any:
+        """The artefact of this file name, if it is there whole."""
         for folder, (suffix, _, read) in product((self.folder, *self.also), _FORMATS.values()):
             if (value := _whole(folder / f"{stem}{suffix}", read)) is not None:
                 return value
-        value = compute()
-        path = self.save(name, value, of=of, seconds=time.perf_counter() - start, **config)
-        return _FORMATS[type(value)][2](path)
+        return None
 
     def save(self, name: str, value: Any, *, of: Any, seconds: float = 0, **config: Any) -> Path:
         """Write an artefact and its manifest, each beside and then renamed."""
@@ -179,6 +198,18 @@ class Run:
         return [manifest for file in files if (manifest := _whole(file, _json)) is not None]
 
 
+_now: list[Path] = []  # the artefacts that are being computed, the innermost last
+
+
+@contextmanager
+def _computing(path: Path) -> Iterator[None]:
+    _now.append(path)
+    try:
+        yield
+    finally:
+        _now.pop()
+
+
 class Checkpoint:
     """The state of an unfinished computation, saved every so many seconds for the next run.
 
@@ -186,6 +217,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path, key: Any, every: float = 60.0):
+        key = [key, processes.rank(), processes.size()] if processes.size() > 1 else key
         self.path, self.every = Path(f"{path}-{digest(key)}.partial"), every
         self._last = time.monotonic()
 
@@ -202,6 +234,11 @@ class Checkpoint:
     def done(self) -> None:
         """Remove the file: the result is kept elsewhere."""
         self.path.unlink(missing_ok=True)
+
+
+def unfinished(part: str) -> Checkpoint:
+    """The checkpoint of a part of the artefact that `Run.cached` is computing."""
+    return Checkpoint(_now[-1], part)
 
 
 @lru_cache(maxsize=1024)

@@ -17,7 +17,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from minerlib import answering, shipped
+from minerlib import answering, memory, processes, shipped
 from minerlib.families import FAMILIES, KINDS, MEDIA, Family, RowError
 from minerlib.tap import SUFFIX, tap
 
@@ -164,10 +164,22 @@ class MLLM:
         skipped = [text for *_, texts in alone for text in texts]
         return (*self.gather(bench, kept)[:3], skipped) if kept else ([], [], None, skipped)
 
-    def batches(self, bench, batch_size: int, label: str = "") -> Iterator[tuple[int, Any]]:
-        """(position of the first row, model inputs) of one batch after another, with a bar."""
+    def batches(
+        self, bench, batch_size: int, label: str = "", backward: bool = False
+    ) -> Iterator[tuple[int, Any]]:
+        """(position of the first row, model inputs) of one batch after another, with a bar.
+
+        For a backward pass, which keeps what a forward pass forgets, they are cut to what fits.
+        """
         for i in tqdm(starts(bench, batch_size), label, leave=False):
-            yield i, self.encode(bench[i : i + batch_size])
+            batch = self.encode(bench[i : i + batch_size])
+            rows, tokens = batch["input_ids"].shape
+            fit = memory.backward_rows(self, tokens) if backward else rows
+            if fit >= rows:
+                yield i, batch
+                continue
+            for j in range(i, i + rows, fit):
+                yield j, self.encode(bench[j : min(j + fit, i + rows)])
 
     def forward(self, batch, keep: int = 1) -> Any:
         """The prompt's forward pass (prefill), with logits of the last `keep` tokens only."""
@@ -187,13 +199,13 @@ class MLLM:
             handle.remove()
 
 
-def starts(bench, batch_size: int, first: int = 0) -> range:
+def starts(bench, batch_size: int) -> range:
     """Where the batches of a benchmark start; refuses what has no rows or no batch size."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: give a positive number")
     if not len(bench):
         raise ValueError(f"benchmark {getattr(bench, 'name', '')!r} has no rows; raise its limit")
-    return range(first, len(bench), batch_size)
+    return range(0, len(bench), batch_size)
 
 
 def load(
@@ -219,7 +231,7 @@ def load(
     cls = cls or transformers.AutoModelForCausalLM
     model = cls.from_pretrained(path, revision=revision, dtype=dtype, **model_kwargs)
     if model_kwargs.get("device_map") is None and getattr(model, "hf_quantizer", None) is None:
-        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model.to(device or processes.device())
     processor = transformers.AutoProcessor.from_pretrained(path, revision=revision, **settings)
     # Where its parts lie changes nothing, and the model knows which attention it runs.
     others = ("device_map", "attn_implementation")

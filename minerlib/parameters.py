@@ -6,6 +6,7 @@ Every error is a ValueError with one readable line per parameter: its name, its 
 import ast
 import difflib
 import importlib
+import json
 import os
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -23,6 +24,14 @@ from minerlib.tasks.media import FRAMES
 
 COVERED = ("model", "source")  # fields whose content keys hold as fingerprints
 NEUTRAL = ("run_dir", "device", "batch_size")  # change where and how fast results come, not them
+
+
+def value(text: str) -> Any:
+    """A value as YAML; JSON first, for to YAML 1.1 a number such as 1e-3 is a string."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return yaml.safe_load(text)
 
 
 def _among(names: Collection[str]) -> AfterValidator:

@@ -22,8 +22,10 @@ import xarray as xr
 from torch import Tensor
 from tqdm import tqdm
 
+from minerlib import processes
 from minerlib.answering import answered
 from minerlib.artifacts import Checkpoint, computation, key
+from minerlib.memory import halves
 from minerlib.model import MLLM, RowError, starts
 from minerlib.separation import BASE_SETS, SETS, UNIONS, separate, stack
 
@@ -292,16 +294,21 @@ def score(
     out, warns and names it in attrs["skipped"].
     """
     sums, saved, how = Sums(mllm.n_layers), None, {"causal": causal, "generated": generated}
+    batches = [range(len(bench))[i : i + batch_size] for i in starts(bench, batch_size)]
+    own = [batches[i] for i in processes.dealt([processes.cost(bench, rows) for rows in batches])]
     if checkpoint is not None:
         made_by = [score, *(METRICS[name] for name in own_metrics())]
         made = key(mllm, made_by, data=bench.fingerprint, on_error=on_error, **how)
-        saved = Checkpoint(checkpoint, made, every)
+        saved = Checkpoint(checkpoint, {**made, "batch_size": batch_size}, every)
         vars(sums).update(saved.load() or {})
-    for i in tqdm(starts(bench, batch_size, sums.done), desc=f"score {bench.name}", leave=False):
-        _add(mllm, bench, range(len(bench))[i : i + batch_size], sums, on_error, **how)
-        sums.done = i + batch_size
+    left = [rows for rows in own if rows.start >= sums.done]
+    for rows in tqdm(left, desc=f"score {bench.name}", leave=False):
+        _add(mllm, bench, rows, sums, on_error, **how)
+        sums.done = rows.stop
         if saved is not None and sums.rows:
             saved.save(vars(sums))
+    if processes.size() > 1:
+        sums = _together(processes.gathered(vars(sums)))
     if sums.skipped:
         warnings.warn("; ".join(["rows skipped", *sums.skipped]), stacklevel=2)
     if not sums.rows:
@@ -311,10 +318,25 @@ def score(
     return _to_array(sums, bench.name)
 
 
+def _together(parts: list[dict]) -> Sums:
+    """The sums of several processes as one."""
+    sums = Sums(len(parts[0]["scores"]))
+    for part in parts:
+        for name in ("scores", "mean") if part["rows"] else ():
+            old, new = getattr(sums, name), part[name]
+            setattr(sums, name, [a + b.cpu() for a, b in zip(old, new, strict=True)])
+        lowest = zip(sums.minimum, part["minimum"], strict=True)
+        sums.minimum = [torch.minimum(a, b.cpu()) for a, b in lowest]
+        sums.samples, sums.rows = sums.samples + part["samples"], sums.rows + part["rows"]
+        sums.skipped += part["skipped"]
+    return sums
+
+
 def _add(mllm: MLLM, bench, positions, sums: Sums, on_error: str, **how: Any) -> None:
     """Add these rows; where one of them fails and may be skipped, the others one by one."""
     positions, samples, batch, skipped = mllm.gather(bench, positions, on_error)
     sums.skipped += skipped
+    again: list[list[int]] = []
     try:
         if samples:
             rows = [(s.benchmark or bench.name, s.row) for s in samples]
@@ -325,8 +347,11 @@ def _add(mllm: MLLM, bench, positions, sums: Sums, on_error: str, **how: Any) ->
         if len(positions) == 1:
             sums.skipped.append(str(error))
         else:
-            for i in positions:
-                _add(mllm, bench, [i], sums, on_error, **how)
+            again = [[i] for i in positions]
+    except torch.OutOfMemoryError:
+        again = halves(positions, samples)
+    for part in again:
+        _add(mllm, bench, part, sums, on_error, **how)
 
 
 @torch.inference_mode()

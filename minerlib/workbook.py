@@ -24,10 +24,10 @@ from matplotlib.figure import Figure
 from scipy.stats import rankdata
 from tqdm import tqdm
 
-from minerlib import atlas, critical, shipped
+from minerlib import atlas, critical, processes, shipped
 from minerlib.activity import sampled
 from minerlib.aggregation import aggregate
-from minerlib.artifacts import Run, atomically, digest
+from minerlib.artifacts import Run, atomically, digest, unfinished
 from minerlib.controls import CONTROLS, permuted, untrained
 from minerlib.deactivation import deactivate
 from minerlib.findings.silencing import nats
@@ -210,14 +210,18 @@ class Workbook(Parameters):
         if not sets:
             raise ValueError("no sets of neurons to silence")
         marks = [None if neurons is None else digest(_union(neurons)) for neurons in sets]
+        own = processes.dealt([1.0] * len(sets))
 
         def whole() -> Any:
-            pairs = tqdm(zip(sets, marks, strict=True), name, len(sets), leave=False)
-            with hear_once(self.mllm, {}):
-                found = [
-                    self.cached(name, partial(compute, neurons), silenced=mark, part=True, **config)
-                    for neurons, mark in pairs
-                ]
+            def one(i: int) -> Any:
+                how = {"silenced": marks[i], "part": True, **config}
+                return self.cached(name, partial(compute, sets[i]), **how)
+
+            with hear_once(self.mllm, {}), processes.apart():
+                done = {i: one(i) for i in tqdm(own, name, leave=False)}
+            processes.wait()
+            with processes.apart():  # the others' are only read
+                found = [done[i] if i in done else one(i) for i in range(len(sets))]
             if isinstance(found[0], xr.DataArray):
                 return xr.concat(found, "neurons").drop_encoding()
             return pd.concat([t.assign(neurons=i) for i, t in enumerate(found)], ignore_index=True)
@@ -488,8 +492,12 @@ class Workbook(Parameters):
             return [prepare(self.mllm, b, self.batch_size, self.on_error) for b in few.values()]
 
         def told(neurons: xr.DataArray | None) -> pd.DataFrame:
+            how: dict[str, Any] = {"measure": "logprob only"}
             with nullcontext() if neurons is None else deactivate(self.mllm, neurons):
-                tables = [evaluate(self.mllm, x, measure="logprob only") for x in ready()]
+                tables = [
+                    evaluate(self.mllm, of, checkpoint=unfinished(of.benchmark.name), **how)
+                    for of in ready()
+                ]
             return pd.concat(tables, ignore_index=True)[columns]
 
         return self.each("logprobs", told, sets, of=(evaluate, deactivate), rows=few)
@@ -500,10 +508,12 @@ class Workbook(Parameters):
         return self.max_new_tokens or (self.card.max_new_tokens if self.card else None)
 
     def _evaluated(self, bench: Benchmark, measure: str = "score") -> pd.DataFrame:
-        if (rows := bench.fingerprint) not in self._ready:
+        # Of several processes each prepares its own rows, and all rows when it works apart.
+        rows = f"{bench.fingerprint}{processes.size()}"
+        if rows not in self._ready:
             self._ready[rows] = prepare(self.mllm, bench, self.batch_size, self.on_error)
-        ready, longest = self._ready[rows], self.longest
-        return evaluate(self.mllm, ready, max_new_tokens=longest, measure=measure)
+        how: dict[str, Any] = {"max_new_tokens": self.longest, "measure": measure}
+        return evaluate(self.mllm, self._ready[rows], checkpoint=unfinished(bench.name), **how)
 
     def sanity(self) -> pd.DataFrame:
         """The model as it is beside its published figures, one row per benchmark.

@@ -6,6 +6,8 @@
     python notebooks/run.py preset=smolvlm-256m              # a model of minerlib/presets.yml
     python notebooks/run.py notebooks=11,13-15               # some; all=00-99
     python notebooks/run.py params="ratio=0.05 seed=1"       # the same as ratio=0.05 seed=1
+    python notebooks/run.py processes=4                      # each notebook by so many, one a GPU
+    python notebooks/run.py sweep=sweep.csv                  # a table of runs; one=17: one of them
 
 Arguments are NAME=VALUE, names in any case, values YAML. `model` takes one or more models; `run` is
 where they leave a folder each: a name stands for runs/NAME, a path for itself, and without it they
@@ -18,6 +20,11 @@ defaults. An executed notebook is not executed again while it is newer than the 
 the model and the data and its parameters are the same, so a run that was stopped picks up where it
 stopped.
 
+With `processes` a notebook's cells are first run by so many processes (`python -m minerlib`), which
+share the work, and then by Papermill, which finds what they made. A `sweep` is a table whose
+columns are arguments and whose rows are runs: alone it is printed, `one` runs a row of it, so that
+any scheduler can take the rows one by one; runs that share a folder share what they have in common.
+
 Several models on a machine without accelerator share its cores, for small models gain little from
 more threads: as many notebooks run side by side as there are models, first each model's stages,
 then the findings, which wait for nothing else.
@@ -29,6 +36,7 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 import threading
 import zlib
@@ -40,11 +48,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import nbformat
+import pandas as pd
 import papermill
 import psutil
 import torch
 import yaml
 
+from minerlib.parameters import value
 from minerlib.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,14 +62,6 @@ MODELS = "data/models/tiny-qwen2-vl data/models/tiny-qwen2-audio"
 NOTEBOOKS = "00-10,20"  # what the paper says; those between ask what its reviewers did
 FLAGS = ("quick", "full", "fresh")
 SIZES = Path(__file__).with_name("sizes.yml")
-
-
-def value(text: str) -> Any:
-    """A value as YAML; JSON first, for to YAML 1.1 a number such as 1e-3 is a string."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return yaml.safe_load(text)
 
 
 def parse(arguments: Sequence[str]) -> dict[str, str]:
@@ -82,6 +84,21 @@ def preset(given: dict[str, str]) -> dict[str, str]:
     own = {n: json.dumps(v) for n, v in PRESETS[name].parameters.items()}
     rest = {n: text for n, text in given.items() if n != "preset"}
     return {"model": PRESETS[name].model, "run": name, **own, **rest}
+
+
+def swept(given: dict[str, str]) -> dict[str, str]:
+    """The arguments of the row `one` of the table `sweep`; those given besides win."""
+    table = pd.read_csv(given["sweep"], dtype=str, keep_default_na=False)
+    runs = [{n.lower(): t for n, t in row.items() if t} for row in table.to_dict("records")]
+    if "one" not in given:
+        lines = [
+            f"{i:4} " + shlex.join(f"{n}={t}" for n, t in row.items()) for i, row in enumerate(runs)
+        ]
+        raise SystemExit("\n".join(lines))
+    if not given["one"].isdigit() or int(given["one"]) >= len(runs):
+        raise SystemExit(f"one={given['one']}: {given['sweep']} has rows 0 to {len(runs) - 1}")
+    rest = {name: text for name, text in given.items() if name not in ("sweep", "one")}
+    return runs[int(given["one"])] | rest
 
 
 def numbered(text: str) -> set[int]:
@@ -139,6 +156,7 @@ class Task(NamedTuple):
     inputs: Sequence[Path]
     what: str
     size: dict[str, dict[str, Any]] = {}
+    processes: int = 1
 
     def chosen(self, notebook: Path) -> dict[str, Any]:
         """The parameters of a notebook: of the size for all, for this one, and as given."""
@@ -148,7 +166,11 @@ class Task(NamedTuple):
 
 
 def main(arguments: Sequence[str]) -> None:
-    given = preset(parse(arguments))
+    given = parse(arguments)
+    given = preset(swept(given) if "sweep" in given else given)
+    many = given.pop("processes", "1")
+    if not many.isdigit() or many == "0":
+        raise SystemExit(f"processes={many!r}: give a number of processes, such as 2")
     models = given.get("model", MODELS).split()
     run = given.get("run", "")
     runs = Path("runs", run) if Path(run).name == run else Path(run)
@@ -188,7 +210,8 @@ def main(arguments: Sequence[str]) -> None:
         if run:  # else the notebooks' own default
             everything["run_dir"] = run_dir.as_posix()
         inputs = [*shared, *(path for path in Path(model).glob("*") if path.is_file())]
-        tasks.append(Task(stages, run_dir / folder, everything, inputs, f"for {model}", size))
+        what = f"for {model}"
+        tasks.append(Task(stages, run_dir / folder, everything, inputs, what, size, int(many)))
 
     with pool(1 if torch.cuda.is_available() else len(models)) as over:
         failures = list(over(execute, tasks))
@@ -229,6 +252,8 @@ def execute(task: Task) -> str | None:
         say(f"{output}")
         try:
             with peak_memory() as peak:
+                if task.processes > 1:
+                    ahead(notebook, chosen, task.processes)
                 done = papermill.execute_notebook(
                     notebook,
                     output,
@@ -256,6 +281,18 @@ def execute(task: Task) -> str | None:
         say(failure)  # now, and once more when all others are done
         return failure
     return None
+
+
+def ahead(notebook: Path, parameters: dict[str, Any], processes: int) -> None:
+    """Run the notebook's cells in so many processes; what they compute is kept for Papermill."""
+    launch = f"-m torch.distributed.run --standalone --nproc-per-node={processes} -m minerlib"
+    given = [f"{name}={json.dumps(value)}" for name, value in parameters.items()]
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    command = [sys.executable, *launch.split(), str(notebook), *given]
+    done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise RuntimeError(f"one of {processes} processes failed: its rank and cause stand above")
 
 
 def say(line: str) -> None:

@@ -21,8 +21,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from minerlib import inference
-from minerlib.artifacts import computation
+from minerlib import inference, memory, processes
+from minerlib.artifacts import Checkpoint, computation
 from minerlib.model import MLLM, RowError, starts
 from minerlib.tap import hear_once
 from minerlib.tasks import REGISTRY, Benchmark, Sample, metrics
@@ -47,12 +47,14 @@ def prepare(
 ) -> Prepared:
     """Encode a benchmark once, media through their towers, for many evaluations of its rows.
 
-    All model inputs stay on the model's device: prepare as many rows as fit there (Qwen2-VL: some
-    19 kB per image token in float32; Qwen2-Audio: 5 MB a row), or let `evaluate` encode anew.
-    Errors as in `evaluate`.
+    Model inputs stay on the model's device while half of it is free, then off it (Qwen2-VL: some
+    19 kB per image token in float32; Qwen2-Audio: 5 MB a row). Of several processes each prepares
+    its own batches. Errors as in `evaluate`.
     """
-    batches = _encode(mllm, bench, batch_size, on_error)
-    ready = [(i, s, x and _encode_media(mllm, x), left_out) for i, s, x, left_out in batches]
+    ready = []
+    for positions, samples, batch, left_out in _encode(mllm, bench, batch_size, on_error):
+        batch = batch and memory.kept(_encode_media(mllm, batch), mllm.device)
+        ready.append((positions, samples, batch, left_out))
     return Prepared(bench, ready, {})
 
 
@@ -63,21 +65,14 @@ def _encode(mllm: MLLM, bench: Benchmark, batch_size: int, on_error: str) -> Ite
     # Sorting needs a look at every sample; decoding it twice is cheaper than keeping its media.
     for i in range(len(bench)):
         with suppress(*later):
-            lengths[i] = _length(bench[i])
+            lengths[i] = processes.length(bench[i])
     order = np.argsort(lengths, kind="stable").tolist()
-    for i in tqdm(firsts, bench.name, leave=False):
-        part = order[i : i + batch_size]
+    parts = [order[i : i + batch_size] for i in firsts]
+    own = processes.dealt([lengths[part].sum() for part in parts])
+    for part in tqdm([parts[i] for i in own], bench.name, leave=False):
         positions, samples, batch, skipped = mllm.gather(bench, part, on_error)
         light = [replace(s, image=None, video=None, audio=None) for s in samples]
         yield positions, light, batch, skipped
-
-
-def _length(sample: Sample) -> float:
-    """A cheap estimate of a prompt's tokens."""
-    audio = 0 if sample.audio is None else len(sample.audio) / 640  # 25 tokens a second
-    image = 0 if sample.image is None else math.prod(sample.image.size) / 28**2
-    video = 0 if sample.video is None else math.prod(sample.video.shape[:3]) / (2 * 28**2)
-    return len(sample.prompt) / 4 + audio + image + video
 
 
 @torch.inference_mode()
@@ -103,6 +98,7 @@ def evaluate(
     max_new_tokens: int | None = None,
     on_error: str = "raise",
     measure: str = "score",
+    checkpoint: Checkpoint | None = None,
 ) -> pd.DataFrame:
     """Answer a benchmark greedily and score it, one row per sample in the benchmark's order.
 
@@ -114,7 +110,8 @@ def evaluate(
     one forward pass; or "choice": the answer is the most probable of `CHOICES`, the row's reference
     and others of the benchmark, and the score whether it is the reference, so that a model need not
     speak to show that it sees. `batch_size` and `on_error` count only where `bench` is not prepared
-    yet. Raises RowError for a row that cannot be used; on_error="skip" leaves it out, warns and
+    yet. With a `checkpoint` rows are kept from time to time, and a rerun continues with the others.
+    Raises RowError for a row that cannot be used; on_error="skip" leaves it out, warns and
     names it in attrs["skipped"].
 
     Columns: benchmark, row, prompt, answer, references, score (in [0, 1]), the metric's own
@@ -127,28 +124,27 @@ def evaluate(
         bench, ready, heard = bench
         with hear_once(mllm, heard):
             batches = tqdm(ready, bench.name, leave=False)
-            return _evaluated(mllm, bench, batches, max_new_tokens, measure)
+            return _evaluated(mllm, bench, batches, max_new_tokens, measure, checkpoint)
     batches = _encode(mllm, bench, batch_size, on_error)
-    return _evaluated(mllm, bench, batches, max_new_tokens, measure)
+    return _evaluated(mllm, bench, batches, max_new_tokens, measure, checkpoint)
 
 
-def _evaluated(mllm, bench, batches, max_new_tokens, measure) -> pd.DataFrame:
-    rows, skipped = {}, []
+def _evaluated(mllm, bench, batches, max_new_tokens, measure, checkpoint) -> pd.DataFrame:
+    rows: dict[int, dict] = (checkpoint and checkpoint.load()) or {}
+    skipped: list[str] = []
     for positions, samples, batch, left_out in batches:
         skipped += left_out
-        if not samples:
+        if set(positions) <= set(rows):
             continue
-        found: dict[str, list] = {name: [getattr(s, name) for s in samples] for name in ASKED}
-        if measure == "choice":
-            found["answer"] = _likeliest(mllm, batch, offered(bench, samples))
-            right = [s.reference == a for s, a in zip(samples, found["answer"], strict=True)]
-            found["score"], found["chance"] = list(map(float, right)), [1 / CHOICES] * len(right)
-        elif measure != "logprob only":
-            found["answer"] = _answers(mllm, bench, samples, batch, max_new_tokens)
-        if measure.startswith("logprob"):
-            found["logprob"] = mllm.logprob(batch, [s.reference for s in samples])
-        for position, *values in zip(positions, *found.values(), strict=True):
-            rows[position] = dict(zip(found, values, strict=True))
+        rows |= _asked(mllm, bench, positions, samples, batch, max_new_tokens, measure)
+        if checkpoint:
+            checkpoint.save(rows)
+    if checkpoint:
+        checkpoint.done()
+    if processes.size() > 1:
+        parts = processes.gathered((rows, skipped))
+        rows = {i: row for found, _ in parts for i, row in found.items()}
+        skipped = [line for _, lines in parts for line in lines]
     if not rows:
         raise ValueError(f"benchmark {bench.name!r}: every row was skipped: {skipped[0]}")
     if skipped:
@@ -165,6 +161,33 @@ def _evaluated(mllm, bench, batches, max_new_tokens, measure) -> pd.DataFrame:
     table["medium"] = [about[i] for i in sorted(rows)]
     table.attrs["skipped"] = skipped
     return table
+
+
+def _asked(mllm, bench, positions, samples, batch, max_new_tokens, measure) -> dict[int, dict]:
+    """The lines of these rows; where memory is too small for all at once, in halves."""
+    found: dict[str, list] = {name: [getattr(s, name) for s in samples] for name in ASKED}
+    try:
+        batch = memory.moved(dict(batch), mllm.device)
+        if measure == "choice":
+            found["answer"] = _likeliest(mllm, batch, offered(bench, samples))
+            right = [s.reference == a for s, a in zip(samples, found["answer"], strict=True)]
+            found["score"], found["chance"] = list(map(float, right)), [1 / CHOICES] * len(right)
+        elif measure != "logprob only":
+            found["answer"] = _answers(mllm, bench, samples, batch, max_new_tokens)
+        if measure.startswith("logprob"):
+            found["logprob"] = mllm.logprob(batch, [s.reference for s in samples])
+    except torch.OutOfMemoryError:
+        parts = memory.halves(positions, samples)
+    else:
+        lines = zip(*found.values(), strict=True)
+        return {
+            i: dict(zip(found, line, strict=True)) for i, line in zip(positions, lines, strict=True)
+        }
+    rows: dict[int, dict] = {}
+    for part in parts:
+        some, these, inputs, _ = mllm.gather(bench, part)
+        rows |= _asked(mllm, bench, some, these, inputs, max_new_tokens, measure)
+    return rows
 
 
 def _answers(mllm: MLLM, bench: Benchmark, samples: list[Sample], batch, longest) -> list[str]:

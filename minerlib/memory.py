@@ -1,0 +1,72 @@
+"""What fits: batches in halves, backward passes cut to size, inputs that wait off the device."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from copy import copy
+from typing import Any
+
+import psutil
+import torch
+
+from minerlib.families import RowError
+
+
+def free(device: torch.device) -> int:
+    """Bytes that can still be had there."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def whole(device: torch.device) -> int:
+    """Bytes that there are."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().total
+    return torch.cuda.mem_get_info(device)[1]
+
+
+def backward_rows(mllm: Any, tokens: int) -> int:
+    """How many prompts of so many tokens a backward pass can hold, at least 1.
+
+    Measured at 7 B in bfloat16: 3.7 GB a row of 750 tokens for saliency and 5.1 GB for gradients at
+    the neurons (book/speed.md), 5 and 7 times the bytes of its activations.
+    """
+    each = 7 * mllm.n_layers * mllm.n_neurons * mllm.model.dtype.itemsize * tokens
+    return max(1, free(mllm.device) // each)
+
+
+def kept(batch: dict, device: torch.device) -> dict:
+    """Model inputs where they may wait: on the device while half of it is free, else off it."""
+    if device.type == "cpu" or free(device) > whole(device) / 2:
+        return batch
+    return moved(batch, torch.device("cpu"))
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Model inputs, and what towers made of them, on a device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):  # a model's output is one too
+        there = copy(value)
+        for name in value:
+            there[name] = moved(value[name], device)
+        return there
+    if isinstance(value, list | tuple):
+        return type(value)(moved(part, device) for part in value)
+    return value
+
+
+def halves(positions: list[int], samples: Sequence) -> list[list[int]]:
+    """The rows of a batch that memory was too small for, in two; RowError for one that is alone."""
+    if len(positions) == 1:
+        (sample,) = samples
+        way_out = "out of memory: lower max_pixels or frames, or take a smaller dtype"
+        raise RowError(sample.benchmark, sample.row, "prompt", way_out)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    warnings.warn("out of memory: batches that do not fit are run in halves", stacklevel=2)
+    half = len(positions) // 2
+    return [positions[:half], positions[half:]]

@@ -1,0 +1,107 @@
+"""Several processes on one run, one a device: who does what, and how all come to the same results.
+
+    accelerate launch -m minerlib notebooks/02_importance_scores.ipynb limit=500
+    torchrun --nproc-per-node 2 -m minerlib notebooks/05_two_percent_deactivation.ipynb
+
+All run the same code. `score` and `evaluate` deal out whole batches, which are the same for any
+number of processes, and end with the same sums and answers in all; `Workbook.each` deals out whole
+conditions; an artefact is written by the first process. One that fails ends the others: what they
+wait for never comes, and their launcher stops them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+
+Value = TypeVar("Value")
+_apart = False
+
+
+def _joined() -> bool:
+    """Whether this is one of several processes that share their work now."""
+    if _apart or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    PartialState()  # meets the others, once
+    return dist.is_initialized()
+
+
+def size() -> int:
+    """How many processes share the work."""
+    return dist.get_world_size() if _joined() else 1
+
+
+def rank() -> int:
+    """Which of them this is; the first is 0."""
+    return dist.get_rank() if _joined() else 0
+
+
+def device() -> torch.device:
+    """Where this process computes: an accelerator of its own, if there are any."""
+    if _joined():
+        return PartialState().device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Work alone meanwhile, as if there were no others."""
+    global _apart
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
+
+
+def dealt(costs: Sequence[float]) -> list[int]:
+    """The pieces of work of this process, in their order.
+
+    Dealt out longest first, each to the process that has least to do so far.
+    """
+    loads, own = [0.0] * size(), []
+    for piece in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        least = loads.index(min(loads))
+        loads[least] += costs[piece]
+        if least == rank():
+            own.append(piece)
+    return sorted(own)
+
+
+def gathered(value: Value) -> list[Value]:
+    """Every process's value, in order of rank."""
+    if size() == 1:
+        return [value]
+    values: list[Any] = [None] * size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agreed(value: Value) -> Value:
+    """The first process's value."""
+    return gathered(value)[0]
+
+
+def wait() -> None:
+    """For all others to come here."""
+    gathered(None)
+
+
+def cost(bench: Any, positions: Sequence[int]) -> float:
+    """A cheap estimate of the tokens of these rows' prompts; 0 where nobody shares them."""
+    return sum(length(bench[i]) for i in positions) if size() > 1 else 0.0
+
+
+def length(sample: Any) -> float:
+    """A cheap estimate of a prompt's tokens."""
+    audio = 0 if sample.audio is None else len(sample.audio) / 640  # 25 tokens a second
+    image = 0 if sample.image is None else math.prod(sample.image.size) / 28**2
+    video = 0 if sample.video is None else math.prod(sample.video.shape[:3]) / (2 * 28**2)
+    return len(sample.prompt) / 4 + audio + image + video
