@@ -3,6 +3,7 @@
 #     make workbook NOTEBOOKS=02,11-16,20    what the paper's reviewers asked
 #     make workbook QUICK=1                  fewer rows: a first look; FULL=1: as committed
 #     make workbook MODEL=Qwen/Qwen2-VL-7B-Instruct DTYPE=bfloat16 LIMIT=500
+#     make workbook PROCESSES=4 MODEL=...    by four processes, one a GPU; SWEEP=runs.csv ONE=17
 #     make test                              pytest and nbval; test-fast takes about two minutes
 #     make test-ui                           every notebook in JupyterLab, in a browser
 #     make bench                             how fast it is, beside its floors and other libraries

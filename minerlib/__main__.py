@@ -26,12 +26,12 @@ def main(notebook: str, *given: str) -> None:
     from IPython.core.interactiveshell import InteractiveShell  # of the workbook's extra
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
-    from traitlets.config import Config
 
     parameters = {name: value(text) for name, _, text in (pair.partition("=") for pair in given)}
     cells = parameterize_notebook(load_notebook_node(notebook), parameters).cells
-    in_memory = Config({"HistoryManager": {"hist_file": ":memory:"}})
-    shell, out = InteractiveShell.instance(config=in_memory), sys.stdout
+    shell, out = InteractiveShell.instance(), sys.stdout
+    if shell.history_manager is not None:
+        shell.history_manager.enabled = False  # its file is the user's own
     with (
         Path(os.devnull).open("w") as nowhere,
         redirect_stdout(nowhere if processes.rank() else out),

@@ -5,11 +5,13 @@ Run(folder, mllm).cached("scores", lambda: score(mllm, bench), of=score, rows=be
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import inspect
 import json
 import logging
 import resource
+import shutil
 import sys
 import time
 import uuid
@@ -40,6 +42,8 @@ PACKAGES = (
 )
 """Packages whose version changes numbers; their public versions are part of every key."""
 version = lru_cache(metadata.version)  # read from disk once: every key asks for all of them
+
+FULL = 2**20  # bytes left with which a disk counts as full
 
 COMPUTATIONS: dict[str, int] = {}
 """Version of every computation whose result is cached; tests/golden.json has its numbers."""
@@ -249,12 +253,20 @@ def file_hash(path: Path, size: int, modified: int) -> str:
 
 
 def atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside `path`, under a name that no other process or call has, and rename."""
+    """Write beside `path`, under a name that no other process or call has, and rename.
+
+    OSError where the disk is full; what was there before stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
         write(part)
         part.replace(path)
+    except Exception as error:  # each format says it in words of its own
+        if shutil.disk_usage(path.parent).free > FULL:
+            raise
+        kept = "what was kept before is whole: make room and run it again"
+        raise OSError(errno.ENOSPC, f"no space for {path.name}; {kept}", path.parent) from error
     finally:
         part.unlink(missing_ok=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from copy import copy
 from typing import Any
 
@@ -59,12 +58,14 @@ def moved(value: Any, device: torch.device) -> Any:
     return value
 
 
-def halves(positions: list[int], samples: Sequence) -> list[list[int]]:
-    """The rows of a batch that memory was too small for, in two; RowError for one that is alone."""
-    if len(positions) == 1:
-        (sample,) = samples
-        way_out = "out of memory: lower max_pixels or frames, or take a smaller dtype"
-        raise RowError(sample.benchmark, sample.row, "prompt", way_out)
+def too_large(sample: Any) -> RowError:
+    """The error of a row for which there is not enough memory even alone."""
+    way_out = "out of memory: lower max_pixels or frames, or take a smaller dtype"
+    return RowError(sample.benchmark, sample.row, "prompt", way_out)
+
+
+def halves(positions: list[int]) -> list[list[int]]:
+    """The rows of a batch that memory was too small for, in two."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     warnings.warn("out of memory: batches that do not fit are run in halves", stacklevel=2)

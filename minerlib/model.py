@@ -229,7 +229,8 @@ def load(
     config = transformers.AutoConfig.from_pretrained(path, revision=revision)
     cls: Any = getattr(transformers, (config.architectures or [""])[0], None)
     cls = cls or transformers.AutoModelForCausalLM
-    model = cls.from_pretrained(path, revision=revision, dtype=dtype, **model_kwargs)
+    places = processes.own_devices() if model_kwargs.get("device_map") == "auto" else {}
+    model = cls.from_pretrained(path, revision=revision, dtype=dtype, **places, **model_kwargs)
     if model_kwargs.get("device_map") is None and getattr(model, "hf_quantizer", None) is None:
         model.to(device or processes.device())
     processor = transformers.AutoProcessor.from_pretrained(path, revision=revision, **settings)

@@ -50,6 +50,20 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def own_devices() -> dict[str, Any]:
+    """For device_map="auto": this process's part of the accelerators, as `max_memory`."""
+    if size() == 1:
+        return {}
+    each = torch.cuda.device_count() // size()
+    if not each:
+        raise ValueError(
+            f"device_map='auto' with {size()} processes: each needs an accelerator of its own, and "
+            f"there are {torch.cuda.device_count()}; take fewer processes"
+        )
+    own = range(rank() * each, (rank() + 1) * each)
+    return {"max_memory": {i: torch.cuda.mem_get_info(i)[0] for i in own}}
+
+
 @contextmanager
 def apart() -> Iterator[None]:
     """Work alone meanwhile, as if there were no others."""

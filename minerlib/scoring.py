@@ -22,10 +22,9 @@ import xarray as xr
 from torch import Tensor
 from tqdm import tqdm
 
-from minerlib import processes
+from minerlib import memory, processes
 from minerlib.answering import answered
 from minerlib.artifacts import Checkpoint, computation, key
-from minerlib.memory import halves
 from minerlib.model import MLLM, RowError, starts
 from minerlib.separation import BASE_SETS, SETS, UNIONS, separate, stack
 
@@ -341,15 +340,17 @@ def _add(mllm: MLLM, bench, positions, sums: Sums, on_error: str, **how: Any) ->
         if samples:
             rows = [(s.benchmark or bench.name, s.row) for s in samples]
             add_batch(mllm, batch, sums, rows, **how)
-    except RowError as error:
-        if on_error == "raise":
-            raise
-        if len(positions) == 1:
-            sums.skipped.append(str(error))
+    except (RowError, torch.OutOfMemoryError) as error:
+        full = isinstance(error, torch.OutOfMemoryError)
+        fault = memory.too_large(samples[0]) if full else error
+        if full and len(positions) > 1:
+            again = memory.halves(positions)
+        elif on_error == "raise":
+            raise fault from error.__cause__
+        elif len(positions) == 1:
+            sums.skipped.append(str(fault))
         else:
             again = [[i] for i in positions]
-    except torch.OutOfMemoryError:
-        again = halves(positions, samples)
     for part in again:
         _add(mllm, bench, part, sums, on_error, **how)
 

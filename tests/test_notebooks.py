@@ -308,6 +308,23 @@ def test_arguments(run):
         run.parse(["fast"])
 
 
+def test_a_sweep_is_a_table_of_runs(run, tmp_path, capsys):
+    table = tmp_path / "sweep.csv"
+    table.write_text("model,seed,ratio,NOTEBOOKS\na,0,,02\na,1,0.05,05\nb,,0.01,05\n")
+    with pytest.raises(SystemExit, match="^   0 model=a seed=0 notebooks=02\n   1 model=a seed=1"):
+        run.main([f"sweep={table}"])
+    one = run.swept({"sweep": str(table), "one": "1", "ratio": "0.1"})
+    assert one == {"model": "a", "seed": "1", "ratio": "0.1", "notebooks": "05"}
+    with pytest.raises(SystemExit, match="one=3: .* has rows 0 to 2"):
+        run.main([f"sweep={table}", "one=3"])
+
+
+@pytest.mark.parametrize("wrong", ["0", "two"])
+def test_a_wrong_number_of_processes_is_named(run, wrong):
+    with pytest.raises(SystemExit, match=f"processes='{wrong}': give a number of processes"):
+        run.main([f"processes={wrong}"])
+
+
 def test_some_notebooks(run, executed):
     """By number; of what is not asked for nothing runs, and full=1 runs all."""
     write("12_more", "limit = 3", "print(limit)")

@@ -91,6 +91,18 @@ def test_more_processes_than_batches(mllm, bench, tmp_path):
         np.testing.assert_allclose(theirs, one, atol=1e-5)
 
 
+def test_each_process_has_its_part_of_the_devices(monkeypatch):
+    assert processes.own_devices() == {}
+    monkeypatch.setattr(processes, "size", lambda: 2)
+    monkeypatch.setattr(processes, "rank", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (100 + i, 200))
+    assert processes.own_devices() == {"max_memory": {2: 102, 3: 103}}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="2 processes: each needs an accelerator of its own"):
+        ml.load(ROOT / "data/models/tiny-qwen2-vl", device_map="auto")
+
+
 def test_rows_that_are_skipped_are_named_in_all(tmp_path):
     mllm = random_mllm("tiny-qwen2-audio")
     rows = Rows([s for s in samples_for(mllm) for _ in range(2)])
@@ -163,7 +175,7 @@ def test_a_run_by_two_processes_leaves_what_one_leaves(tmp_path):
     found = {}
     for n in (1, 2):
         where, run = tmp_path / str(n), [sys.executable, "notebooks/run.py", "quick=1"]
-        run += ["notebooks=2,5", "model=data/models/tiny-qwen2-audio", f"run={where}"]
+        run += ["notebooks=2,9", "model=data/models/tiny-qwen2-audio", f"run={where}"]
         done = subprocess.run([*run, f"processes={n}"], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         folder = where / "tiny-qwen2-audio"

@@ -177,7 +177,9 @@ def _asked(mllm, bench, positions, samples, batch, max_new_tokens, measure) -> d
         if measure.startswith("logprob"):
             found["logprob"] = mllm.logprob(batch, [s.reference for s in samples])
     except torch.OutOfMemoryError:
-        parts = memory.halves(positions, samples)
+        if len(positions) == 1:
+            raise memory.too_large(samples[0]) from None
+        parts = memory.halves(positions)
     else:
         lines = zip(*found.values(), strict=True)
         return {
