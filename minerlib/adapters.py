@@ -34,6 +34,18 @@ class QwenVL(Family):
         return {"video_metadata": [_metadata(sample) for sample in samples]}
 
 
+class Gemma4(Family):
+    """Gemma 4, which writes when a frame was taken before it.
+
+    Where upper layers look at keys of lower ones (E4B) a prompt's other tokens than the last do not
+    pass through them while it answers.
+    """
+
+    architectures = ("Gemma4ForConditionalGeneration",)
+
+    video_times = QwenVL.video_times
+
+
 class QwenOmni(Family):
     """Qwen2.5-Omni: its thinker is mined, and the talker's MLPs are left alone."""
 

@@ -69,13 +69,13 @@ def deactivate(
             index[layer], value[layer] = index[layer].to(x.device), value[layer].to(x)
         if torch.is_grad_enabled():
             x = x.clone()  # in place would break the activation's own backward pass
-        new = value[layer]
+        new, last = value[layer], -x.shape[1]  # some layers are given the last tokens only
         if mode == "gain":
             new = x[..., index[layer]] * new
         elif mode == "resample":
-            new = new[there["picked"].to(x.device)]
+            new = new[there["picked"][:, last:].to(x.device)]
         if wanted is not None:
-            new = torch.where(there["at"].to(x.device), new, x[..., index[layer]])
+            new = torch.where(there["at"][:, last:].to(x.device), new, x[..., index[layer]])
         x[..., index[layer]] = new
         return x
 

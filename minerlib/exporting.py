@@ -38,6 +38,9 @@ def export(
         silenced[name] = weight = state[name].clone()
         weight[:, torch.from_numpy(chosen[layer]).to(weight.device)] = 0
     mllm.model.save_pretrained(folder, state_dict=state | silenced)
+    if backend := getattr(mllm.tokenizer, "backend_tokenizer", None):
+        backend.no_padding()  # of the last batch, which would be kept as if it were the model's
+        backend.no_truncation()
     mllm.processor.save_pretrained(folder)
     _verify(folder, silenced)
     how = dict(getattr(neurons, "attrs", {})) or "given by hand"

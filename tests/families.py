@@ -47,6 +47,8 @@ class Family:
     media: tuple[str, ...]
     build: Callable[[Path], None]
     needs: str | None = None
+    layers: int = LAYERS
+    exact: str = "float64"  # or what its towers take
 
 
 # ------------------------------------------------------------------ rows
@@ -108,7 +110,7 @@ def tokenizer(special: list[str], cls=tf.Qwen2Tokenizer, **named) -> tf.PreTrain
     return cls(vocab=vocab, merges=[], extra_special_tokens=special, **named)
 
 
-def gemma_tokenizer() -> tf.PreTrainedTokenizerBase:
+def gemma_tokenizer(**more: str) -> tf.PreTrainedTokenizerBase:
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     pieces = [*special, *(f"<0x{i:02X}>" for i in range(256)), "▁", *map(chr, range(33, 127))]
     return tf.GemmaTokenizer(
@@ -120,6 +122,7 @@ def gemma_tokenizer() -> tf.PreTrainedTokenizerBase:
             "boi_token": "<start_of_image>",
             "eoi_token": "<end_of_image>",
             "image_token": "<image_soft_token>",
+            **more,
         },
     )
 
@@ -445,6 +448,56 @@ def gemma(folder: Path) -> None:
     save(folder, "Gemma3ForConditionalGeneration", config, processor, eos=eos)
 
 
+def gemma4(folder: Path) -> None:
+    """As E4B, the upper layers look at keys and values of lower ones, and frames stand as video."""
+    tokens = gemma_tokenizer(
+        audio_token="<audio_soft_token>", boa_token="<start_of_audio>", eoa_token="<end_of_audio>"
+    )
+    tower = {"patch_size": PATCH, "pooling_kernel_size": 2, "max_soft_tokens": 70}
+    processor = tf.Gemma4Processor(
+        tf.Gemma4AudioFeatureExtractor(feature_size=MEL),
+        tf.Gemma4ImageProcessor(**tower),
+        tokens,
+        tf.Gemma4VideoProcessor(**tower),
+        chat_template=template(
+            {"image": tokens.image_token, "video": "<|video|>", "audio": tokens.audio_token},
+            "<start_of_turn>ROLE\n", "<end_of_turn>\n", bos="{{ bos_token }}",
+        ),
+    )  # fmt: skip
+    heads = {"num_attention_heads": 2, "head_dim": 16, "num_hidden_layers": 2, "hidden_size": 32}
+    config = tf.Gemma4Config(
+        text_config=TEXT
+        | {
+            "num_hidden_layers": 2 * LAYERS,
+            "layer_types": ["sliding_attention", "full_attention"] * LAYERS,
+            "num_kv_shared_layers": LAYERS,
+            "vocab_size": len(tokens),
+            "vocab_size_per_layer_input": len(tokens),
+            "hidden_size_per_layer_input": 8,
+            "head_dim": 16,
+            "global_head_dim": 24,
+            "sliding_window": 12,
+            "final_logit_softcapping": 30.0,
+        },
+        vision_config=heads
+        | {"intermediate_size": 40, "num_key_value_heads": 2, "position_embedding_size": 256}
+        | {"patch_size": PATCH, "pooling_kernel_size": 2},
+        audio_config=heads | {"output_proj_dims": 24, "subsampling_conv_channels": [MEL, 4]},
+        **ids(
+            tokens,
+            image_token_id="<image_soft_token>",
+            video_token_id="<|video|>",
+            audio_token_id="<audio_soft_token>",
+            boi_token_id="<start_of_image>",
+            eoi_token_id="<end_of_image>",
+            boa_token_id="<start_of_audio>",
+            eoa_token_index="<end_of_audio>",
+        ),
+    )
+    eos = tokens.convert_tokens_to_ids(["<eos>", "<end_of_turn>"])
+    save(folder, "Gemma4ForConditionalGeneration", config, processor, eos=eos)
+
+
 def phi4(folder: Path) -> None:
     image, audio = "<|endoftext10|>", "<|endoftext11|>"
     tokens = tokenizer(
@@ -630,6 +683,10 @@ FAMILIES = {
         "LlavaOnevisionForConditionalGeneration", "LlavaOnevisionProcessor", VISION, llava
     ),
     "gemma3": Family("Gemma3ForConditionalGeneration", "Gemma3Processor", ("image",), gemma),
+    "gemma4": Family(
+        "Gemma4ForConditionalGeneration", "Gemma4Processor", OMNI_MEDIA, gemma4,
+        layers=2 * LAYERS, exact="float32",
+    ),
     "voxtral": Family(
         "VoxtralForConditionalGeneration", "VoxtralProcessor", ("audio",), voxtral,
         needs="mistral_common",

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from conftest import random_neurons
 from families import (
     CHATML,
     FAMILIES,
@@ -25,7 +26,7 @@ from families import (
 )
 
 import minerlib as ml
-from minerlib import atlas, families
+from minerlib import answering, atlas, families
 from minerlib.families import Family as Adapter
 from minerlib.findings.attention import attention_between
 from minerlib.findings.convergence import CONVERGENCE, convergence
@@ -66,7 +67,13 @@ def loaded(folder):
     return cache(lambda name, **kwargs: ml.load(folder(name), **kwargs))
 
 
-@pytest.fixture(params=FAMILIES)
+# These take as long as all the others together; the thinker alone is among those.
+LONG = ("qwen2.5-omni", "phi4-multimodal")
+
+
+@pytest.fixture(
+    params=[pytest.param(f, marks=pytest.mark.slow) if f in LONG else f for f in FAMILIES]
+)
 def name(request):
     return request.param
 
@@ -88,7 +95,7 @@ def test_the_parts_are_found(name, mllm):
     family = FAMILIES[name]
     assert type(mllm.model).__name__ == family.model
     assert type(mllm.processor).__name__ == family.processor
-    assert (mllm.n_layers, mllm.n_neurons) == (LAYERS, NEURONS)
+    assert (mllm.n_layers, mllm.n_neurons) == (FAMILIES[name].layers, NEURONS)
     assert mllm.kinds == ("text", "special", *family.media)
     decoder = set(mllm.model.get_decoder().modules())
     assert all(a in decoder for a in mllm.activations)
@@ -154,7 +161,8 @@ def mined(loaded):
 
 def test_scores_and_neurons(name, mined):
     total, neurons = mined(name)
-    assert total.shape == (5, len(SETS), LAYERS, NEURONS)
+    shape = FAMILIES[name].layers, NEURONS
+    assert total.shape == (5, len(SETS), *shape)
     assert np.isfinite(total).all() and total.min() >= 0 and total.max() <= 1
     rows = dict(zip(total.modality.values.tolist(), total.samples.values.tolist(), strict=True))
     assert rows["prompt"] == rows["text"] == 2 + 2 * len(FAMILIES[name].media)
@@ -162,7 +170,7 @@ def test_scores_and_neurons(name, mined):
     for kind in ("text", *FAMILIES[name].media):  # no set's scores are those of another
         assert (total.sel(modality=kind).std("neuron") > 0).all()
     assert set(neurons.modality.values) == {m for m in BASE_SETS if rows[m]}
-    assert 0 < neurons.any("modality").sum() <= int(0.2 * LAYERS * NEURONS)
+    assert 0 < neurons.any("modality").sum() <= int(0.2 * np.prod(shape))
 
 
 @pytest.mark.parametrize("mode", ["zero", "mean", "min"])
@@ -170,21 +178,23 @@ def test_silenced_neurons_are_constant_in_prompt_and_generation(name, mllm, mine
     total, neurons = mined(name)
     chosen = neurons.any("modality").values
     expected = {
-        "zero": np.zeros((LAYERS, NEURONS)),
+        "zero": np.zeros((mllm.n_layers, NEURONS)),
         "mean": total.activation_mean.values,
-        "min": np.broadcast_to(total.activation_min.values[:, None], (LAYERS, NEURONS)),
+        "min": np.broadcast_to(total.activation_min.values[:, None], (mllm.n_layers, NEURONS)),
     }[mode]
     batch = mllm.encode(every(name))
     plain = mllm.forward(batch).logits
     assert plain.shape[1] == 1 and mllm.forward(batch, 3).logits.shape[1] == 3
-    seen = [[] for _ in range(LAYERS)]
+    seen = [[] for _ in range(mllm.n_layers)]
     with ml.deactivate(mllm, neurons, mode=mode, constants=total):
         with mllm.tap(activation=lambda i, x: seen[i].append(x.clone())):
             mllm.generate(batch, 3)
         assert not torch.allclose(mllm.forward(batch).logits, plain)
     assert torch.equal(mllm.forward(batch).logits, plain)
+    sharing = getattr(mllm.text_config, "num_kv_shared_layers", 0)  # these see what is answered
     for layer, parts in enumerate(seen):
-        assert parts[0].shape[1] == batch["input_ids"].shape[1] and len(parts) > 1
+        whole = batch["input_ids"].shape[1] if layer < mllm.n_layers - sharing else 1
+        assert parts[0].shape[1] == whole and len(parts) > 1
         assert all(part.shape[1] == 1 for part in parts[1:])
         x = torch.cat(parts, 1)
         wanted = torch.tensor(expected[layer][chosen[layer]], dtype=x.dtype)
@@ -223,16 +233,18 @@ def test_evaluation(name, mllm):
 def test_the_findings_are_measured_on_every_family(name, mllm, mined):
     rows, media = every(name), FAMILIES[name].media
     states = hidden_states(mllm, 2 * rows, batch_size=3)
-    assert states.hidden.shape[0] == LAYERS + 1 and np.isfinite(states.hidden).all()
+    assert states.hidden.shape[0] == mllm.n_layers + 1 and np.isfinite(states.hidden).all()
     few = {"n_boot": 20, "n_null": 20}
     special = {"special"} & {*states.tokens["kind"]}  # llama's test tokenizer has no chat template
     for kind in (*media[:1], *special):
         curves = convergence(states, ("text", kind), **few)
-        assert curves["layer"].nunique() == LAYERS + 1 and {*curves["measure"]} == {*CONVERGENCE}
+        assert curves["layer"].nunique() == mllm.n_layers + 1 and {*curves["measure"]} == {
+            *CONVERGENCE
+        }
     for kind in media:
-        assert probing(states.of("text", kind), **few).sizes["layer"] == LAYERS + 1
+        assert probing(states.of("text", kind), **few).sizes["layer"] == mllm.n_layers + 1
     if special:
-        assert telomeres(states, **few).sizes["layer"] == LAYERS + 1
+        assert telomeres(states, **few).sizes["layer"] == mllm.n_layers + 1
 
     within = attention_between(mllm, rows, batch_size=3)
     assert np.isfinite(within.select_dtypes("number").dropna()).all(axis=None)
@@ -249,7 +261,7 @@ def test_the_findings_are_measured_on_every_family(name, mllm, mined):
     expected = last[range(len(rows)), answers].numpy()
     top = cut.drop_duplicates("sample").sort_values("sample")["probability"]
     np.testing.assert_allclose(top, expected, rtol=1e-3, atol=1e-6)
-    end = lens[lens["layer"] == LAYERS]["probability"]
+    end = lens[lens["layer"] == mllm.n_layers]["probability"]
     np.testing.assert_allclose(end, expected, rtol=1e-3, atol=1e-6)
     with ml.deactivate(mllm, mined(name)[1]):
         silenced = logit_lens(mllm, rows, answers, batch_size=3)
@@ -297,12 +309,12 @@ def row_scores(mllm, rows) -> torch.Tensor:
 
     with mllm.tap(activation=activate, attention=attend):
         mllm.forward(batch)
-    return torch.stack([scores[i] for i in range(LAYERS)], 1)
+    return torch.stack([scores[i] for i in range(mllm.n_layers)], 1)
 
 
 def test_a_row_scores_and_answers_alike_alone_and_in_any_batch(name, loaded):
     """In float64, for `prob` counts signs: float32 noise may flip one and move it by 1 / tokens."""
-    mllm = loaded(name, dtype="float64")
+    mllm = loaded(name, dtype=FAMILIES[name].exact)
     by_kind = samples(FAMILIES[name].media)
     rows = sum(by_kind.values(), [])
     alone = torch.cat([row_scores(mllm, [row]) for row in rows])
@@ -320,7 +332,7 @@ def test_a_row_scores_and_answers_alike_alone_and_in_any_batch(name, loaded):
 
 
 def test_batch_size_does_not_change_scores(name, loaded):
-    mllm = loaded(name, dtype="float64")
+    mllm = loaded(name, dtype=FAMILIES[name].exact)
     one, many = (ml.score(mllm, Rows(every(name)), batch_size=n) for n in (1, 99))
     np.testing.assert_allclose(one, many, rtol=0, atol=1e-4)
     np.testing.assert_allclose(one.activation_min, many.activation_min, atol=1e-6)
@@ -423,6 +435,18 @@ def test_a_medium_behind_the_question_is_there(name, mllm):
                 i for i in range(len(told["text"])) if "here?" in "".join(told["text"][: i + 1])
             )
             assert (next(ends) < told["kind"].index(kind)) == behind
+
+
+def test_silencing_at_some_tokens_is_the_same_where_layers_see_the_last_ones_only(loaded):
+    """Gemma 4's upper layers while it answers: what it answers is what a whole pass gives."""
+    mllm = loaded("gemma4")
+    rows = samples(FAMILIES["gemma4"].media)["image"]
+    neurons = random_neurons(mllm, 0.5)
+    for where in (["special"], ["image"]):
+        with ml.deactivate(mllm, neurons, where=where):
+            first = mllm.forward(mllm.encode(rows)).logits[:, -1].argmax(-1).tolist()
+            new = answering._generated(mllm, mllm.encode(rows), 1)[0][:, 0].tolist()
+        assert new == first
 
 
 def test_layers_without_attention_say_what_cannot_be_measured():
