@@ -51,11 +51,12 @@ from .harness import (
     stand_in,
     two_percent,
 )
+from .jobs import whole_jobs
 
 JSON = ROOT / "figures/bench.json"
 MODELS = tuple(TEXT)
 BENCHMARK = {"tiny-qwen2-vl": "text_vqa", "tiny-qwen2-audio": "libri"}
-SHAPES = [(320, 1), (320, 4), (1280, 1), (1280, 4)]  # tokens, batch
+SHAPES = [(320, 1), (320, 4), (1280, 1), (1280, 4), (4096, 1)]  # tokens, batch
 
 
 def rows_of(name: str, limit: int) -> ml.benchmarks.Benchmark:
@@ -239,6 +240,7 @@ def notebooks(rounds: int) -> list[dict]:
 SECTIONS = {
     "scoring": scoring_cost,
     "silencing": silencing_cost,
+    "jobs": whole_jobs,
     "memory": memory,
     "growth": growth,
     "selection": selection,
@@ -349,7 +351,7 @@ def main() -> None:
     if unknown := set(arguments.sections) - set(SECTIONS):
         parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     if arguments.quick:
-        SHAPES.pop()
+        del SHAPES[3:]
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     results = json.loads(JSON.read_text()) if JSON.exists() else {}

@@ -15,7 +15,8 @@ MARKERS = {"tokens": "o", "layers": "s", "neurons": "^"}
 
 def draw(results: dict, folder: Path) -> None:
     """Write figures/bench.png: ratios with their targets, extra memory, growth."""
-    lines = [row for section in results.values() for row in section["lines"]]
+    here = [part for name, part in results.items() if name != "accelerator"]
+    lines = [row for section in here for row in section["lines"]]
     plots.style()
     fig, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.8), width_ratios=(1.5, 1, 1))
     _ratios([r for r in lines if r["unit"] == "x" and r["target"]], left)

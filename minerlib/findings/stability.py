@@ -118,9 +118,10 @@ def halves(mined: Mined, ends: Sequence[int], choose: Choose) -> pd.DataFrame:
 
     def found(way: Sequence[int]) -> tuple[Mapping[str, xr.DataArray], dict, dict]:
         blocks = [k for i in way for k in groups[i]]
-        apart = [choose(aggregate([pooled([of[i] for i in blocks])])) for of in mined.values()]
+        pools = [pooled([of[i] for i in blocks]) for of in mined.values()]
+        apart = [choose(aggregate([pool])) for pool in pools] if len(pools) > 1 else []
         pairs = pd.DataFrame([shared(a, b) for a, b in combinations(apart, 2)])
-        chosen = choose(of_rows(mined, blocks))
+        chosen = choose(aggregate(pools))
         return chosen, alone(chosen), pairs.mean().to_dict()
 
     whole, *own = found(range(BLOCKS))

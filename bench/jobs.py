@@ -1,0 +1,130 @@
+"""Whole jobs over their floors, on a model with a real language model inside."""
+
+from __future__ import annotations
+
+import io
+from functools import partial
+
+import av
+import numpy as np
+import pyarrow.parquet as pq
+import soundfile
+import torch
+from accelerate import debug_launcher
+from PIL import Image
+
+import minerlib as ml
+from minerlib import atlas, processes
+from minerlib.tap import hear_once
+from minerlib.tasks.evaluation import prepare
+
+from .harness import ROOT, alternate, forward, generate, line, ratio, stand_in, two_percent
+
+MODEL = "smol-qwen2-vl"
+ROWS = 24
+
+
+def rows_of(name: str, limit: int = ROWS) -> ml.benchmarks.Benchmark:
+    return ml.benchmark(name, source=ROOT / "data/benchmarks", limit=limit)
+
+
+def whole_jobs(rounds: int) -> list[dict]:
+    """Mining, a condition of notebook 05, the atlas' pass, loading rows, two processes for one."""
+    mllm, rows = stand_in(MODEL), rows_of("text_vqa")
+
+    def passes() -> None:
+        for i in range(0, ROWS, 8):
+            forward(mllm, mllm.encode(rows[i : i + 8]))
+
+    setting = f"{MODEL}, {ROWS} rows of text_vqa"
+    mined = alternate({"score": partial(ml.score, mllm, rows), "forward": passes}, rounds)
+    found = [ratio("scoring / forward", setting, mined, 1.15)]
+    named = [(layer, 7 * i) for layer in range(mllm.n_layers) for i in range(60)]
+    looked = partial(atlas.excited, mllm, {"text_vqa": rows}, named)
+    seconds = alternate({"atlas": looked, "forward": passes}, rounds)
+    found.append(ratio("atlas / forward", f"{setting}, {len(named)} neurons", seconds, 1.2))
+    return [*found, *_conditions(mllm, rows, rounds), *_loading(rounds), *_two(mllm, rows, rounds)]
+
+
+def _conditions(mllm: ml.MLLM, rows, rounds: int) -> list[dict]:
+    """Answers of a silenced model over bare generation of as many tokens; their growth."""
+    ready, neurons = prepare(mllm, rows, 8), two_percent(mllm)
+
+    def condition(seed: int = 0) -> None:
+        with ml.deactivate(mllm, two_percent(mllm, seed)):
+            ml.evaluate(mllm, ready, max_new_tokens=24)
+
+    with ml.deactivate(mllm, neurons):
+        answers = ml.evaluate(mllm, ready, max_new_tokens=24)["answer"]
+    lengths = [len(mllm.tokenizer.encode(a)) + 1 for a in answers]  # and what ends an answer
+    longest = [max(lengths[i] for i in positions) for positions, *_ in ready.batches]
+
+    def bare() -> None:
+        with hear_once(mllm, ready.heard):
+            for (_, _, batch, _), n in zip(ready.batches, longest, strict=True):
+                generate(mllm, batch, min(n, 24))
+
+    seconds = alternate({"condition": condition, "bare": bare}, rounds)
+    setting = f"{MODEL}, {ROWS} rows of text_vqa"
+    found = [ratio("a condition of notebook 05 / its floor", setting, seconds, 1.15)]
+    many = {n: partial(lambda n: [condition(i) for i in range(n)], n) for n in (1, 2, 4)}
+    each = {n: float(np.median(s)) / n for n, s in alternate(many, 3).items()}
+    power = np.polyfit(np.log(list(each)), np.log(list(each.values())), 1)[0]
+    what = "seconds per condition with conditions"
+    return [*found, line("growth of silencing", what, power, "exponent", 0.05, points=each)]
+
+
+def _loading(rounds: int) -> list[dict]:
+    """Rows as samples over the bare decoding of their media's bytes."""
+    found = []
+    for name, column in {"text_vqa": "image", "msvd_qa": "video", "libri": "audio"}.items():
+        bench = rows_of(name)
+        (file,) = (ROOT / "data/benchmarks" / name).glob("*.parquet")
+        column = pq.read_table(file, columns=[column])[column].to_pylist()
+        media = [value["bytes"] if isinstance(value, dict) else value for value in column]
+        raw = [media[i] for i in bench.numbers]
+
+        def load(bench=bench) -> None:
+            for i in range(ROWS):
+                bench[i]
+
+        def decode(raw=raw, name=name) -> None:
+            for value in raw:
+                DECODERS[name](io.BytesIO(value))
+
+        seconds = alternate({"load": load, "decode": decode}, rounds)
+        found.append(ratio("loading rows / decoding them", f"{ROWS} rows of {name}", seconds, 1.2))
+    return found
+
+
+def _frames(file: io.BytesIO) -> list[np.ndarray]:
+    with av.open(file) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+DECODERS = {
+    "text_vqa": lambda file: Image.open(file).convert("RGB"),
+    "msvd_qa": _frames,
+    "libri": lambda file: soundfile.read(file, dtype="float32"),
+}
+
+
+def _two(mllm: ml.MLLM, rows, rounds: int) -> list[dict]:
+    """One process on one core over twice two processes on two: 1 is a perfect share."""
+    torch.set_num_threads(1)
+
+    def timed() -> None:
+        processes.wait()
+        seconds = alternate({"all": partial(ml.score, mllm, rows)}, 3)["all"]
+        if processes.rank() == 0:
+            np.save(file, seconds)
+
+    file = ROOT / "runs/bench-processes.npy"
+    file.parent.mkdir(exist_ok=True)
+    one = alternate({"all": partial(ml.score, mllm, rows)}, 3)["all"]
+    debug_launcher(timed, num_processes=2)
+    two = np.load(file)
+    file.unlink()
+    share = float(np.median(one) / np.median(two) / 2)
+    setting = f"{MODEL}, {ROWS} rows of text_vqa, 2 processes on 2 cores"
+    return [line("parallel efficiency of scoring", setting, share, "")]
