@@ -1,5 +1,5 @@
 # The workbook in a few words:
-#     make workbook                          notebooks 00 to 10 and 20 for both stand-ins, into runs/
+#     make workbook                          notebooks 00 to 10 and 20 for both grafts, into runs/
 #     make workbook NOTEBOOKS=02,11-16,20    what the paper's reviewers asked
 #     make workbook QUICK=1                  fewer rows: a first look; FULL=1: as committed
 #     make workbook MODEL=Qwen/Qwen2-VL-7B-Instruct DTYPE=bfloat16 LIMIT=500

@@ -233,7 +233,7 @@ def notebooks(rounds: int) -> list[dict]:
     if not found:
         raise SystemExit("no executed notebooks in runs/: run `make workbook` first")
     whole = (max(ends) - min(starts)).total_seconds()
-    found.append(line("workbook", "both stand-ins, side by side", whole, "s", 1200))
+    found.append(line("workbook", "both models, side by side", whole, "s", 2700))
     return found
 
 
@@ -246,6 +246,7 @@ SECTIONS = {
     "selection": selection,
     "plain": plain_way,
     "peers": peers.capture,
+    "job": peers.whole_job,
     "accelerator": accelerator,
     "notebooks": notebooks,
 }

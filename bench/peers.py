@@ -1,4 +1,4 @@
-"""Capturing every layer's neurons with other libraries, beside `MLLM.tap`, on the same model.
+"""Capturing every layer's neurons, and all of stage 2, with other libraries beside minerlib.
 
 Each way returns what it captured, so that all are seen to capture the same. A library that does not
 take the model says so in its line of the table.
@@ -13,9 +13,12 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 import minerlib as ml
+from minerlib.separation import stack
+from tests import reference
 
 from .harness import (
     REAL,
+    ROOT,
     TEXT,
     alone,
     alternate,
@@ -99,6 +102,116 @@ def with_transformer_lens(mllm: ml.MLLM, batch) -> Way:
 
     return capture
 
+
+# --- the whole job: all neurons scored by the paper's five metrics ------------------------------
+
+JOB, ASKED = "smol-qwen2-audio", 8
+Taken = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of a layer: queries, keys, activations
+
+
+def job() -> tuple[ml.MLLM, ml.benchmarks.Benchmark]:
+    mllm = ml.load(ROOT / "data/models" / JOB)
+    return mllm, ml.benchmark("libri", source=ROOT / "data/benchmarks", limit=ASKED)
+
+
+def summed(mllm: ml.MLLM, rows, take: Callable[[dict], list[Taken]]) -> torch.Tensor:
+    """Mean scores [layer, metric, set, neuron] of what another library takes out of the model."""
+    from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+
+    total: list = [0] * mllm.n_layers
+    decoder = mllm.model.get_decoder()
+    for sample in rows:
+        batch = mllm.encode([sample])
+        masks = stack(ml.separate(mllm, batch))[0]
+        places = torch.arange(masks.shape[-1])[None]
+        for i, (query, key, x) in enumerate(take(batch)):
+            wide = mllm.layers[i].self_attn.head_dim
+            query, key = (v.view(*v.shape[:2], -1, wide).transpose(1, 2) for v in (query, key))
+            query, key = apply_rotary_pos_emb(query, key, *decoder.rotary_emb(x, places))
+            total[i] = total[i] + reference.plain_importance(x[0], query[0], key[0], masks)
+    return torch.stack(total) / len(rows)
+
+
+def job_of_minerlib(mllm: ml.MLLM, rows) -> torch.Tensor:
+    found = ml.score(mllm, rows).transpose("layer", "metric", "modality", "neuron")
+    return torch.from_numpy(found.values)
+
+
+@torch.inference_mode()
+def job_of_nnsight(mllm: ml.MLLM, rows) -> torch.Tensor:
+    from nnsight import NNsight
+
+    wrapped = NNsight(mllm.model)
+
+    def take(batch):
+        with wrapped.trace(**batch, use_cache=False):
+            seen = list().save()
+            for layer in wrapped.model.language_model.layers:
+                attention = layer.self_attn
+                query, key = attention.q_proj.output, attention.k_proj.output
+                seen.append((query, key, layer.mlp.act_fn.output))
+        return seen
+
+    return summed(mllm, rows, take)
+
+
+@torch.inference_mode()
+def job_of_pyvene(mllm: ml.MLLM, rows) -> torch.Tensor:
+    import pyvene
+
+    kept: dict[tuple[int, str], torch.Tensor] = {}
+    parts = ("self_attn.q_proj", "self_attn.k_proj", "mlp.act_fn")
+
+    def keep(name):
+        def see(base, source=None, *args, **kwargs):
+            kept[name] = base
+            return base
+
+        return see
+
+    wanted = [
+        {"component": f"model.language_model.layers[{i}].{part}.output",
+         "intervention": keep((i, part))}
+        for i in range(mllm.n_layers) for part in parts
+    ]  # fmt: skip
+    wrapped = pyvene.IntervenableModel(wanted, model=mllm.model)
+    wrapped.disable_model_gradients()
+
+    def take(batch):
+        wrapped({**batch, "use_cache": False})
+        return [tuple(kept[i, part] for part in parts) for i in range(mllm.n_layers)]
+
+    return summed(mllm, rows, take)
+
+
+JOBS = {"minerlib": job_of_minerlib, "nnsight": job_of_nnsight, "pyvene": job_of_pyvene}
+
+
+def _job(name: str) -> float:
+    """Do the job once; returns what was held before, MiB."""
+    mllm, rows = job()
+    before = forget_peak()
+    JOBS[name](mllm, rows)
+    return before
+
+
+def whole_job(rounds: int) -> list[dict]:
+    """Seconds of the whole job over minerlib's, and the most memory each takes for it."""
+    mllm, rows = job()
+    expected = job_of_minerlib(mllm, rows)
+    setting, found = f"{JOB}, {ASKED} rows of libri", []
+    for name, do in JOBS.items():
+        label = "minerlib" if name == "minerlib" else f"{name} {version(name)}"
+        off = (do(mllm, rows) - expected).abs().mean().item()  # one sign moves `prob` by 1 / tokens
+        sides = {name: partial(do, mllm, rows), "own": partial(job_of_minerlib, mllm, rows)}
+        before, peak = alone(_job, name)
+        what = f"{label}, {setting}" + (", OTHER VALUES" if off > 1e-4 else "")
+        seconds = alternate(sides, max(3, rounds // 2))
+        found.append(ratio("whole job / minerlib", what, seconds, memory=peak - before))
+    return found
+
+
+# --- capturing alone -----------------------------------------------------------------------------
 
 WAYS = {
     "minerlib": with_minerlib,

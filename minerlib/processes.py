@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +30,8 @@ def _joined() -> bool:
     """Whether this is one of several processes that share their work now."""
     if _apart or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return False
-    PartialState()  # meets the others, once
+    # Meets the others, once. They may wait long for each other; of one that dies the launcher knows.
+    PartialState(timeout=timedelta(days=7))
     return dist.is_initialized()
 
 

@@ -1,6 +1,6 @@
 """Execute the workbook with Papermill: every numbered notebook in order, for each model.
 
-    python notebooks/run.py                                  # both stand-ins, into runs/
+    python notebooks/run.py                                  # both grafts, into runs/
     python notebooks/run.py quick=1                          # a first look; full=1: as committed
     python notebooks/run.py model=Qwen/Qwen2-VL-7B-Instruct dtype=bfloat16 limit=500
     python notebooks/run.py preset=smolvlm-256m              # a model of minerlib/presets.yml
@@ -58,7 +58,7 @@ from minerlib.parameters import value
 from minerlib.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
-MODELS = "data/models/tiny-qwen2-vl data/models/tiny-qwen2-audio"
+MODELS = "data/models/smol-qwen2-vl data/models/smol-qwen2-audio"
 NOTEBOOKS = "00-10,20"  # what the paper says; those between ask what its reviewers did
 FLAGS = ("quick", "full", "fresh")
 SIZES = Path(__file__).with_name("sizes.yml")

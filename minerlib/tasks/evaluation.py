@@ -139,12 +139,12 @@ def _evaluated(mllm, bench, batches, max_new_tokens, measure, checkpoint) -> pd.
         rows |= _asked(mllm, bench, positions, samples, batch, max_new_tokens, measure)
         if checkpoint:
             checkpoint.save(rows)
-    if checkpoint:
-        checkpoint.done()
     if processes.size() > 1:
         parts = processes.gathered((rows, skipped))
         rows = {i: row for found, _ in parts for i, row in found.items()}
         skipped = [line for _, lines in parts for line in lines]
+    if checkpoint:
+        checkpoint.done()
     if not rows:
         raise ValueError(f"benchmark {bench.name!r}: every row was skipped: {skipped[0]}")
     if skipped:
