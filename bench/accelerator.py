@@ -102,7 +102,7 @@ def _backward(mllm: ml.MLLM, device: str) -> list[dict]:
     found = []
     for rows in BACKWARD:
         inputs, answers = prompt(mllm, TOKENS, rows), np.full(rows, 400)
-        mllm.encode = lambda samples, inputs=inputs: inputs
+        mllm.encode = lambda samples: prompt(mllm, TOKENS, len(samples))
         flow = partial(last_token_flow, mllm, [None] * rows, answers, batch_size=rows)
         ways = {"last token's saliency": flow}
         ways["gradients at the neurons"] = partial(slopes, mllm, inputs, ["yes"] * rows)

@@ -111,6 +111,7 @@ DECODERS = {
 
 def _two(mllm: ml.MLLM, rows, rounds: int) -> list[dict]:
     """One process on one core over twice two processes on two: 1 is a perfect share."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
     def timed() -> None:
@@ -123,6 +124,7 @@ def _two(mllm: ml.MLLM, rows, rounds: int) -> list[dict]:
     file.parent.mkdir(exist_ok=True)
     one = alternate({"all": partial(ml.score, mllm, rows)}, 3)["all"]
     debug_launcher(timed, num_processes=2)
+    torch.set_num_threads(threads)
     two = np.load(file)
     file.unlink()
     share = float(np.median(one) / np.median(two) / 2)

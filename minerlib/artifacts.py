@@ -133,11 +133,13 @@ class Run:
         stem, start = self.stem(name, of=of, **config), time.perf_counter()
         value = self._kept(stem) if processes.rank() == 0 else None
         if not processes.agreed(value is not None):
-            with _computing(self.folder / stem):
+            with _computing(self.folder / stem) as held:
                 value = compute()
             if processes.rank() == 0:
                 self.save(name, value, of=of, seconds=time.perf_counter() - start, **config)
             processes.wait()
+            for checkpoint in held:
+                checkpoint.drop()
             value = None
         value = self._kept(stem) if value is None else value
         if value is None:
@@ -202,14 +204,16 @@ class Run:
         return [manifest for file in files if (manifest := _whole(file, _json)) is not None]
 
 
-_now: list[Path] = []  # the artefacts that are being computed, the innermost last
+# The artefacts that are being computed, the innermost last, with the checkpoints of their parts.
+_now: list[tuple[Path, list[Checkpoint]]] = []
 
 
 @contextmanager
-def _computing(path: Path) -> Iterator[None]:
-    _now.append(path)
+def _computing(path: Path) -> Iterator[list[Checkpoint]]:
+    held: list[Checkpoint] = []
+    _now.append((path, held))
     try:
-        yield
+        yield held
     finally:
         _now.pop()
 
@@ -223,7 +227,7 @@ class Checkpoint:
     def __init__(self, path: str | Path, key: Any, every: float = 60.0):
         key = [key, processes.rank(), processes.size()] if processes.size() > 1 else key
         self.path, self.every = Path(f"{path}-{digest(key)}.partial"), every
-        self._last = time.monotonic()
+        self._last, self.held = time.monotonic(), False
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the file with tensors and plain values, if the last save is long enough ago."""
@@ -235,14 +239,25 @@ class Checkpoint:
         """The state last saved, tensors on the CPU; None if there is none that is whole."""
         return _whole(self.path, partial(torch.load, map_location="cpu", weights_only=True))
 
-    def done(self) -> None:
+    def done(self, state: dict[str, Any]) -> None:
+        """Remove the file, for the computation is over; of one that is held, save what is due."""
+        if self.held:
+            self.save(state)
+        else:
+            self.drop()
+
+    def drop(self) -> None:
         """Remove the file: the result is kept elsewhere."""
         self.path.unlink(missing_ok=True)
 
 
 def unfinished(part: str) -> Checkpoint:
-    """The checkpoint of a part of the artefact that `Run.cached` is computing."""
-    return Checkpoint(_now[-1], part)
+    """The checkpoint of a part of the artefact that `Run.cached` is computing, held until that is
+    kept."""
+    path, held = _now[-1]
+    held.append(checkpoint := Checkpoint(path, part))
+    checkpoint.held = True
+    return checkpoint
 
 
 @lru_cache(maxsize=1024)

@@ -122,10 +122,10 @@ def attention(query: Tensor, key: Tensor, real: Tensor, scale: float) -> Tensor:
     how = dict(HALF if query.element_size() == 2 else SINGLE)
     how["D"] = max(16, triton.next_power_of_2(dim))
     rows = triton.cdiv(n, how["ROWS"])
-    _normalisers[rows, batch * heads](query, key, real, under, *sizes, **how)
-    _mean_over_heads[rows, triton.cdiv(n, how["COLUMNS"]), batch](
-        query, key, real, under, out, *sizes, **how
-    )
+    columns = triton.cdiv(n, how["COLUMNS"])
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        _normalisers[rows, batch * heads](query, key, real, under, *sizes, **how)
+        _mean_over_heads[rows, columns, batch](query, key, real, under, out, *sizes, **how)
     return out
 
 
@@ -145,5 +145,6 @@ def over_tokens(
     how["KP"] = triton.next_power_of_2(n_kinds)
     given = (weights.contiguous(), members.to(torch.uint8).contiguous(), kinds.int().contiguous())
     grid = triton.cdiv(neurons, how["NEURONS"]), batch
-    _over_tokens[grid](x, *given, *made, n, neurons, *x.stride()[:2], **how)
+    with torch.cuda.device_of(x):
+        _over_tokens[grid](x, *given, *made, n, neurons, *x.stride()[:2], **how)
     return made[0], made[1], made[2]

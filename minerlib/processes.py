@@ -13,14 +13,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+
+from minerlib.families import RowError
 
 Value = TypeVar("Value")
 _apart = False
@@ -30,7 +33,7 @@ def _joined() -> bool:
     """Whether this is one of several processes that share their work now."""
     if _apart or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return False
-    # Meets the others, once. They may wait long for each other; of one that dies the launcher knows.
+    # Meets the others, once. They may wait long; of one that dies the launcher knows.
     PartialState(timeout=timedelta(days=7))
     return dist.is_initialized()
 
@@ -56,13 +59,15 @@ def own_devices() -> dict[str, Any]:
     """For device_map="auto": this process's part of the accelerators, as `max_memory`."""
     if size() == 1:
         return {}
-    each = torch.cuda.device_count() // size()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size()))  # of several machines, on this one
+    which = int(os.environ.get("LOCAL_RANK", rank()))
+    each = torch.cuda.device_count() // here
     if not each:
         raise ValueError(
-            f"device_map='auto' with {size()} processes: each needs an accelerator of its own, and "
+            f"device_map='auto' with {here} processes: each needs an accelerator of its own, and "
             f"there are {torch.cuda.device_count()}; take fewer processes"
         )
-    own = range(rank() * each, (rank() + 1) * each)
+    own = range(which * each, (which + 1) * each)
     return {"max_memory": {i: torch.cuda.mem_get_info(i)[0] for i in own}}
 
 
@@ -110,9 +115,32 @@ def wait() -> None:
     gathered(None)
 
 
-def cost(bench: Any, positions: Sequence[int]) -> float:
-    """A cheap estimate of the tokens of these rows' prompts; 0 where nobody shares them."""
-    return sum(length(bench[i]) for i in positions) if size() > 1 else 0.0
+def joined(work: Callable[[], Value]) -> list[Value]:
+    """What each process makes of its own share; an error of one is raised in all."""
+    if size() == 1:
+        return [work()]
+    value, fault = None, None
+    try:
+        value = work()
+    except Exception as error:
+        fault = error
+    told = fault and (isinstance(fault, ValueError), f"{type(fault).__name__}: {fault}")
+    parts = gathered((value, told))
+    if fault is not None:
+        raise fault
+    for number, (_, other) in enumerate(parts):
+        if other:
+            raise (ValueError if other[0] else RuntimeError)(f"process {number}: {other[1]}")
+    return [value for value, _ in parts if value is not None]
+
+
+def lengths(bench: Any, on_error: str = "raise") -> np.ndarray:
+    """A cheap estimate of the tokens of each row's prompt; 0 for one that may be skipped."""
+    found, later = np.zeros(len(bench)), [RowError] if on_error == "skip" else []
+    for i in range(len(bench)):
+        with suppress(*later):
+            found[i] = length(bench[i])
+    return found
 
 
 def length(sample: Any) -> float:

@@ -60,9 +60,15 @@ _BLOCK = 2**19  # elements of scratch memory: what stays in a core's cache betwe
 _GPU_BLOCK = 2**25  # a GPU wants few large kernels instead
 
 
+@lru_cache
+def _runs_triton(device: torch.device) -> bool:
+    return find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def fused(x: Tensor) -> bool:
-    """Whether `kernels` take this tensor."""
-    return x.is_cuda and x.dtype != torch.float64 and find_spec("triton") is not None
+    """Whether `kernels` take this tensor: activations, or queries whose tiles fit on any card."""
+    narrow = x.ndim < 4 or x.shape[-1] <= 128
+    return narrow and x.is_cuda and x.dtype != torch.float64 and _runs_triton(x.device)
 
 
 def own_metrics() -> list[str]:
@@ -294,26 +300,36 @@ def score(
     """
     sums, saved, how = Sums(mllm.n_layers), None, {"causal": causal, "generated": generated}
     batches = [range(len(bench))[i : i + batch_size] for i in starts(bench, batch_size)]
-    own = [batches[i] for i in processes.dealt([processes.cost(bench, rows) for rows in batches])]
+    own = batches
+    if processes.size() > 1:
+        lengths = processes.lengths(bench, on_error)
+        own = [batches[i] for i in processes.dealt([lengths[rows].sum() for rows in batches])]
     if checkpoint is not None:
         made_by = [score, *(METRICS[name] for name in own_metrics())]
         made = key(mllm, made_by, data=bench.fingerprint, on_error=on_error, **how)
-        saved = Checkpoint(checkpoint, {**made, "batch_size": batch_size}, every)
+        if not isinstance(saved := checkpoint, Checkpoint):
+            saved = Checkpoint(checkpoint, {**made, "batch_size": batch_size}, every)
         vars(sums).update(saved.load() or {})
     left = [rows for rows in own if rows.start >= sums.done]
-    for rows in tqdm(left, desc=f"score {bench.name}", leave=False):
-        _add(mllm, bench, rows, sums, on_error, **how)
-        sums.done = rows.stop
-        if saved is not None and sums.rows:
-            saved.save(vars(sums))
-    if processes.size() > 1:
-        sums = _together(processes.gathered(vars(sums)))
+
+    def add() -> dict:
+        for rows in tqdm(left, desc=f"score {bench.name}", leave=False):
+            _add(mllm, bench, rows, sums, on_error, **how)
+            sums.done = rows.stop
+            if saved is not None and sums.rows:
+                saved.save(vars(sums))
+        return vars(sums)
+
+    if processes.size() == 1:
+        add()
+    else:
+        sums = _together(processes.joined(lambda: memory.moved(add(), torch.device("cpu"))))
     if sums.skipped:
         warnings.warn("; ".join(["rows skipped", *sums.skipped]), stacklevel=2)
     if not sums.rows:
         raise ValueError(f"benchmark {bench.name!r}: every row was skipped: {sums.skipped[0]}")
     if saved is not None:
-        saved.done()
+        saved.done(vars(sums))
     return _to_array(sums, bench.name)
 
 

@@ -244,9 +244,13 @@ class Workbook(Parameters):
         how: dict[str, Any] = {"batch_size": self.batch_size, "on_error": self.on_error}
         found = {}
         for name, bench in self.mining.items():
-            part = self.folder / f"scores-{name}"
-            compute = partial(self._scored, bench, checkpoint=part, **how)
-            found[name] = self.cached(part.name, compute, of=score, rows=bench, made_by=made_by)
+
+            def compute(bench: Benchmark = bench) -> xr.DataArray:
+                part = unfinished(f"batches of {self.batch_size}")
+                return self._scored(bench, checkpoint=part, **how)
+
+            stem = f"scores-{name}"
+            found[name] = self.cached(stem, compute, of=score, rows=bench, made_by=made_by)
         return found
 
     def _scored(self, bench: Benchmark, **how: Any) -> xr.DataArray:
@@ -492,7 +496,7 @@ class Workbook(Parameters):
             return [prepare(self.mllm, b, self.batch_size, self.on_error) for b in few.values()]
 
         def told(neurons: xr.DataArray | None) -> pd.DataFrame:
-            how: dict[str, Any] = {"measure": "logprob only"}
+            how: dict[str, Any] = {"measure": "logprob only", "on_error": self.on_error}
             with nullcontext() if neurons is None else deactivate(self.mllm, neurons):
                 tables = [
                     evaluate(self.mllm, of, checkpoint=unfinished(of.benchmark.name), **how)
@@ -513,6 +517,7 @@ class Workbook(Parameters):
         if rows not in self._ready:
             self._ready[rows] = prepare(self.mllm, bench, self.batch_size, self.on_error)
         how: dict[str, Any] = {"max_new_tokens": self.longest, "measure": measure}
+        how["on_error"] = self.on_error
         return evaluate(self.mllm, self._ready[rows], checkpoint=unfinished(bench.name), **how)
 
     def sanity(self) -> pd.DataFrame:

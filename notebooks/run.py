@@ -89,7 +89,8 @@ def preset(given: dict[str, str]) -> dict[str, str]:
 def swept(given: dict[str, str]) -> dict[str, str]:
     """The arguments of the row `one` of the table `sweep`; those given besides win."""
     table = pd.read_csv(given["sweep"], dtype=str, keep_default_na=False)
-    runs = [{n.lower(): t for n, t in row.items() if t} for row in table.to_dict("records")]
+    rows = table.to_dict("records")
+    runs = [parse([f"{name}={text}" for name, text in row.items() if text]) for row in rows]
     if "one" not in given:
         lines = [
             f"{i:4} " + shlex.join(f"{n}={t}" for n, t in row.items()) for i, row in enumerate(runs)
@@ -287,8 +288,8 @@ def ahead(notebook: Path, parameters: dict[str, Any], processes: int) -> None:
     """Run the notebook's cells in so many processes; what they compute is kept for Papermill."""
     launch = f"-m torch.distributed.run --standalone --nproc-per-node={processes} -m minerlib"
     given = [f"{name}={json.dumps(value)}" for name, value in parameters.items()]
-    threads = str(max(1, (os.cpu_count() or 1) // processes))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, threads // processes))}
     command = [sys.executable, *launch.split(), str(notebook), *given]
     done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL)
     if done.returncode:

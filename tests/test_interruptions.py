@@ -18,7 +18,10 @@ from conftest import ROOT, Rows, random_mllm, random_neurons, samples_for
 
 import minerlib as ml
 from minerlib import artifacts, memory
-from minerlib.model import RowError
+from minerlib.critical import attribution
+from minerlib.findings.last_token import last_token_flow
+from minerlib.gradients import gradients
+from minerlib.model import MLLM, RowError
 from minerlib.scoring import score
 from minerlib.tasks.evaluation import evaluate, prepare
 from minerlib.workbook import Workbook
@@ -94,6 +97,25 @@ def test_answers_continue_where_they_stopped(tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
+def test_what_cannot_be_written_is_not_computed_again(tmp_path, monkeypatch):
+    """A checkpoint goes when its artefact is there, and not when the computation is over."""
+    monkeypatch.setattr(artifacts.Checkpoint.__init__, "__defaults__", (0.0,))
+    answered, save, generate = [], artifacts.Run.save, MLLM.generate
+    monkeypatch.setattr(MLLM, "generate", lambda *a: (answered.append(1), generate(*a))[1])
+    wb = Workbook(model="data/models/tiny-qwen2-vl", benchmarks=["text_vqa"], limit=4,
+                  eval_limit=6, batch_size=2, run_dir=str(tmp_path))  # fmt: skip
+
+    def full(*args, **how):
+        raise OSError("no space")
+
+    monkeypatch.setattr(artifacts.Run, "save", full)
+    with pytest.raises(OSError, match="no space"):
+        wb.answers()
+    monkeypatch.setattr(artifacts.Run, "save", save)
+    assert len(wb.answers()) == 6 and len(answered) == 3
+    assert not [*tmp_path.rglob("*.partial")]
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     where = tmp_path / "disk"
@@ -165,8 +187,9 @@ def test_a_row_that_does_not_fit_alone_is_named(little):
         ml.score(little[0], bench())
     with pytest.raises(RowError, match=r"vocal_sound row \d+: prompt: out of memory"):
         evaluate(little[0], bench())
-    with pytest.raises(ValueError, match="every row was skipped.*out of memory"):
-        ml.score(little[0], bench(), on_error="skip")
+    for ask in (ml.score, evaluate):
+        with pytest.raises(ValueError, match="every row was skipped.*out of memory"):
+            ask(little[0], bench(), on_error="skip")
 
 
 def test_backward_passes_are_cut_to_what_fits(monkeypatch):
@@ -176,10 +199,22 @@ def test_backward_passes_are_cut_to_what_fits(monkeypatch):
     assert len(batch["input_ids"]) == 5
     tokens = batch["input_ids"].shape[1]
     each = 7 * mllm.n_layers * mllm.n_neurons * 4 * tokens
+    whole = last_token_flow(mllm, rows, np.full(5, 300), batch_size=5)
+    slopes = gradients(mllm, [rows], steps=1, batch_size=5), attribution(mllm, [rows])
     monkeypatch.setattr(memory, "free", lambda device: 5 * each // 2)
     cut = [(i, len(b["input_ids"])) for i, b in mllm.batches(rows, 5, backward=True)]
     assert cut == [(0, 2), (2, 2), (4, 1)]
     assert [len(b["input_ids"]) for _, b in mllm.batches(rows, 5)] == [5]
+    encoded, encode = [], type(mllm).encode
+    monkeypatch.setattr(
+        type(mllm), "encode", lambda m, s: (encoded.append(len(s)), encode(m, s))[1]
+    )
+    found = last_token_flow(mllm, rows, np.full(5, 300), batch_size=5)
+    pd.testing.assert_frame_equal(found, whole, rtol=1e-3, atol=1e-6)
+    again = gradients(mllm, [rows], steps=1, batch_size=5), attribution(mllm, [rows])
+    for one, other in zip(slopes, again, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
+    assert encoded == [5, 2, 2, 1] * 3  # each of the three looks, and then cuts
 
 
 def test_inputs_wait_off_a_device_that_is_half_full(monkeypatch):

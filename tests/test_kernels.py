@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from minerlib import scoring
+from minerlib.separation import SETS
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,3 +55,19 @@ def test_one_pass_over_the_tokens_makes_all_sums(shape, dtype):
     for kind in range(5):
         of = torch.where((kinds == kind)[..., None], x.float(), -math.inf).amax(1)
         assert highest[:, kind].equal(of)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there the kernels are what runs")
+def test_stage_2_is_the_same_with_them(monkeypatch):
+    query, key, real, x = inputs(2, 4, 2, 40, 16, 30, torch.float32)
+    masks = torch.zeros(2, len(SETS), 40, dtype=torch.bool)
+    parts = {"special": slice(0, 9), "image": slice(9, 30), "text": slice(30, 40)}
+    for name, part in parts.items():
+        masks[:, SETS.index(name), part] = real[:, part]
+    masks[:, SETS.index("special_text")] = masks[:, :2].any(1)
+    masks[:, SETS.index("prompt")] = real
+    plain = [scoring.importance(x, query, key, masks, scaling) for scaling in (None, 0.7)]
+    monkeypatch.setattr(scoring, "fused", lambda x: True)
+    for scaling, expected in zip((None, 0.7), plain, strict=True):
+        found = scoring.importance(x, query, key, masks, scaling)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

@@ -17,9 +17,9 @@ from accelerate import debug_launcher
 from conftest import ROOT, Rows, random_mllm, random_neurons, samples_for
 
 import minerlib as ml
-from minerlib import processes
+from minerlib import processes, scoring
 from minerlib.artifacts import Run
-from minerlib.model import MLLM
+from minerlib.model import MLLM, RowError
 from minerlib.tasks import Benchmark
 from minerlib.tasks.evaluation import evaluate, prepare
 from minerlib.workbook import Workbook
@@ -115,6 +115,68 @@ def test_rows_that_are_skipped_are_named_in_all(tmp_path):
     one = run()
     for theirs in together(run, 2, tmp_path):
         assert theirs.attrs == one.attrs and len(one.attrs["skipped"]) == 1
+        np.testing.assert_allclose(theirs, one, atol=1e-5)
+
+
+def test_each_continues_its_own_share(mllm, bench, tmp_path, monkeypatch):
+    """Two processes that were killed with a checkpoint each end with the scores of one."""
+    one, add = ml.score(mllm, bench, batch_size=1), scoring.add_batch
+
+    def run(kill):
+        done = []
+
+        def counted(*args, **how):
+            done.append(1)
+            if len(done) == kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            add(*args, **how)
+
+        monkeypatch.setattr(scoring, "add_batch", counted)
+        how = {"batch_size": 1, "checkpoint": tmp_path / "sums", "every": 0}
+        return ml.score(mllm, bench, **how), len(done)
+
+    with pytest.raises(Exception, match="SIGKILL"):
+        debug_launcher(lambda: run(3), num_processes=2)
+    assert [*tmp_path.glob("*.partial")]
+    found = together(lambda: run(0), 2, tmp_path)
+    assert sum(done for _, done in found) < len(bench)
+    for scores, _ in found:
+        np.testing.assert_allclose(scores, one, atol=1e-5)
+    assert not [*tmp_path.glob("*.partial")]
+
+
+def test_an_error_in_one_is_raised_in_all(mllm, bench, tmp_path, monkeypatch):
+    """So that a notebook that goes on without a benchmark goes on in every process."""
+
+    def run():
+        if processes.rank() == 1:
+            monkeypatch.setattr(MLLM, "generate", lambda *args: 1 / 0)
+        with pytest.raises((RuntimeError, ZeroDivisionError), match="division by zero"):
+            evaluate(mllm, bench, 2, 4)
+        with processes.apart():
+            ready = prepare(mllm, bench, 2)
+        with pytest.raises(ValueError, match="prepared by 1 processes.* asked by 2"):
+            evaluate(mllm, ready)
+        return processes.gathered(processes.rank())
+
+    assert together(run, 2, tmp_path) == [[0, 1], [0, 1]]
+
+
+def test_a_row_that_cannot_be_decoded_is_skipped(mllm, tmp_path):
+    class Damaged(Rows):
+        def __getitem__(self, which):
+            if which == 2:
+                raise RowError("rows", 2, "image", "damaged")
+            return super().__getitem__(which)
+
+    rows = Damaged(samples_for(mllm))
+
+    def run():
+        with pytest.warns(UserWarning, match="damaged"):
+            return ml.score(mllm, rows, batch_size=1, on_error="skip")
+
+    one = run()
+    for theirs in together(run, 2, tmp_path):
         np.testing.assert_allclose(theirs, one, atol=1e-5)
 
 

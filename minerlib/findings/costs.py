@@ -11,6 +11,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from minerlib import processes
 from minerlib.activity import activity
 from minerlib.aggregation import aggregate
 from minerlib.artifacts import computation
@@ -23,6 +24,7 @@ from minerlib.tasks import Benchmark
 from minerlib.tasks.evaluation import evaluate, prepare
 
 
+@processes.apart()
 def steps(
     mllm: MLLM, rows: Sequence[Benchmark], batch_size: int, longest: int | None
 ) -> dict[str, Callable[[], object]]:
@@ -55,6 +57,7 @@ def steps(
 
 
 @computation(version=1)
+@processes.apart()
 def timed(jobs: Mapping[str, Callable[[], object]], rounds: int) -> pd.DataFrame:
     """Seconds, and MiB of host memory beyond what was there before, of each job in every round.
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from minerlib import inference, memory, processes
 from minerlib.artifacts import Checkpoint, computation
-from minerlib.model import MLLM, RowError, starts
+from minerlib.model import MLLM, starts
 from minerlib.tap import hear_once
 from minerlib.tasks import REGISTRY, Benchmark, Sample, metrics
 
@@ -40,6 +40,7 @@ class Prepared(NamedTuple):
     benchmark: Benchmark
     batches: list[Batch]
     heard: dict[tuple[Any, str], Any]  # as of `hear_once`
+    processes: int = 1  # that share its batches
 
 
 def prepare(
@@ -53,19 +54,17 @@ def prepare(
     """
     ready = []
     for positions, samples, batch, left_out in _encode(mllm, bench, batch_size, on_error):
-        batch = batch and memory.kept(_encode_media(mllm, batch), mllm.device)
+        with suppress(torch.OutOfMemoryError):  # then with its rows, in halves
+            batch = batch and memory.kept(_encode_media(mllm, batch), mllm.device)
         ready.append((positions, samples, batch, left_out))
-    return Prepared(bench, ready, {})
+    return Prepared(bench, ready, {}, processes.size())
 
 
 def _encode(mllm: MLLM, bench: Benchmark, batch_size: int, on_error: str) -> Iterator[Batch]:
     """One batch of samples of like length after another."""
-    firsts, lengths = starts(bench, batch_size), np.zeros(len(bench))
-    later = [RowError] if on_error == "skip" else []  # left out when their turn comes
+    firsts = starts(bench, batch_size)
     # Sorting needs a look at every sample; decoding it twice is cheaper than keeping its media.
-    for i in range(len(bench)):
-        with suppress(*later):
-            lengths[i] = processes.length(bench[i])
+    lengths = processes.lengths(bench, on_error)
     order = np.argsort(lengths, kind="stable").tolist()
     parts = [order[i : i + batch_size] for i in firsts]
     own = processes.dealt([lengths[part].sum() for part in parts])
@@ -120,31 +119,38 @@ def evaluate(
     """
     if measure not in MEASURES:
         raise ValueError(f"measure={measure!r}: use one of {', '.join(MEASURES)}")
+    how = (max_new_tokens, measure)
     if isinstance(bench, Prepared):
-        bench, ready, heard = bench
+        bench, ready, heard, shared = bench
+        if shared != processes.size():
+            what = f"{bench.name!r} was prepared by {shared} processes, each its part of the rows"
+            raise ValueError(f"{what}, and is asked by {processes.size()}: prepare it anew")
         with hear_once(mllm, heard):
             batches = tqdm(ready, bench.name, leave=False)
-            return _evaluated(mllm, bench, batches, max_new_tokens, measure, checkpoint)
+            return _evaluated(mllm, bench, batches, how, on_error, checkpoint)
     batches = _encode(mllm, bench, batch_size, on_error)
-    return _evaluated(mllm, bench, batches, max_new_tokens, measure, checkpoint)
+    return _evaluated(mllm, bench, batches, how, on_error, checkpoint)
 
 
-def _evaluated(mllm, bench, batches, max_new_tokens, measure, checkpoint) -> pd.DataFrame:
-    rows: dict[int, dict] = (checkpoint and checkpoint.load()) or {}
-    skipped: list[str] = []
-    for positions, samples, batch, left_out in batches:
-        skipped += left_out
-        if set(positions) <= set(rows):
-            continue
-        rows |= _asked(mllm, bench, positions, samples, batch, max_new_tokens, measure)
-        if checkpoint:
-            checkpoint.save(rows)
-    if processes.size() > 1:
-        parts = processes.gathered((rows, skipped))
-        rows = {i: row for found, _ in parts for i, row in found.items()}
-        skipped = [line for _, lines in parts for line in lines]
+def _evaluated(mllm, bench, batches, how, on_error, checkpoint) -> pd.DataFrame:
+    def own() -> tuple[dict[int, dict], list[str]]:
+        rows: dict[int, dict] = (checkpoint and checkpoint.load()) or {}
+        skipped: list[str] = []
+        for positions, samples, batch, left_out in batches:
+            skipped += left_out
+            if set(positions) <= set(rows):
+                continue
+            found, too_large = _asked(mllm, bench, positions, samples, batch, how, on_error)
+            rows, skipped = rows | found, skipped + too_large
+            if checkpoint:
+                checkpoint.save(rows)
+        return rows, skipped
+
+    parts = processes.joined(own)
+    rows = {i: row for found, _ in parts for i, row in found.items()}
+    skipped = [line for _, lines in parts for line in lines]
     if checkpoint:
-        checkpoint.done()
+        checkpoint.done(rows)
     if not rows:
         raise ValueError(f"benchmark {bench.name!r}: every row was skipped: {skipped[0]}")
     if skipped:
@@ -163,8 +169,11 @@ def _evaluated(mllm, bench, batches, max_new_tokens, measure, checkpoint) -> pd.
     return table
 
 
-def _asked(mllm, bench, positions, samples, batch, max_new_tokens, measure) -> dict[int, dict]:
-    """The lines of these rows; where memory is too small for all at once, in halves."""
+def _asked(
+    mllm, bench, positions, samples, batch, how, on_error
+) -> tuple[dict[int, dict], list[str]]:
+    """The lines of these rows, and what was skipped; what memory is too small for, in halves."""
+    longest, measure = how
     found: dict[str, list] = {name: [getattr(s, name) for s in samples] for name in ASKED}
     try:
         batch = memory.moved(dict(batch), mllm.device)
@@ -173,23 +182,24 @@ def _asked(mllm, bench, positions, samples, batch, max_new_tokens, measure) -> d
             right = [s.reference == a for s, a in zip(samples, found["answer"], strict=True)]
             found["score"], found["chance"] = list(map(float, right)), [1 / CHOICES] * len(right)
         elif measure != "logprob only":
-            found["answer"] = _answers(mllm, bench, samples, batch, max_new_tokens)
+            found["answer"] = _answers(mllm, bench, samples, batch, longest)
         if measure.startswith("logprob"):
             found["logprob"] = mllm.logprob(batch, [s.reference for s in samples])
     except torch.OutOfMemoryError:
-        if len(positions) == 1:
+        if len(positions) == 1 and on_error == "raise":
             raise memory.too_large(samples[0]) from None
+        if len(positions) == 1:
+            return {}, [str(memory.too_large(samples[0]))]
         parts = memory.halves(positions)
     else:
-        lines = zip(*found.values(), strict=True)
-        return {
-            i: dict(zip(found, line, strict=True)) for i, line in zip(positions, lines, strict=True)
-        }
-    rows: dict[int, dict] = {}
+        lines = [dict(zip(found, line, strict=True)) for line in zip(*found.values(), strict=True)]
+        return dict(zip(positions, lines, strict=True)), []
+    rows, skipped = dict[int, dict](), list[str]()
     for part in parts:
         some, these, inputs, _ = mllm.gather(bench, part)
-        rows |= _asked(mllm, bench, some, these, inputs, max_new_tokens, measure)
-    return rows
+        own, left_out = _asked(mllm, bench, some, these, inputs, how, on_error)
+        rows, skipped = rows | own, skipped + left_out
+    return rows, skipped
 
 
 def _answers(mllm: MLLM, bench: Benchmark, samples: list[Sample], batch, longest) -> list[str]:
