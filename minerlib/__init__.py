@@ -1,6 +1,6 @@
 """minerlib: find, silence and study modality-specific neurons in multimodal language models.
 
-The rooms, each knowing only those before it: families, processes (who does what), memory, model and
+The rooms, each knowing only those before it: processes (who does what); families, memory, model and
 tap (a model and the way in); artifacts (what was computed, never stale); separation, scoring,
 aggregation, selection (the four stages), deactivation; inference (intervals, nulls, verdicts);
 tasks (what models are asked); findings (a room for each); plots; and workbook, which the notebooks

@@ -1,11 +1,15 @@
-"""What fits: batches in halves, backward passes cut to size, inputs that wait off the device."""
+"""What fits: batches in halves, backward passes cut to size, inputs that wait off the device; and
+how long prompts are."""
 
 from __future__ import annotations
 
+import math
 import warnings
+from contextlib import suppress
 from copy import copy
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -71,3 +75,20 @@ def halves(positions: list[int]) -> list[list[int]]:
     warnings.warn("out of memory: batches that do not fit are run in halves", stacklevel=2)
     half = len(positions) // 2
     return [positions[:half], positions[half:]]
+
+
+def lengths(bench: Any, on_error: str = "raise") -> np.ndarray:
+    """A cheap estimate of the tokens of each row's prompt; 0 for one that may be skipped."""
+    found, later = np.zeros(len(bench)), [RowError] if on_error == "skip" else []
+    for i in range(len(bench)):
+        with suppress(*later):
+            found[i] = length(bench[i])
+    return found
+
+
+def length(sample: Any) -> float:
+    """A cheap estimate of a prompt's tokens."""
+    audio = 0 if sample.audio is None else len(sample.audio) / 640  # 25 tokens a second
+    image = 0 if sample.image is None else math.prod(sample.image.size) / 28**2
+    video = 0 if sample.video is None else math.prod(sample.video.shape[:3]) / (2 * 28**2)
+    return len(sample.prompt) / 4 + audio + image + video

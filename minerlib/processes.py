@@ -11,19 +11,15 @@ wait for never comes, and their launcher stops them.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-
-from minerlib.families import RowError
 
 Value = TypeVar("Value")
 _apart = False
@@ -132,20 +128,3 @@ def joined(work: Callable[[], Value]) -> list[Value]:
         if other:
             raise (ValueError if other[0] else RuntimeError)(f"process {number}: {other[1]}")
     return [value for value, _ in parts if value is not None]
-
-
-def lengths(bench: Any, on_error: str = "raise") -> np.ndarray:
-    """A cheap estimate of the tokens of each row's prompt; 0 for one that may be skipped."""
-    found, later = np.zeros(len(bench)), [RowError] if on_error == "skip" else []
-    for i in range(len(bench)):
-        with suppress(*later):
-            found[i] = length(bench[i])
-    return found
-
-
-def length(sample: Any) -> float:
-    """A cheap estimate of a prompt's tokens."""
-    audio = 0 if sample.audio is None else len(sample.audio) / 640  # 25 tokens a second
-    image = 0 if sample.image is None else math.prod(sample.image.size) / 28**2
-    video = 0 if sample.video is None else math.prod(sample.video.shape[:3]) / (2 * 28**2)
-    return len(sample.prompt) / 4 + audio + image + video

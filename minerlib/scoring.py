@@ -302,7 +302,7 @@ def score(
     batches = [range(len(bench))[i : i + batch_size] for i in starts(bench, batch_size)]
     own = batches
     if processes.size() > 1:
-        lengths = processes.lengths(bench, on_error)
+        lengths = memory.lengths(bench, on_error)
         own = [batches[i] for i in processes.dealt([lengths[rows].sum() for rows in batches])]
     if checkpoint is not None:
         made_by = [score, *(METRICS[name] for name in own_metrics())]

@@ -15,7 +15,7 @@ from conftest import ROOT, random_mllm, random_neurons, samples_for, shared_mllm
 from PIL import Image
 from scipy import stats
 
-from minerlib import inference, processes
+from minerlib import inference, memory
 from minerlib.deactivation import deactivate
 from minerlib.model import MLLM, RowError
 from minerlib.tap import hear_once
@@ -123,7 +123,7 @@ def test_prompts_are_sorted_by_an_estimate_of_their_tokens():
         ({"video": clip}, 6),
         ({"audio": sound}, 25),
     ]:
-        assert processes.length(Sample("x" * 40, ("y",), **media)) == 10 + more
+        assert memory.length(Sample("x" * 40, ("y",), **media)) == 10 + more
 
 
 def test_benchmarks_keep_their_order():

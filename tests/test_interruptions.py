@@ -199,7 +199,13 @@ def test_backward_passes_are_cut_to_what_fits(monkeypatch):
     assert len(batch["input_ids"]) == 5
     tokens = batch["input_ids"].shape[1]
     each = 7 * mllm.n_layers * mllm.n_neurons * 4 * tokens
-    whole = last_token_flow(mllm, rows, np.full(5, 300), batch_size=5)
+    by = ["sample", "layer", "set"]
+
+    def flow():
+        found = last_token_flow(mllm, rows, np.full(5, 300), batch_size=5)
+        return found.sort_values(by, ignore_index=True)
+
+    whole = flow()
     slopes = gradients(mllm, [rows], steps=1, batch_size=5), attribution(mllm, [rows])
     monkeypatch.setattr(memory, "free", lambda device: 5 * each // 2)
     cut = [(i, len(b["input_ids"])) for i, b in mllm.batches(rows, 5, backward=True)]
@@ -209,8 +215,7 @@ def test_backward_passes_are_cut_to_what_fits(monkeypatch):
     monkeypatch.setattr(
         type(mllm), "encode", lambda m, s: (encoded.append(len(s)), encode(m, s))[1]
     )
-    found = last_token_flow(mllm, rows, np.full(5, 300), batch_size=5)
-    pd.testing.assert_frame_equal(found, whole, rtol=1e-3, atol=1e-6)
+    pd.testing.assert_frame_equal(flow(), whole, rtol=1e-3, atol=1e-6)
     again = gradients(mllm, [rows], steps=1, batch_size=5), attribution(mllm, [rows])
     for one, other in zip(slopes, again, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)

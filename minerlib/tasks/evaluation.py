@@ -64,7 +64,7 @@ def _encode(mllm: MLLM, bench: Benchmark, batch_size: int, on_error: str) -> Ite
     """One batch of samples of like length after another."""
     firsts = starts(bench, batch_size)
     # Sorting needs a look at every sample; decoding it twice is cheaper than keeping its media.
-    lengths = processes.lengths(bench, on_error)
+    lengths = memory.lengths(bench, on_error)
     order = np.argsort(lengths, kind="stable").tolist()
     parts = [order[i : i + batch_size] for i in firsts]
     own = processes.dealt([lengths[part].sum() for part in parts])
