@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -254,3 +255,14 @@ def test_a_run_by_two_processes_leaves_what_one_leaves(tmp_path):
     wrong += ["-m", "minerlib", "notebooks/02_importance_scores.ipynb", "limit=100000"]
     done = subprocess.run(wrong, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode and "limit=100000" in done.stderr and "rank" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("raised", "code"), [("NotApplicable", 0), ("ValueError", 1)])
+def test_a_notebook_that_does_not_apply_is_no_failure(tmp_path, raised, code):
+    cells = ["from minerlib.workbook import NotApplicable", f"raise {raised}('no clips')", "1 / 0"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    nbformat.write(notebook, tmp_path / "one.ipynb")
+    command = [sys.executable, "-m", "minerlib", str(tmp_path / "one.ipynb")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and "ZeroDivisionError" not in done.stdout + done.stderr
