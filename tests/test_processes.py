@@ -262,6 +262,7 @@ def test_a_run_by_two_processes_leaves_what_one_leaves(tmp_path):
 def test_a_notebook_that_does_not_apply_is_no_failure(tmp_path, raised, code):
     cells = ["from minerlib.workbook import NotApplicable", f"raise {raised}('no clips')", "1 / 0"]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "", "language": "python"}
     nbformat.write(notebook, tmp_path / "one.ipynb")
     command = [sys.executable, "-m", "minerlib", str(tmp_path / "one.ipynb")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
