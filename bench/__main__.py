@@ -32,7 +32,7 @@ from book.tables import markdown, placed
 from minerlib import scoring
 from minerlib.selection import STRATEGIES
 
-from . import charts, peers
+from . import charts, jobs, peers
 from .accelerator import accelerator
 from .harness import (
     REAL,
@@ -51,7 +51,6 @@ from .harness import (
     stand_in,
     two_percent,
 )
-from .jobs import whole_jobs
 
 JSON = ROOT / "figures/bench.json"
 MODELS = tuple(TEXT)
@@ -240,7 +239,10 @@ def notebooks(rounds: int) -> list[dict]:
 SECTIONS = {
     "scoring": scoring_cost,
     "silencing": silencing_cost,
-    "jobs": whole_jobs,
+    "jobs": jobs.whole_jobs,
+    "conditions": jobs.conditions,
+    "loading": jobs.loading,
+    "processes": jobs.two_processes,
     "memory": memory,
     "growth": growth,
     "selection": selection,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from functools import partial
 
-import av
 import numpy as np
 import pyarrow.parquet as pq
 import soundfile
@@ -16,6 +15,7 @@ from PIL import Image
 import minerlib as ml
 from minerlib import atlas, processes
 from minerlib.tap import hear_once
+from minerlib.tasks import media
 from minerlib.tasks.evaluation import prepare
 
 from .harness import ROOT, alternate, forward, generate, line, ratio, stand_in, two_percent
@@ -29,7 +29,7 @@ def rows_of(name: str, limit: int = ROWS) -> ml.benchmarks.Benchmark:
 
 
 def whole_jobs(rounds: int) -> list[dict]:
-    """Mining, a condition of notebook 05, the atlas' pass, loading rows, two processes for one."""
+    """Mining, and the atlas' pass over the same rows."""
     mllm, rows = stand_in(MODEL), rows_of("text_vqa")
 
     def passes() -> None:
@@ -43,11 +43,12 @@ def whole_jobs(rounds: int) -> list[dict]:
     looked = partial(atlas.excited, mllm, {"text_vqa": rows}, named)
     seconds = alternate({"atlas": looked, "forward": passes}, rounds)
     found.append(ratio("atlas / forward", f"{setting}, {len(named)} neurons", seconds, 1.2))
-    return [*found, *_conditions(mllm, rows, rounds), *_loading(rounds), *_two(mllm, rows, rounds)]
+    return found
 
 
-def _conditions(mllm: ml.MLLM, rows, rounds: int) -> list[dict]:
+def conditions(rounds: int) -> list[dict]:
     """Answers of a silenced model over bare generation of as many tokens; their growth."""
+    mllm, rows = stand_in(MODEL), rows_of("text_vqa")
     ready, neurons = prepare(mllm, rows, 8), two_percent(mllm)
 
     def condition(seed: int = 0) -> None:
@@ -74,44 +75,47 @@ def _conditions(mllm: ml.MLLM, rows, rounds: int) -> list[dict]:
     return [*found, line("growth of silencing", what, power, "exponent", 0.05, points=each)]
 
 
-def _loading(rounds: int) -> list[dict]:
+def loading(rounds: int) -> list[dict]:
     """Rows as samples over the bare decoding of their media's bytes."""
     found = []
-    for name, column in {"text_vqa": "image", "msvd_qa": "video", "libri": "audio"}.items():
+    for name, modality in {"text_vqa": "image", "coco_caption": "image", "libri": "audio"}.items():
         bench = rows_of(name)
         (file,) = (ROOT / "data/benchmarks" / name).glob("*.parquet")
-        column = pq.read_table(file, columns=[column])[column].to_pylist()
-        media = [value["bytes"] if isinstance(value, dict) else value for value in column]
-        raw = [media[i] for i in bench.numbers]
+        rows = pq.read_table(file).to_pylist()
+        raw = [media.source_bytes(media.medium(rows[i], modality)) for i in bench.numbers]
 
         def load(bench=bench) -> None:
             for i in range(ROWS):
                 bench[i]
 
-        def decode(raw=raw, name=name) -> None:
+        def decode(raw=raw, modality=modality) -> None:
             for value in raw:
-                DECODERS[name](io.BytesIO(value))
+                _bare(modality, io.BytesIO(value))
 
         seconds = alternate({"load": load, "decode": decode}, rounds)
-        found.append(ratio("loading rows / decoding them", f"{ROWS} rows of {name}", seconds, 1.2))
-    return found
+        setting = f"{ROWS} rows of {name}, {np.median(seconds['load']) / ROWS * 1e3:.2f} ms a row"
+        found.append(ratio("loading rows / decoding them", setting, seconds, 1.2))
+    large, file = np.random.default_rng(0).integers(0, 256, (768, 1024, 3), np.uint8), io.BytesIO()
+    Image.fromarray(large).save(file, "JPEG")
+    sides = {
+        "load": lambda: media.picture(file.getvalue()),
+        "decode": lambda: _bare("image", io.BytesIO(file.getvalue())),
+    }
+    setting = "a JPEG of 1024 x 768"
+    return [*found, ratio("loading / decoding", setting, alternate(sides, 5 * rounds), 1.2)]
 
 
-def _frames(file: io.BytesIO) -> list[np.ndarray]:
-    with av.open(file) as container:
-        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+def _bare(modality: str, file: io.BytesIO) -> None:
+    """What the library that decodes it needs for that alone."""
+    if modality == "image":
+        Image.open(file).convert("RGB")
+    else:
+        soundfile.read(file, dtype="float32")
 
 
-DECODERS = {
-    "text_vqa": lambda file: Image.open(file).convert("RGB"),
-    "msvd_qa": _frames,
-    "libri": lambda file: soundfile.read(file, dtype="float32"),
-}
-
-
-def _two(mllm: ml.MLLM, rows, rounds: int) -> list[dict]:
+def two_processes(rounds: int) -> list[dict]:
     """One process on one core over twice two processes on two: 1 is a perfect share."""
-    threads = torch.get_num_threads()
+    mllm, rows, threads = stand_in(MODEL), rows_of("text_vqa", 32), torch.get_num_threads()
     torch.set_num_threads(1)
 
     def timed() -> None:
@@ -128,5 +132,5 @@ def _two(mllm: ml.MLLM, rows, rounds: int) -> list[dict]:
     two = np.load(file)
     file.unlink()
     share = float(np.median(one) / np.median(two) / 2)
-    setting = f"{MODEL}, {ROWS} rows of text_vqa, 2 processes on 2 cores"
+    setting = f"{MODEL}, {len(rows)} rows of text_vqa, 2 processes on 2 cores"
     return [line("parallel efficiency of scoring", setting, share, "")]

@@ -36,6 +36,18 @@ ROOT = Path(__file__).parents[1]
 MODELS = ("tiny-qwen2-vl", "tiny-qwen2-audio")
 
 
+# What these test does not depend on which of the two models it is: the second is for `make test`.
+ONCE = "activity atlas attention convergence convergence_layers costs critical gradients last_token"
+ONCE += " planted probing states telomeres written"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.removeprefix("test_") in ONCE.split() and MODELS[1] in item.name:
+            item.add_marker("slow")
+
+
 def run_script():
     """notebooks/run.py as a module, a new one each time."""
     spec = importlib.util.spec_from_file_location("run", ROOT / "notebooks/run.py")

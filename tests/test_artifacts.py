@@ -639,7 +639,7 @@ STATE |= {"rows": 8, "skipped": ["é row 1"], "view": torch.arange(6).view(2, 3)
 def test_checkpoint_comes_back_and_goes(tmp_path):
     kept = Checkpoint(tmp_path / "new" / "scores.v2", {"model": "a"}, every=0)
     assert kept.load() is None
-    kept.done()  # nothing there yet
+    kept.done(STATE)  # nothing there yet
     kept.save(STATE)
     back = Checkpoint(tmp_path / "new" / "scores.v2", {"model": "a"}).load()
     assert (back["rows"], back["skipped"], back["scores"][1]) == (8, ["é row 1"], 0)
@@ -647,7 +647,7 @@ def test_checkpoint_comes_back_and_goes(tmp_path):
     for name in ("half", "n", "view"):
         assert back[name].dtype == STATE[name].dtype and torch.equal(back[name], STATE[name])
     assert [f.name for f in kept.path.parent.iterdir()] == [kept.path.name]
-    kept.done()
+    kept.done(STATE)
     assert not list(kept.path.parent.iterdir()) and kept.load() is None
 
 
@@ -659,9 +659,18 @@ def test_checkpoints_of_other_keys_never_meet(tmp_path):
     first.save({"rows": 1})
     assert second.load() is None
     second.save({"rows": 2})
-    second.done()
+    second.done({})
     assert first.load() == {"rows": 1}
     assert len(first.path.stem.rsplit("-", 1)[1]) == 16
+
+
+def test_a_checkpoint_that_is_held_stays_until_its_artefact_is_kept(tmp_path):
+    kept = Checkpoint(tmp_path / "scores", "key", every=0)
+    kept.held = True
+    kept.done({"rows": 3})
+    assert kept.load() == {"rows": 3}
+    kept.drop()
+    assert kept.load() is None
 
 
 @pytest.mark.fault("checkpoints count batches")

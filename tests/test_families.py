@@ -67,8 +67,8 @@ def loaded(folder):
     return cache(lambda name, **kwargs: ml.load(folder(name), **kwargs))
 
 
-# These take as long as all the others together; the thinker alone is among those.
-LONG = ("qwen2.5-omni", "phi4-multimodal")
+# These take as long as all the others together.
+LONG = ("qwen2.5-omni", "qwen2.5-omni-thinker", "phi4-multimodal", "voxtral", "gemma4")
 
 
 @pytest.fixture(

@@ -112,6 +112,7 @@ def test_hashes_dates_and_durations_are_no_results():
     assert printed.skeleton(text) == "scores-mmlu-HASH.nc_made_DATE_in_DURATION,_MEMORY"
 
 
+@pytest.mark.slow
 def test_nbval_compares_numbers_too(tmp_path):
     """Two cells that print 0.91; the second was committed with another number."""
     path = write(tmp_path / "one.ipynb", "score 0.91\n")

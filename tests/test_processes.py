@@ -25,7 +25,7 @@ from minerlib.tasks import Benchmark
 from minerlib.tasks.evaluation import evaluate, prepare
 from minerlib.workbook import Workbook
 
-MANY = [2, 3]
+MANY = [2, pytest.param(3, marks=pytest.mark.slow)]
 
 
 def together(function, n: int, folder) -> list:

@@ -135,6 +135,7 @@ def test_every_model_with_published_scores_has_its_neurons_handed_on():
     assert {folder.name for folder in HANDED_ON} == published
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", HANDED_ON, ids=lambda folder: folder.name)
 def test_shipped_neurons_are_those_of_the_notebooks(folder):
     """Of this model, by its weights, and what stages 3 and 4 make of the published scores."""

@@ -90,6 +90,7 @@ def test_enough_is_where_no_modality_falls_short_any_more():
     assert stability.enough(pd.DataFrame(lines)) == 10
 
 
+@pytest.mark.slow
 def test_halves_of_rows_that_agree_and_of_rows_that_do_not():
     ends = list(range(1, 9))
     exact = stability.halves({"a": made(noise=0.0), "b": made(noise=0.0)}, ends, choose)
@@ -165,6 +166,7 @@ def test_half_samples_give_the_error_of_a_mean():
     assert np.mean(found) == pytest.approx(1 / 8, rel=0.08)
 
 
+@pytest.mark.slow
 def test_halves_of_halves_tell_how_much_the_rows_matter():
     """Complementary halves share alike whatever the rows: only within a half does it show."""
     held = {}

@@ -345,7 +345,7 @@ def test_logprobs_are_computed_once_for_these_sets_and_rows(tmp_path, passes):
 
 
 @pytest.mark.fault("log-probabilities of a stopped run are lost")
-@pytest.mark.parametrize("done", [0, 1, 2])
+@pytest.mark.parametrize("done", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2))])
 def test_logprobs_of_a_stopped_run_are_kept(tmp_path, passes, done):
     """The sets that were finished are not computed again, and the numbers are the same."""
     wb = make(tmp_path / "stopped", **FEW)

@@ -63,6 +63,8 @@ def picture(value: Any) -> Image.Image:
         value = ImageOps.exif_transpose(value)
         if value.mode[0] not in "IF":  # 16 and 32 bits, which PIL's convert would clip
             value = value.convert("RGBA" if value.has_transparency_data else "RGB")
+        if value.mode == "RGB":
+            return value
     return Image.fromarray(_rgb(_array(value), 3))
 
 
