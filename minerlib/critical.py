@@ -28,7 +28,7 @@ def attribution(mllm: MLLM, benches: Iterable, *, batch_size: int = 8) -> xr.Dat
     total = torch.zeros(mllm.n_layers, mllm.n_neurons, dtype=torch.float64)
     rows = 0
     for bench in benches:
-        for first, batch in mllm.batches(bench, batch_size, "attribution", backward=True):
+        for first, batch in mllm.batches(bench, batch_size, "attribution"):
             answers = [bench[i].reference for i in range(first, first + len(batch["input_ids"]))]
             for layer, (a, g) in enumerate(zip(*slopes(mllm, batch, answers), strict=True)):
                 total[layer] += (a * g).abs().sum((0, 1)).double().cpu()

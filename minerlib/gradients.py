@@ -56,7 +56,7 @@ def gradients(
     shape = len(METHODS), len(SETS), mllm.n_layers, mllm.n_neurons
     total, rows = torch.zeros(shape, dtype=torch.float64), 0
     for bench in benches:
-        for first, batch in mllm.batches(bench, batch_size, "gradients", backward=True):
+        for first, batch in mllm.batches(bench, batch_size, "gradients"):
             answers = [bench[i].reference for i in range(first, first + len(batch["input_ids"]))]
             members = stack(separate(mllm, batch)).transpose(0, 1).flatten(1).double()
             length = batch["input_ids"].shape[1]

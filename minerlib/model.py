@@ -164,17 +164,16 @@ class MLLM:
         skipped = [text for *_, texts in alone for text in texts]
         return (*self.gather(bench, kept)[:3], skipped) if kept else ([], [], None, skipped)
 
-    def batches(
-        self, bench, batch_size: int, label: str = "", backward: bool = False
-    ) -> Iterator[tuple[int, Any]]:
+    def batches(self, bench, batch_size: int, label: str = "") -> Iterator[tuple[int, Any]]:
         """(position of the first row, model inputs) of one batch after another, with a bar.
 
-        For a backward pass, which keeps what a forward pass forgets, they are cut to what fits.
+        Where gradients are on, they are cut to what a backward pass, which keeps what a forward
+        pass forgets, has memory for.
         """
         for i in tqdm(starts(bench, batch_size), label, leave=False):
             batch = self.encode(bench[i : i + batch_size])
             rows, tokens = batch["input_ids"].shape
-            fit = memory.backward_rows(self, tokens) if backward else rows
+            fit = memory.backward_rows(self, tokens) if torch.is_grad_enabled() else rows
             if fit >= rows:
                 yield i, batch
                 continue

@@ -195,7 +195,7 @@ def test_a_row_that_does_not_fit_alone_is_named(little):
 def test_backward_passes_are_cut_to_what_fits(monkeypatch):
     mllm = random_mllm("tiny-qwen2-vl")
     rows = Rows(samples_for(mllm))
-    (_, batch), *_ = mllm.batches(rows, 5, backward=True)
+    (_, batch), *_ = mllm.batches(rows, 5)
     assert len(batch["input_ids"]) == 5
     tokens = batch["input_ids"].shape[1]
     each = 7 * mllm.n_layers * mllm.n_neurons * 4 * tokens
@@ -208,9 +208,10 @@ def test_backward_passes_are_cut_to_what_fits(monkeypatch):
     whole = flow()
     slopes = gradients(mllm, [rows], steps=1, batch_size=5), attribution(mllm, [rows])
     monkeypatch.setattr(memory, "free", lambda device: 5 * each // 2)
-    cut = [(i, len(b["input_ids"])) for i, b in mllm.batches(rows, 5, backward=True)]
+    cut = [(i, len(b["input_ids"])) for i, b in mllm.batches(rows, 5)]
     assert cut == [(0, 2), (2, 2), (4, 1)]
-    assert [len(b["input_ids"]) for _, b in mllm.batches(rows, 5)] == [5]
+    with torch.no_grad():
+        assert [len(b["input_ids"]) for _, b in mllm.batches(rows, 5)] == [5]
     encoded, encode = [], type(mllm).encode
     monkeypatch.setattr(
         type(mllm), "encode", lambda m, s: (encoded.append(len(s)), encode(m, s))[1]

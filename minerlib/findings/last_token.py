@@ -43,15 +43,13 @@ def answer_tokens(mllm: MLLM, bench, target: str = "reference", *, batch_size=8)
     return np.concatenate([x.argmax(-1).cpu().numpy() for x in logits])
 
 
-def _asked(
-    mllm: MLLM, bench, answers, batch_size: int, what: str, backward: bool = False
-) -> Iterator[tuple]:
+def _asked(mllm: MLLM, bench, answers, batch_size: int, what: str) -> Iterator[tuple]:
     """Batches with their first sample's number and their answer tokens (default: references)."""
     answers = answer_tokens(mllm, bench) if answers is None else np.asarray(answers)
     if answers.shape != (n := len(bench),):
         way_out = f"there are {n} samples; take it from answer_tokens(mllm, bench)"
         raise ValueError(f"answers has shape {answers.shape}, but {way_out}")
-    for first, batch in mllm.batches(bench, batch_size, what, backward):
+    for first, batch in mllm.batches(bench, batch_size, what):
         part = answers[first : first + len(batch["input_ids"])]
         yield first, batch, torch.from_numpy(part)
 
@@ -118,7 +116,7 @@ def last_token_flow(
     """
     needs_dense_masks(mllm)
     parts = []
-    for first, batch, answer in _asked(mllm, bench, answers, batch_size, "last token", True):
+    for first, batch, answer in _asked(mllm, bench, answers, batch_size, "last token"):
         names, sets = _sources(mllm, batch)
         real = sets.any(1)
         found: dict[str, dict[int, Tensor]] = defaultdict(dict)
