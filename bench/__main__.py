@@ -40,14 +40,16 @@ from .harness import (
     TEXT,
     alone,
     alternate,
+    exponent,
     footprint,
-    forward,
     generate,
     line,
     mine,
     prompt,
     ratio,
     real_width,
+    rows_of,
+    scored_and_plain,
     stand_in,
     two_percent,
 )
@@ -56,15 +58,6 @@ JSON = ROOT / "figures/bench.json"
 MODELS = tuple(TEXT)
 BENCHMARK = {"tiny-qwen2-vl": "text_vqa", "tiny-qwen2-audio": "libri"}
 SHAPES = [(320, 1), (320, 4), (1280, 1), (1280, 4), (4096, 1)]  # tokens, batch
-
-
-def rows_of(name: str, limit: int) -> ml.benchmarks.Benchmark:
-    return ml.benchmark(BENCHMARK[name], source=ROOT / "data/benchmarks", limit=limit)
-
-
-def scored_and_plain(mllm: ml.MLLM, batch) -> dict:
-    """The two sides of every comparison of scoring with its floor."""
-    return {"score": lambda: mine(mllm, batch), "forward": lambda: forward(mllm, batch)}
 
 
 # --- sections ------------------------------------------------------------------------------------
@@ -81,7 +74,9 @@ def scoring_cost(rounds: int) -> list[dict]:
             found.append(ratio("scoring / forward", setting, alternate(sides, rounds), 1.05))
         del mllm, sides
         mllm = stand_in(name)
-        seconds = alternate(scored_and_plain(mllm, mllm.encode(rows_of(name, 32))), 5 * rounds)
+        seconds = alternate(
+            scored_and_plain(mllm, mllm.encode(rows_of(BENCHMARK[name], 32))), 5 * rounds
+        )
         found.append(ratio("scoring / forward", f"{name}, 32 rows", seconds, 1.4))
     return found
 
@@ -95,7 +90,7 @@ def silencing_cost(rounds: int) -> list[dict]:
             (stand_in(name), name, 1.10),
         ):
             tiny = target > 1.05
-            inputs = mllm.encode(rows_of(name, 8)) if tiny else prompt(mllm, 320)
+            inputs = mllm.encode(rows_of(BENCHMARK[name], 8)) if tiny else prompt(mllm, 320)
             neurons = two_percent(mllm)
 
             def silenced(mllm=mllm, inputs=inputs, neurons=neurons):
@@ -162,7 +157,7 @@ def growth(rounds: int) -> list[dict]:
         found.append(line("growth of scoring", f"with {what}", exponent(seconds), "exponent",
                           points=seconds))  # fmt: skip
     mllm = stand_in("tiny-qwen2-vl")
-    benches = {n: rows_of("tiny-qwen2-vl", n) for n in (32, 64, 128, 256)}
+    benches = {n: rows_of(BENCHMARK["tiny-qwen2-vl"], n) for n in (32, 64, 128, 256)}
     sides = {
         n: lambda bench=bench: ml.score(mllm, bench, batch_size=32) for n, bench in benches.items()
     }
@@ -171,11 +166,6 @@ def growth(rounds: int) -> list[dict]:
     found.append(line("growth of scoring", "seconds per row with rows", exponent(seconds),
                       "exponent", 0.05, points=seconds))  # fmt: skip
     return found
-
-
-def exponent(points: dict[int, float]) -> float:
-    """The power of the size that the seconds grow with: the slope on logarithms."""
-    return np.polyfit(np.log(list(points)), np.log(list(points.values())), 1)[0]
 
 
 def selection(rounds: int) -> list[dict]:
@@ -202,7 +192,7 @@ def plain_way(rounds: int) -> list[dict]:
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for name in MODELS:
-            bench = rows_of(name, 8)
+            bench = rows_of(BENCHMARK[name], 8)
             for mllm, setting in ((real_width(name, 2), REAL[name]), (stand_in(name), name)):
                 rows = bench if setting == name else bench[:1]
                 sides = {

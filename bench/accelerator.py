@@ -18,13 +18,12 @@ from minerlib.gradients import slopes
 from .harness import (
     NEW_TOKENS,
     alternate,
-    forward,
     generate,
     line,
-    mine,
     prompt,
     ratio,
     real_width,
+    scored_and_plain,
     two_percent,
 )
 
@@ -72,7 +71,7 @@ def accelerator(rounds: int, device: str = "cuda", layers: int = LAYERS, **text)
     ]
     for tokens, batch in PROMPTS:
         inputs, setting = prompt(mllm, tokens, batch), f"7B, {tokens} tokens x {batch}"
-        sides = {"score": partial(mine, mllm, inputs), "forward": partial(forward, mllm, inputs)}
+        sides = scored_and_plain(mllm, inputs)
         seconds = alternate(sides, rounds)
         more = peak(device, sides["score"]) - peak(device, sides["forward"])
         found.append(ratio("scoring / forward", setting, seconds, 1.05, memory=more * 1024))

@@ -103,8 +103,17 @@ def forward(mllm: ml.MLLM, batch) -> None:
     mllm.forward(batch)
 
 
+def rows_of(benchmark: str, limit: int) -> ml.benchmarks.Benchmark:
+    return ml.benchmark(benchmark, source=ROOT / "data/benchmarks", limit=limit)
+
+
 def mine(mllm: ml.MLLM, batch) -> None:
     scoring.add_batch(mllm, batch, scoring.Sums(mllm.n_layers))
+
+
+def scored_and_plain(mllm: ml.MLLM, batch) -> dict:
+    """The two sides of every comparison of scoring with its floor."""
+    return {"score": lambda: mine(mllm, batch), "forward": lambda: forward(mllm, batch)}
 
 
 @torch.inference_mode()
@@ -163,6 +172,11 @@ def line(
     found = {"what": what, "setting": setting, "value": value, "unit": unit}
     numbers = {k: float(v) if isinstance(v, np.floating) else v for k, v in more.items()}
     return found | numbers | {"target": target, "met": met}
+
+
+def exponent(points: dict[int, float]) -> float:
+    """The power of the size that the seconds grow with: the slope on logarithms."""
+    return np.polyfit(np.log(list(points)), np.log(list(points.values())), 1)[0]
 
 
 def peak_mib() -> float:

@@ -18,19 +18,26 @@ from minerlib.tap import hear_once
 from minerlib.tasks import media
 from minerlib.tasks.evaluation import prepare
 
-from .harness import ROOT, alternate, forward, generate, line, ratio, stand_in, two_percent
+from .harness import (
+    ROOT,
+    alternate,
+    exponent,
+    forward,
+    generate,
+    line,
+    ratio,
+    rows_of,
+    stand_in,
+    two_percent,
+)
 
 MODEL = "smol-qwen2-vl"
 ROWS = 24
 
 
-def rows_of(name: str, limit: int = ROWS) -> ml.benchmarks.Benchmark:
-    return ml.benchmark(name, source=ROOT / "data/benchmarks", limit=limit)
-
-
 def whole_jobs(rounds: int) -> list[dict]:
     """Mining, and the atlas' pass over the same rows."""
-    mllm, rows = stand_in(MODEL), rows_of("text_vqa")
+    mllm, rows = stand_in(MODEL), rows_of("text_vqa", ROWS)
 
     def passes() -> None:
         for i in range(0, ROWS, 8):
@@ -48,7 +55,7 @@ def whole_jobs(rounds: int) -> list[dict]:
 
 def conditions(rounds: int) -> list[dict]:
     """Answers of a silenced model over bare generation of as many tokens; their growth."""
-    mllm, rows = stand_in(MODEL), rows_of("text_vqa")
+    mllm, rows = stand_in(MODEL), rows_of("text_vqa", ROWS)
     ready, neurons = prepare(mllm, rows, 8), two_percent(mllm)
 
     def condition(seed: int = 0) -> None:
@@ -70,16 +77,18 @@ def conditions(rounds: int) -> list[dict]:
     found = [ratio("a condition of notebook 05 / its floor", setting, seconds, 1.15)]
     many = {n: partial(lambda n: [condition(i) for i in range(n)], n) for n in (1, 2, 4)}
     each = {n: float(np.median(s)) / n for n, s in alternate(many, 3).items()}
-    power = np.polyfit(np.log(list(each)), np.log(list(each.values())), 1)[0]
     what = "seconds per condition with conditions"
-    return [*found, line("growth of silencing", what, power, "exponent", 0.05, points=each)]
+    return [
+        *found,
+        line("growth of silencing", what, exponent(each), "exponent", 0.05, points=each),
+    ]
 
 
 def loading(rounds: int) -> list[dict]:
     """Rows as samples over the bare decoding of their media's bytes."""
     found = []
     for name, modality in {"text_vqa": "image", "coco_caption": "image", "libri": "audio"}.items():
-        bench = rows_of(name)
+        bench = rows_of(name, ROWS)
         (file,) = (ROOT / "data/benchmarks" / name).glob("*.parquet")
         rows = pq.read_table(file).to_pylist()
         raw = [media.source_bytes(media.medium(rows[i], modality)) for i in bench.numbers]

@@ -18,7 +18,6 @@ from tests import reference
 
 from .harness import (
     REAL,
-    ROOT,
     TEXT,
     alone,
     alternate,
@@ -28,6 +27,8 @@ from .harness import (
     prompt,
     ratio,
     real_width,
+    rows_of,
+    stand_in,
 )
 
 Way = Callable[[], list[torch.Tensor]]
@@ -110,8 +111,7 @@ Taken = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of a layer: queries, 
 
 
 def job() -> tuple[ml.MLLM, ml.benchmarks.Benchmark]:
-    mllm = ml.load(ROOT / "data/models" / JOB)
-    return mllm, ml.benchmark("libri", source=ROOT / "data/benchmarks", limit=ASKED)
+    return stand_in(JOB), rows_of("libri", ASKED)
 
 
 def summed(mllm: ml.MLLM, rows, take: Callable[[dict], list[Taken]]) -> torch.Tensor:

@@ -13,9 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not os.path.exists("/dev/nvidiactl"):
-    os.environ.setdefault(
-        "TRITON_INTERPRET", "1"
-    )  # without an accelerator kernels run all the same
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # so that kernels run without an accelerator
 
 from dataclasses import dataclass
 from functools import cache
@@ -36,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 MODELS = ("tiny-qwen2-vl", "tiny-qwen2-audio")
 
 
-# What these test does not depend on which of the two models it is: the second is for `make test`.
+# What these test is the same for both models: the second is left to `make test`.
 ONCE = "activity atlas attention convergence convergence_layers costs critical gradients last_token"
 ONCE += " planted probing states telomeres written"
 
