@@ -13,9 +13,10 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-os.environ.setdefault("MPLBACKEND", "agg")  # figures go to files
-if os.environ.get("RANK", "0") != "0":
-    os.environ["TQDM_DISABLE"] = "1"  # before tqdm reads it
+if __name__ == "__main__":  # before matplotlib and tqdm read them; who imports this keeps their own
+    os.environ.setdefault("MPLBACKEND", "agg")  # figures go to files
+    if os.environ.get("RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = "1"
 
 from minerlib import processes  # noqa: E402
 from minerlib.parameters import value  # noqa: E402

@@ -4,6 +4,7 @@ another processor rounds otherwise."""
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,7 @@ def test_nbval_compares_numbers_too(tmp_path):
     nbformat.write(notebook, path)
     how = "--nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg"
     command = [sys.executable, "-m", "pytest", str(path), *how.split(), "-p", "tests.nbval_numbers"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    told = {k: v for k, v in os.environ.items() if k != "CI"}  # there pytest's summary repeats it
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=told)
     assert "1 failed, 1 passed" in done.stdout
     assert done.stdout.count("measure 0.97 is now 0.91") == 1

@@ -6,6 +6,8 @@ import importlib
 import json
 import re
 import subprocess
+import sys
+import textwrap
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
 
@@ -100,7 +102,6 @@ def test_every_import_is_declared():
     notebook uses, and is imported there, comes with the workbook's extra. Triton is torch's own,
     where there is one, and asked for nowhere else."""
     import ast
-    import sys
     from importlib.metadata import packages_distributions
 
     def named(lines):
@@ -126,6 +127,21 @@ def test_every_import_is_declared():
                 if not declared & {canonicalize_name(d) for d in providers.get(name, [])}:
                     missing.add((file.name, name))
     assert not missing
+
+
+@pytest.mark.fault("what is imported changes the environment that kernels inherit")
+def test_importing_the_library_leaves_the_environment_alone():
+    """Once notebooks that pytest validated had no figures: a module had set MPLBACKEND."""
+    code = """
+    import importlib, os, pkgutil
+    import matplotlib.pyplot, torch, tqdm, transformers  # which set their own
+    before = dict(os.environ)
+    import minerlib
+    for module in pkgutil.walk_packages(minerlib.__path__, "minerlib."):
+        importlib.import_module(module.name)
+    assert os.environ == before, os.environ.items() ^ before.items()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, check=True)
 
 
 def test_nothing_of_this_machine_in_the_set_up():
