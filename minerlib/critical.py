@@ -74,6 +74,7 @@ def plain(mllm: MLLM, texts: Sequence[str], batch_size: int = 16) -> float:
     return total / tokens
 
 
+@computation(version=1)
 def as_damaging(
     cost: Callable[[xr.DataArray], float],
     target: float,

@@ -11,7 +11,7 @@ import json
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -542,11 +542,24 @@ class Workbook(Parameters):
         rows, how = self.mining, {"neurons": named, "top": top}
         return self.cached("excited", compute, of=atlas.excited, rows=rows, **how)
 
+    def about(self, neurons: Sequence[atlas.Neuron]) -> list[dict[str, Any]]:
+        """Of each neuron what an atlas says beside what excites it: what it writes, and, where
+        notebook 02 was run, the modalities whose budgets hold it and its rank for each."""
+        about: list[dict[str, Any]] = [{"writes": w} for w in atlas.writes(self.mllm, neurons)]
+        with suppress(FileNotFoundError):
+            modalities = self.select(strategy="LA_MU").modality.values.tolist()
+            inside = {m: self.alone(m).values[0] for m in modalities}
+            ranks = {f"the paper's score, {m}": self.ranks(m) for m in modalities}
+            for known, neuron in zip(about, neurons, strict=True):
+                known["sets"] = [m for m in modalities if inside[m][neuron]]
+                known["ranks"] = {name: int(of[neuron]) for name, of in ranks.items()}
+        return about
+
     def look(self, layer: int, neuron: int, top: int = 4) -> atlas.Framed:
         """One neuron's page of the atlas, on the mined rows, as a notebook shows it."""
         one = [(layer, neuron)]
-        about = [{"writes": words} for words in atlas.writes(self.mllm, one)]
         found, title = self.excited(one, top), f"{self.label}, {atlas.named(one[0])}"
+        about = self.about(one)
         page = atlas.in_one_page(self.mllm, self.mining, found, about, title=title)
         return atlas.Framed(page)
 

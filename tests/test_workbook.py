@@ -228,6 +228,21 @@ def test_a_modality_alone_gets_a_whole_budget(tmp_path):
     assert not np.array_equal(draws[0], draws[1])
 
 
+def test_what_is_known_of_a_neuron(tmp_path):
+    """What it writes; its sets and ranks once the scores are there."""
+    wb = make(tmp_path, benchmarks="mmlu", limit=2, ratio=0.01)
+    (known,) = wb.about([(1, 7)])
+    assert known.keys() == {"writes"}
+    wb.mine()
+    value = ml.selection.weighted(wb.total().sel(modality=["text"]), wb.weights)[0]
+    order = np.argsort(-value, axis=None, kind="stable")
+    first, last = (tuple(map(int, divmod(order[i], 512))) for i in (0, -1))
+    one, other = wb.about([first, last])
+    assert one["ranks"]["the paper's score, text"] == 1 and "text" in one["sets"]
+    assert other["ranks"]["the paper's score, text"] == 8 * 512 and "text" not in other["sets"]
+    assert "the paper's score, text" in wb.look(*first, top=1).page
+
+
 @pytest.fixture
 def counted(monkeypatch) -> list[str]:
     """The benchmarks that are really answered."""

@@ -120,6 +120,7 @@ def distances(
     return found.transpose("kind", "draw", "layer")
 
 
+@computation(version=1)
 def silenced_distances(mllm: MLLM, samples, kinds, neurons=None, **look: Any) -> xr.DataArray:
     """`distances` with neurons silenced; look holds arguments of it and of `hidden_states`."""
     how = {name: look.pop(name) for name in ("n_boot", "n_null") if name in look}
@@ -148,6 +149,7 @@ def behind(samples: Sequence[Sample]) -> list[Sample]:
     return [replace(sample, behind=True) for sample in samples]
 
 
+@computation(version=1)
 def in_words(
     mllm: MLLM, samples: Sequence[Sample], states: States, kinds: Sequence[str], **look: Any
 ) -> States:

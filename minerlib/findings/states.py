@@ -122,6 +122,7 @@ def _draw(base, ids, kinds, limit, equal, seed) -> pd.DataFrame:
     return pd.DataFrame(table | {"id": ids[real[at]], "column": real[at]})
 
 
+@computation(version=1)
 def project(
     states: States, layers: Sequence[int], *, seeds=(0, 1, 2), n_tokens: int = 300, draw: int = 0
 ) -> pd.DataFrame:
