@@ -615,6 +615,7 @@ def test_digest_names_what_it_refuses():
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
     lambda part: st.lists(part) | st.dictionaries(st.text(), part),
+    max_leaves=6,
 )
 
 

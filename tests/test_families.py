@@ -230,6 +230,7 @@ def test_evaluation(name, mllm):
 # ------------------------------------------------------------------ the findings' measures
 
 
+@pytest.mark.slow
 def test_the_findings_are_measured_on_every_family(name, mllm, mined):
     rows, media = every(name), FAMILIES[name].media
     states = hidden_states(mllm, 2 * rows, batch_size=3)
@@ -360,6 +361,7 @@ def test_phi4_audio_still_needs_its_workaround(folder, loaded):
 # ------------------------------------------------------------------ single families
 
 
+@pytest.mark.slow
 def test_the_full_omni_model_is_mined_in_its_thinker_and_stops(folder, loaded):
     mllm, rows = loaded("qwen2.5-omni"), samples()["text"]
     whole = tf.Qwen2_5OmniForConditionalGeneration.from_pretrained(folder("qwen2.5-omni"))

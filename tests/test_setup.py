@@ -129,6 +129,7 @@ def test_every_import_is_declared():
     assert not missing
 
 
+@pytest.mark.slow
 @pytest.mark.fault("what is imported changes the environment that kernels inherit")
 def test_importing_the_library_leaves_the_environment_alone():
     """Once notebooks that pytest validated had no figures: a module had set MPLBACKEND."""
