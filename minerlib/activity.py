@@ -114,7 +114,7 @@ def sampled(
             kept[kind] += list(part)
             lowest = np.argsort(keys[kind], kind="stable")[:each]
             keys[kind] = [keys[kind][i] for i in lowest]
-            kept[kind] = [kept[kind][i] for i in lowest]
+            kept[kind] = [kept[kind][i].copy() for i in lowest]  # not a view of a whole batch
     kinds = [kind for kind, of in kept.items() for _ in of]
     coords = {"kind": ("token", kinds), "layer": range(mllm.n_layers)}
     values = np.stack([x for of in kept.values() for x in of])

@@ -67,9 +67,10 @@ def continued(mllm, batch, answers: Sequence[str]) -> tuple[dict, torch.Tensor, 
     After a prompt that ends in a special token or blank space an answer starts as it is, else with
     " ".
     """
-    last = batch["input_ids"][0, -1:]
-    met = last.item() in mllm.family.special() or mllm.tokenizer.decode(last)[-1:].isspace()
-    rows = [torch.tensor(_ids(mllm, text if met else f" {text}")) for text in answers]
+    special, rows = mllm.family.special(), []
+    for last, text in zip(batch["input_ids"][:, -1].tolist(), answers, strict=True):
+        met = last in special or mllm.tokenizer.decode([last])[-1:].isspace()
+        rows.append(torch.tensor(_ids(mllm, text if met else f" {text}")))
     return _appended(mllm, batch, rows)
 
 

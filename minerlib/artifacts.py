@@ -16,12 +16,12 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from importlib import metadata
 from itertools import product
 from pathlib import Path
-from types import FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -59,6 +59,24 @@ def computation(version: int) -> Callable[[Function], Function]:
     return register
 
 
+# By a code object's id, itself and the text it came from: an edit reaches no running function.
+_TEXTS: dict[int, tuple[CodeType, list[str]]] = {}
+
+
+def remember(module: ModuleType) -> None:
+    """Take down the text of a module's functions, before anybody edits it."""
+    for value in vars(module).values():
+        if isinstance(value, FunctionType) and value.__module__ == module.__name__:
+            with suppress(OSError):  # it has no source
+                _text(value.__code__)
+
+
+def _text(code: CodeType) -> list[str]:
+    if id(code) not in _TEXTS:
+        _TEXTS[id(code)] = code, inspect.findsource(code)[0]
+    return _TEXTS[id(code)][1]
+
+
 def identity(function: Callable) -> str:
     """Name and version of a registered computation; name and hash of any other plain function.
 
@@ -71,7 +89,7 @@ def identity(function: Callable) -> str:
             return f"{name} {COMPUTATIONS[name]}"
         code, bound = function.__code__, [function.__defaults__, function.__kwdefaults__]
         bound += [cell.cell_contents for cell in function.__closure__ or ()]
-        return f"{name} {digest([inspect.findsource(code)[0], [*code.co_positions()], bound])}"
+        return f"{name} {digest([_text(code), [*code.co_positions()], bound])}"
     except (AttributeError, OSError) as error:
         raise TypeError(f"{function!r} is no function with a source; wrap it in a def") from error
 

@@ -6,6 +6,7 @@ weight in another order: as large as before, but saying nothing.
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 
 import torch
 
@@ -13,20 +14,28 @@ from minerlib.artifacts import computation
 from minerlib.model import MLLM
 
 
+def _drawn(mllm: MLLM) -> torch.nn.Module:
+    """Of the same class, each tensor of the model's own precision: positions are not rounded."""
+    model = type(mllm.model)(mllm.model.config).to(mllm.device)
+    tensors = [dict(chain(m.named_parameters(), m.named_buffers())) for m in (model, mllm.model)]
+    for name, tensor in tensors[0].items():
+        tensor.data = tensor.data.to(tensors[1][name].dtype)
+    return model
+
+
 @computation(version=1)
 def untrained(mllm: MLLM, seed: int) -> MLLM:
     """A model of the same class and configuration, drawn as transformers initialises it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = type(mllm.model)(mllm.model.config)
-    model = model.to(mllm.device, mllm.model.dtype)
+        model = _drawn(mllm)
     return MLLM(model, mllm.processor, f"{mllm.name}, untrained {seed}", mllm.settings)
 
 
 @computation(version=1)
 def permuted(mllm: MLLM, seed: int) -> MLLM:
     """The model with every weight of its decoder layers permuted within itself; the rest shared."""
-    model = type(mllm.model)(mllm.model.config).to(mllm.device, mllm.model.dtype)
+    model = _drawn(mllm)
     model.load_state_dict(mllm.model.state_dict())
     other = MLLM(model, mllm.processor, f"{mllm.name}, permuted {seed}", mllm.settings)
     draws = torch.Generator().manual_seed(seed)

@@ -31,6 +31,15 @@ _NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 _INPUT_NORMS = ("input_layernorm", "attention_norm", "ln_1", "norm1")
 
 
+_NOTHING = ("__module__", "__qualname__", "__doc__", "__annotations__", "__dict__", "__weakref__")
+
+
+def _part(part: Any) -> Any:
+    """A part of a class's body as a key holds it: a method, bare, or what it is set to."""
+    inside = (getattr(part, name, None) for name in ("fget", "__func__", "func"))
+    return next((f for f in (part, *inside) if isinstance(f, FunctionType)), repr(part))
+
+
 class RowError(ValueError):
     """One row cannot be used: names its benchmark, row, field and the cause."""
 
@@ -63,7 +72,9 @@ class Family:
         """What of the adapter changes numbers: its version, or a plug-in's source."""
         if cls.__module__ in (__name__, _OWN):
             return f"{cls.__name__} {cls.version}"
-        return digest({n: f for n, f in vars(cls).items() if isinstance(f, FunctionType)})
+        bases = [base.identity() for base in cls.__bases__ if issubclass(base, Family)]
+        return digest([bases, {name: _part(part) for name, part in vars(cls).items()
+                               if name not in _NOTHING}])  # fmt: skip
 
     @staticmethod
     def part(model: Any) -> Any:

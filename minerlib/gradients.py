@@ -1,9 +1,9 @@
 """What an answer's probability owes to each neuron: gradients at the activations.
 
-With L the log-probability of a row's commonest reference, a a neuron's activation at one token and
-g = dL/da there: attribution is |a g|; CAN (arXiv 2512.00918) takes |a| |g|^alpha; integrated
-gradients (Sundararajan et al. 2017) follow all activations from 0 to what they are, at once, and
-share out L(as it is) - L(all silenced) among them.
+With L the mean log-probability of the tokens of a row's commonest reference, a a neuron's
+activation at one token and g = dL/da there: attribution is |a g|; CAN (arXiv 2512.00918) takes
+|a| |g|^alpha; integrated gradients (Sundararajan et al. 2017) follow all activations from 0 to what
+they are, at once, and share out L(as it is) - L(all silenced) among them.
 """
 
 from collections.abc import Iterable, Sequence

@@ -96,8 +96,7 @@ class MLLM:
     def fingerprint(self) -> dict[str, str]:
         """All that makes this model's numbers: files or commit, adapter, settings, template."""
         commit = getattr(self.model.config, "_commit_hash", None)
-        weights = {"commit": commit} if commit else shipped.content(Path(self.name))
-        return (weights or {"weights": self._weights_hash}) | {
+        return ({"commit": commit} if commit else self._origin) | {
             "class": type(self.model).__name__,
             "family": self.family.identity(),
             "dtype": str(self.model.dtype),
@@ -107,12 +106,20 @@ class MLLM:
         }
 
     @cached_property
-    def _weights_hash(self) -> str:
+    def _origin(self) -> dict[str, str]:
+        """What was loaded, whatever lies there later: files, or what is in memory."""
+        if files := shipped.content(Path(self.name)):
+            return files
         digest = hashlib.sha256()
         for name, weight in self.model.state_dict().items():
             raw = weight.cpu().contiguous().flatten().view(torch.uint8).numpy()
             digest.update(name.encode() + raw.tobytes())
-        return digest.hexdigest()
+        made = self.processor.to_json_string() if hasattr(self.processor, "to_json_string") else ""
+        words = sorted(self.tokenizer.get_vocab().items())
+        return {
+            "weights": digest.hexdigest(),
+            "processor": hashlib.sha256(f"{made}{words}".encode()).hexdigest(),
+        }
 
     tap = tap  # the way in
     generate, choose, logprob = answering.generate, answering.choose, answering.logprob

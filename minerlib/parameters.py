@@ -16,6 +16,7 @@ import pydantic
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
+from minerlib.artifacts import remember
 from minerlib.scoring import METRICS
 from minerlib.selection import PAPER_WEIGHTS, STRATEGIES, weightings
 from minerlib.separation import SPLITS
@@ -108,7 +109,7 @@ class Parameters(BaseModel):
     def __init__(self, **given: Any):
         for module in os.environ.get("MINER_PLUGINS", "").split():
             try:
-                importlib.import_module(module)
+                remember(importlib.import_module(module))
             except ModuleNotFoundError as error:
                 if error.name != module:  # one that the plug-in itself imports
                     raise

@@ -122,9 +122,11 @@ def thin_out(ax: Axes, most: int = 12) -> None:
 
 
 def heat(matrix: pd.DataFrame, ax: Axes, *, low=0.0, high=1.0, fmt=".2f", cmap="viridis") -> None:
-    """An annotated matrix on a fixed colour scale, so that panels compare."""
-    style = {"cmap": cmap, "fmt": fmt, "linewidths": 0.5, "annot_kws": {"fontsize": 7}}
-    sns.heatmap(matrix, ax=ax, vmin=low, vmax=high, annot=True, cbar=False, square=True, **style)
+    """A matrix on a fixed colour scale, so that panels compare; its numbers too if they are few."""
+    style: dict[str, Any] = {"cmap": cmap, "vmin": low, "vmax": high}
+    if few := len(matrix) <= 16:
+        style |= {"fmt": fmt, "linewidths": 0.5, "annot_kws": {"fontsize": 7}}
+    sns.heatmap(matrix, ax=ax, annot=few, cbar=not few, square=few, **style)
     ax.tick_params(length=0)
     ax.tick_params(axis="y", rotation=0)
     ax.set(xlabel="", ylabel="")

@@ -94,7 +94,8 @@ class Scorecard:
         shipped = [path.parent.name for path in (ROOT / MODELS).glob(f"*/{CARD}")]
         wanted = {"all": [], "shipped": shipped}.get(str(models), listed(models))
         held, other = {}, []  # a newer one in the place of an older; manifests end in "t.json"
-        files = [*published.glob(kept := "*/finding-*[!t].json")]
+        kept, fresh = "*/finding-*[!t].json", os.environ.get("MINER_FRESH")
+        files = [] if fresh else [*published.glob(kept)]
         files += sorted(self.folder.glob(kept), key=os.path.getmtime)
         for file in files:
             value = json.loads(file.read_text())
@@ -153,17 +154,18 @@ class Scorecard:
             names = table["finding"]
         rows = (names + ": " + table["claim"]).map(wrapped)
         grid = table.assign(row=rows).drop_duplicates(["row", "of"]).set_index(["row", "of"])
-        shape = {"index": rows.unique(), "columns": self.columns}
+        columns = [of for of in self.columns if of in set(table["of"])]
+        shape = {"index": rows.unique(), "columns": columns}
         codes = grid["verdict"].map(lambda v: mark(v)[0]).unstack().reindex(**shape)
         signs = grid.apply(told, axis=1).unstack().reindex(**shape).astype(object).fillna("")
         tall = sum(1.3 + 0.75 * row.count("\n") for row in codes.index)
-        size = 4.6 + 1.5 * len(self.columns), max(2, 0.9 + 0.2 * tall)
+        size = 4.6 + 1.5 * len(columns), max(2, 0.9 + 0.2 * tall)
         fig, ax = plt.subplots(figsize=size, layout="none")  # labels are as long as they are
         style = {"annot_kws": {"fontsize": 7, "color": "black"}, "linewidths": 0.8, "fmt": ""}
         style |= {"cmap": ["#D55E00", "#DDDDDD", "#56B4E9"], "vmin": 0, "vmax": 2, "cbar": False}
         sns.heatmap(codes.astype(float), annot=signs, ax=ax, **style)
         ax.set(xlabel="", ylabel="")
-        ax.set_xticks(ax.get_xticks(), [of.replace(", ", "\n") for of in self.columns], rotation=0)
+        ax.set_xticks(ax.get_xticks(), [of.replace(", ", "\n") for of in columns], rotation=0)
         ax.tick_params(length=0, labelsize=7, labeltop=True, labelbottom=False)
         fig.set_layout_engine("constrained")
         return fig

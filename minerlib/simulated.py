@@ -84,7 +84,7 @@ def outcomes(
             share = {b: lost[b] / size for b in lost}
             level = np.mean([x.mean() for x in share.values()])
             share = {b: level + (lost[b] - level * before[b]) / size for b in lost}
-            found = inference.estimate(share, about, (-1.0, 1.0), 1.0)
+            found = inference.estimate(share, about, (-1 / size, 1 / size), 1.0)
             nats = rng.standard_normal(draws + 1)
             p = inference.rank_p(nats[0] - 100 * effect, nats[1:], "less")
             words.append(inference.decide(found, smallest, p).word)

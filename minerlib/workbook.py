@@ -48,6 +48,7 @@ from minerlib.tasks.evaluation import (
     prepare,
     summarise,
 )
+from minerlib.tasks.metrics import metric_of
 from minerlib.tasks.rows import split as apart
 from minerlib.written import loudness
 
@@ -359,7 +360,8 @@ class Workbook(Parameters):
         return unique(self.select())
 
     def costs_half(self, neurons: xr.DataArray | dict[str, xr.DataArray]) -> bool:
-        """Whether silencing them costs half of the score above chance, on at most 24 mined rows.
+        """Whether silencing them costs half of the score above chance, on at most 24 mined
+        rows of each benchmark.
 
         Of each modality's own, its own benchmarks' score, on average over the modalities.
         """
@@ -523,13 +525,15 @@ class Workbook(Parameters):
     def sanity(self) -> pd.DataFrame:
         """The model as it is beside its published figures, one row per benchmark.
 
-        Columns benchmark, corpus (its usual figure), low, high (of the rows' mean), published,
-        verdict: near, FAR OFF, or none published.
+        Columns benchmark, corpus (its usual figure, of captions CIDEr-D), mean, low, high (of the
+        rows' scores), published, verdict: near, FAR OFF, or none published.
         """
         table = summarise(self.answers()).query("benchmark != 'average'").reset_index(drop=True)
-        table = table[["benchmark", "corpus", "low", "high"]]
+        table = table[["benchmark", "corpus", "mean", "low", "high"]]
         table["published"] = table["benchmark"].map(published(self.label))
-        beyond = (table["corpus"] - table["published"]).abs() - (table["high"] - table["low"]) / 2
+        largest = table["benchmark"].map(lambda name: metric_of(self.rows[name].metric).largest)
+        away = (table["corpus"] - table["published"]).abs() / largest
+        beyond = away - (table["high"] - table["low"]) / 2
         rules = [table["published"].isna(), beyond > FAR]
         return table.assign(verdict=np.select(rules, ["none published", "FAR OFF"], "near"))
 

@@ -130,10 +130,17 @@ def finished(output: Path, parameters: dict, inputs: Sequence[Path]) -> bool:
     """Whether the output is a whole run with these parameters, newer than all inputs."""
     if not output.exists():
         return False
-    run = nbformat.read(output, as_version=4).metadata.get("papermill", {})
+    made = nbformat.read(output, as_version=4).metadata
+    run = made.get("papermill", {})
     whole = run.get("end_time") and not run.get("exception")
+    same = run.get("parameters") == parameters and made.get("minerlib_with") == beside()
     newest = max(path.stat().st_mtime for path in inputs)
-    return bool(whole) and run["parameters"] == parameters and output.stat().st_mtime > newest
+    return bool(whole) and same and output.stat().st_mtime > newest
+
+
+def beside() -> dict[str, str]:
+    """What, beside its parameters, decides what a notebook shows."""
+    return {name: os.environ.get(name, "") for name in ("MINER_FRESH", "MINER_PLUGINS")}
 
 
 def plugins() -> list[Path]:
@@ -201,7 +208,8 @@ def main(arguments: Sequence[str]) -> None:
     findings = {path: names for path, names in each.items() if is_finding(path)}
     stages = {path: names for path, names in each.items() if path not in findings}
 
-    shared = [*Path("minerlib").rglob("*.py"), *plugins()]
+    shared = [path for path in Path("minerlib").rglob("*.*") if path.suffix != ".pyc"]
+    shared += [*plugins(), *Path("data").glob("*.txt"), *Path("data/neurons").rglob("*.yml")]
     for source in {"data/benchmarks", given.get("source", "data/benchmarks")}:
         shared += Path(source).rglob("*.parquet")
     tasks = []
@@ -274,7 +282,7 @@ def execute(task: Task) -> str | None:
         except Exception as error:
             reason = str(error).strip().splitlines()[-1]
         else:
-            done.metadata["peak_memory_mib"] = peak[0]
+            done.metadata |= {"peak_memory_mib": peak[0], "minerlib_with": beside()}
             nbformat.write(done, output)
             say(f"{output}: {done.metadata.papermill.duration:.0f} s, {peak[0]} MiB")
             continue

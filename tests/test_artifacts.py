@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import logging
 import multiprocessing
@@ -520,6 +521,20 @@ def test_identity_of_a_plugin_is_its_source(tmp_path):
     assert len(lambdas) == 2
     assert identity(function_of(file, text.replace("return 1", "return 2"))) != first
     assert identity(function_of(tmp_path / "moved.py", text)) == first  # not where it lies
+
+
+@pytest.mark.fault("a plug-in that is edited while it runs")
+def test_a_running_function_is_what_it_was(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "edited_plugin.py"
+    file.write_text("SCALE = 1\ndef f(): return SCALE\n")
+    module = importlib.import_module("edited_plugin")
+    artifacts.remember(module)
+    file.write_text("SCALE = 20\ndef f(): return SCALE\n")
+    before = identity(module.f)
+    assert before == identity(module.f)
+    importlib.reload(module)
+    assert module.f() == 20 and identity(module.f) != before
 
 
 def test_identity_of_a_version_is_not_its_source(tmp_path, monkeypatch):

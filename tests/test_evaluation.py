@@ -211,6 +211,18 @@ def test_a_captions_score_is_that_of_the_whole_file(echo):
     assert bench[5:9].fingerprint != echo("exact_match")[5:9].fingerprint
 
 
+@pytest.mark.fault("a fingerprint that leaves something out")
+def test_what_a_users_metric_is_divided_by_counts(echo, monkeypatch):
+    """Its functions may be minerlib's, whose versions say nothing of it."""
+    made = {}
+    for change in ({}, {"largest": 5.0}, {"clip": True}):
+        monkeypatch.setitem(
+            metrics.ANSWER_METRICS, "mine", metrics.Metric(metrics.contains, "mine", **change)
+        )
+        made[str(change)] = echo("mine").fingerprint
+    assert len(set(made.values())) == 3
+
+
 def test_texts_are_ranked_by_their_mean_log_probability(echo):
     """Of each row's own options, in any batch; the letters of a list play no part."""
 

@@ -29,13 +29,13 @@ import minerlib as ml
 from minerlib import answering, atlas, families
 from minerlib.families import Family as Adapter
 from minerlib.findings.attention import attention_between
-from minerlib.findings.convergence import CONVERGENCE, convergence
+from minerlib.findings.convergence import CONVERGENCE, PLACE, convergence, in_words
 from minerlib.findings.last_token import answer_tokens, knockout, last_token_flow, logit_lens
 from minerlib.findings.probing import probing
 from minerlib.findings.states import hidden_states
 from minerlib.findings.telomeres import telomeres
 from minerlib.scoring import SETS, importance
-from minerlib.separation import BASE_SETS, stack
+from minerlib.separation import BASE_SETS, separate, stack
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -428,6 +428,22 @@ def test_pictures_in_tiles_have_no_places(loaded):
     assert atlas.tokens(loaded("gemma3"), row)["grid"] == [1, 2, 2]
 
 
+@pytest.mark.fault("one tile counts as the whole picture")
+def test_words_in_a_pictures_place_are_as_long_as_all_its_tiles(loaded):
+    mllm, rows = loaded("smolvlm"), samples(("image",))["image"][:2]
+    rows = [dataclasses.replace(row, references=("red and blue " * 200,)) for row in rows]
+    look = {"tokens_per_kind": None, "equal": False, "seed": 0}
+    found = hidden_states(mllm, rows, **look)
+    words = in_words(mllm, rows, found, ["image"], **look)
+    for i, row in enumerate(rows):
+        length = int(separate(mllm, mllm.encode([row]))["image"].sum())
+        runs = found.tokens["run"][
+            (found.tokens["kind"] == "image") & (found.tokens["sample"] == i)
+        ]
+        placed = words.tokens["kind"][words.tokens["sample"] == i] == PLACE
+        assert runs.max() < length and placed.sum() == length
+
+
 def test_a_medium_behind_the_question_is_there(name, mllm):
     for kind in FAMILIES[name].media:
         row = samples((kind,))[kind][1]
@@ -702,11 +718,11 @@ def test_all_that_makes_the_numbers_is_in_the_fingerprint(folder, loaded, tmp_pa
     mllm.processor.chat_template += " "
     assert mllm.fingerprint["template"] != plain["template"]
     (copy / "chat_template.jinja").write_text((copy / "chat_template.jinja").read_text() + "!")
-    assert mllm.fingerprint["chat_template.jinja"] != plain["chat_template.jinja"]
-    (copy / "pytorch_model.bin").write_bytes(b"weights")
-    assert "pytorch_model.bin" in mllm.fingerprint
     (copy / "README.md").write_text("a card changes nothing")
-    assert "README.md" not in mllm.fingerprint
+    (copy / "other.bin").write_bytes(b"weights")
+    edited = ml.load(copy).fingerprint
+    assert edited["chat_template.jinja"] != plain["chat_template.jinja"]
+    assert "other.bin" in edited and "README.md" not in edited
 
 
 @pytest.mark.fault("models made in memory share a key")
@@ -729,6 +745,28 @@ def test_a_plugins_adapter_is_known_by_its_source():
 
     assert families.FAMILIES["Qwen2VLForConditionalGeneration"].identity() == "QwenVL 1"
     assert len(One.identity()) >= 16 and "One" not in One.identity()
+
+
+@pytest.mark.fault("edited plug-in returns old numbers")
+def test_all_of_a_plugins_adapter_counts():
+    """What it is set to, what it is made of, properties and static methods."""
+
+    def made(base=Adapter, **body):
+        return type("One", (base,), body).identity()
+
+    class Other(Adapter):
+        version = 2
+
+        def chat(self, sample):
+            return ""
+
+    bodies = {
+        "padding": {"padding": {"padding_side": "left"}},
+        "property": {"chat": property(lambda self: 1)},
+        "static": {"part": staticmethod(lambda model: model)},
+    }
+    found = [made(), made(Other), *(made(**body) for body in bodies.values())]
+    assert len(set(found)) == 5 and made() == found[0]
 
 
 def test_layers_that_share_an_activation_are_refused(toy):

@@ -296,7 +296,10 @@ def test_measures_are_the_four_in_one_table(name):
     np.testing.assert_allclose(parts["saliency"]["value"], expected, atol=1e-3)
     assert mllm.n_layers == 8 and parts["knockout"][keys].equals(cut[keys])
     wide = last_token.measures(mllm, bench, answers, window=6, samples=[2])
-    assert sorted(wide["layer"][wide["measure"] == "knockout"].unique()) == [3, 7]  # 0 to 5, 4 to 7
+    assert sorted(wide["layer"][wide["measure"] == "knockout"].unique()) == [3, 7]  # 0 to 5, 6 to 7
+    pair = last_token.knockout(mllm, Rows(bench[2:3]), answers[2:3], window=2, layers=[7])
+    last = wide[(wide["measure"] == "knockout") & (wide["layer"] == 7)].sort_values("set")
+    np.testing.assert_allclose(last["value"], pair.sort_values("set")["loss"], atol=1e-5)
     np.testing.assert_allclose(parts["knockout"]["value"], cut["loss"], atol=1e-5)
     assert (parts["lens"]["set"] == "answer").all()
     np.testing.assert_allclose(parts["lens"]["value"], lens["probability"], atol=1e-5)
@@ -358,7 +361,8 @@ def by_name(changed, **kwargs) -> dict[str, dict]:
 def test_changes_are_paired_and_numbered():
     image = {"image": lambda at: at["sample"] + 0.5 * at["layer"]}
     changed = silenced(media=list("aabbccddeeff"), **image)
-    assert set(changed) == {"silenced", "draw", *KEYS, "value", "medium"}
+    assert set(changed) == {"silenced", "draw", *KEYS, "value", "was", "medium"}
+    np.testing.assert_allclose(changed["was"], changed["measure"].map(SIZE))
     assert set(changed["measure"]) == set(last_token.MEASURES)
     counts = changed.groupby("silenced")[["draw", "sample"]].nunique().T.to_dict("list")
     assert counts == {"text": [1, N], "image": [1 + DRAWS, 6], "video": [1 + DRAWS, 6]}
@@ -402,15 +406,17 @@ def test_a_planted_change_is_found_and_its_numbers_are_these():
     drawn = np.abs(np.linspace(-0.02, 0.02, DRAWS))
     alternating = 1 + 0.1 * (-1.0) ** np.arange(6)
 
-    def check(name, media, freedom=5, more=0.0):
+    def check(name, media, freedom=5, more=0.0, was=1.0, smallest=0.05):
         variances = [np.var(x, ddof=1) / 6 / 4 for x in media]  # of half of each mean
         variance = sum(variances) + more
         df = variance**2 / ((np.square(variances) / freedom).sum() + more**2 / (DRAWS - 1))
         half = stats.t.ppf(0.975, df) * np.sqrt(variance)
         mean = np.mean(media)
-        ends = [lines[name][k] for k in ("effect", "low", "high")]
+        ends = was * np.array([lines[name][k] for k in ("effect", "low", "high")])
         assert ends == pytest.approx([mean, mean - half, mean + half])
-        assert lines[name]["verdict"].word == (HOLDS if mean - half > 0.05 else UNKNOWN)
+        assert lines[name]["smallest"] == smallest
+        holds = (mean - half) / was > smallest
+        assert lines[name]["verdict"].word == (HOLDS if holds else UNKNOWN)
 
     def own(measure):
         """Of each image sample: its change with the planted sign, which the others' mean has."""
@@ -420,7 +426,8 @@ def test_a_planted_change_is_found_and_its_numbers_are_these():
 
     for name, measure in {"": "attention", " knockout": "knockout", " lens": "lens"}.items():
         less = [own(measure) - drawn.mean(), 0.1 * alternating - drawn.mean()]
-        check(f"III{name}", less, more=drawn.var(ddof=1) / DRAWS)
+        share = {} if measure == "attention" else {"was": SIZE[measure], "smallest": 0.25}
+        check(f"III{name}", less, more=drawn.var(ddof=1) / DRAWS, **share)
         assert lines[f"III{name}"]["p"] == 1 / (DRAWS + 1)
     check("III specific", [own("attention") - 0.03 * alternating, 0.07 * alternating])
     assert lines["III specific"]["p"] is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +45,25 @@ def test_load_is_the_checkpoint(name):
     assert all(len(mllm.fingerprint[file]) == 64 for file in files)
     assert mllm.model.dtype == torch.float32
     assert load(folder, device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+@pytest.mark.fault("a file that changes after loading")
+def test_a_model_is_what_was_loaded(tmp_path):
+    folder = shutil.copytree(ROOT / "data/models" / MODELS[0], tmp_path / "mine")
+    loaded = load(folder, device="cpu")
+    first = dict(loaded.fingerprint)
+    (folder / "config.json").write_text((folder / "config.json").read_text() + "\n")
+    assert loaded.fingerprint == first != load(folder, device="cpu").fingerprint
+
+
+@pytest.mark.fault("a fingerprint that leaves something out")
+def test_the_processor_of_a_model_in_memory_counts():
+    own = shared_mllm(MODELS[0])
+    small = transformers.AutoProcessor.from_pretrained(
+        ROOT / "data/models" / MODELS[0], max_pixels=1024
+    )
+    a, b = (MLLM(own.model, processor, "nowhere") for processor in (own.processor, small))
+    assert a.fingerprint["weights"] == b.fingerprint["weights"] and a.fingerprint != b.fingerprint
 
 
 def test_the_device_that_is_asked_for():
@@ -235,6 +256,16 @@ def test_after_a_word_an_answer_starts_with_a_blank():
         probs = model(input_ids=whole).logits[0, -len(ids) - 1 : -1].log_softmax(-1)
     mean = probs[range(len(ids)), ids].mean().item()
     assert mllm.logprob(batch, ["yes"]) == pytest.approx([mean], abs=1e-5)
+
+
+@pytest.mark.fault("a row's number depends on the first row of its batch")
+def test_each_prompt_says_how_its_answer_starts():
+    tokenizer = shared_mllm(MODELS[0]).tokenizer
+    mllm = MLLM(text_only(transformers.LlamaConfig(**SMALL)).model, tokenizer, "llama")
+    prompts = ["Is it red? Answer:", "Is it a red one? Answer:\n"]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    alone = [mllm.logprob(tokenizer([p], return_tensors="pt"), ["yes"])[0] for p in prompts]
+    assert mllm.logprob(batch, ["yes", "yes"]) == pytest.approx(alone, abs=1e-5)
 
 
 # --- the way in ----------------------------------------------------------------------------------

@@ -368,6 +368,28 @@ def test_sizes(run, executed):
     assert os.environ["MINER_FRESH"] == "1"
 
 
+@pytest.mark.fault("up to date, though made of something else")
+def test_what_a_notebook_rests_on_besides_its_parameters(run, executed, monkeypatch):
+    """Published results or not, plug-ins, and what the library reads beside its modules."""
+    Path("minerlib").mkdir(exist_ok=True)
+    Path("minerlib/claims.yml").write_text("I: 1")
+    os.utime("minerlib/claims.yml", (1e9, 1e9))
+    again = ["model=models/tiny", "full=1"]
+    for given, change in (
+        (again, lambda: None),
+        (again, lambda: os.utime("minerlib/claims.yml")),
+        ([*again, "fresh=1"], lambda: None),
+    ):
+        change()
+        os.environ["MINER_FRESH"] = ""
+        executed.clear()
+        run.main(given)
+        assert len(executed) == 2, given
+        executed.clear()
+        run.main(given)
+        assert not executed
+
+
 def test_the_sizes_name_notebooks_and_parameters_that_are_there():
     script = run_script()
     declared = {p.stem[:2]: set(papermill.inspect_notebook(str(p))) for p in NOTEBOOKS}

@@ -247,11 +247,19 @@ def reach_of(**factors: list) -> xr.DataArray:
 def test_approach_is_from_layer_1_to_the_last_prompt_by_prompt():
     reach = reach_of(audio=[[9, 9, 9], [2, 4, 2], [1, 3, 1]], video=[[1, 1], [4, 4], [3, 2]])
     audio, video = np.log([2, 4 / 3, 2]), np.log([4 / 3, 2])
-    effect = approach(reach)
+    effect = approach(reach, [0.0, 0.0])
     assert effect.mean == pytest.approx((audio.mean() + video.mean()) / 2)
     error = np.hypot(audio.std(ddof=1) / 3**0.5, video.std(ddof=1) / 2**0.5) / 2
     assert effect.error == pytest.approx(error)
-    assert approach(reach_of(audio=[[5, 6]] * 3)).mean == 0
+    assert approach(reach_of(audio=[[5, 6]] * 3), [0.0, 0.0]).mean == 0
+
+
+def test_approach_is_more_than_that_of_untrained_controls():
+    reach = reach_of(audio=[[9, 9, 9], [2, 4, 2], [1, 3, 1]], video=[[1, 1], [4, 4], [3, 2]])
+    plain, beyond = (approach(reach, untrained) for untrained in ([0, 0], [0.1, 0.5]))
+    assert beyond.mean == pytest.approx(plain.mean - 0.3)
+    assert beyond.error**2 == pytest.approx(plain.error**2 + 0.08 / 2)
+    assert beyond.high > beyond.mean + 2.5 * beyond.error  # two controls tell little
 
 
 def moved_of(*draws: list) -> xr.DataArray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -95,6 +96,16 @@ def test_what_is_missing_is_named_with_the_notebook_that_makes_it(project):
     assert len(card.missing) == 3
     assert set(Scorecard(models="all").columns) == {"tiny-a", "other"}
     assert Scorecard(models="tiny-b, other").columns == ["other", "tiny-b"]
+
+
+@pytest.mark.fault("published results beside those asked for anew")
+def test_a_fresh_run_sees_nothing_that_is_published(project, monkeypatch):
+    leave(project, "I", "tiny-a")
+    shutil.move(project / "runs/tiny-a", project / "data/results/tiny-a")
+    leave(project, "II", "tiny-a")
+    assert set(Scorecard().table["finding"]) == {"I", "II"}
+    monkeypatch.setenv("MINER_FRESH", "1")
+    assert set(Scorecard().table["finding"]) == {"II"}
 
 
 def test_a_column_for_each_configuration_and_only_the_defaults_unless_asked(project):

@@ -21,6 +21,7 @@ from minerlib.findings import clouds
 from minerlib.findings.states import States, hidden_states
 from minerlib.inference import Estimate
 from minerlib.model import MLLM
+from minerlib.separation import separate
 from minerlib.tasks import Sample
 
 CONVERGENCE = dict(distance=True, silhouette=True, accuracy=True, mixing=False, cka=False)
@@ -136,12 +137,25 @@ def lower_less_upper(found: xr.DataArray, n_boot: int) -> tuple[Estimate, np.nda
     the effect from the first n_boot draws, and its null from the others.
     """
     d = found.values[:, :, 1:]  # [kind, draw, layer]
-    middle = (d.shape[-1] - 1) / 2
-    half = (d[..., math.floor(middle)] + d[..., math.ceil(middle)]) / 2
     first = d[..., 0].copy()
     first[:, n_boot + 1 :] = first[:, :1]  # exchanged kinds start at no distance
-    value = ((d[..., 0] - 2 * half + d[..., -1]) / first).mean(0)
+    value = (_lower_less_upper(d) / first).mean(0)
     return inference.from_draws(value[0], value[1 : n_boot + 1]), value[n_boot + 1 :]
+
+
+def _lower_less_upper(d: np.ndarray) -> np.ndarray:
+    middle = (d.shape[-1] - 1) / 2
+    half = (d[..., math.floor(middle)] + d[..., math.ceil(middle)]) / 2
+    return d[..., 0] - 2 * half + d[..., -1]
+
+
+def untrained_halves(controls: pd.DataFrame, kinds: Sequence[str]) -> pd.Series:
+    """The effect of `lower_less_upper` in each control whose `convergence` the table holds."""
+    table = against_text(controls[(controls["measure"] == "distance") & (controls["layer"] > 0)])
+    table = table[table["kind"].isin(kinds)]
+    d = table.pivot(index=["control", "kind"], columns="layer", values="value")
+    share = pd.Series(_lower_less_upper(d.to_numpy()) / d[1].to_numpy(), d.index)
+    return share.groupby("control").mean()
 
 
 def behind(samples: Sequence[Sample]) -> list[Sample]:
@@ -158,8 +172,9 @@ def in_words(
     states are those of the samples with media; look as for `hidden_states`. The words' tokens are
     of the kind `PLACE`, those of the question of `text`.
     """
-    media = states.tokens[states.tokens["kind"].isin(kinds)]
-    lengths = media.groupby("sample")["run"].max()
+    media = states.tokens["sample"][states.tokens["kind"].isin(kinds)].unique().tolist()
+    whole = {i: separate(mllm, mllm.encode([samples[i]])) for i in media}
+    lengths = {i: sum(int(sets[kind].sum()) for kind in kinds) for i, sets in whole.items()}
     answers = [" ".join(dict.fromkeys(sample.references)) for sample in samples]
     told, spans = [], []
     for sample, length in lengths.items():

@@ -271,8 +271,9 @@ def measures(
     asked = [bench[i] for i in at], answers[at]
     flow = last_token_flow(mllm, *asked, batch_size=batch_size)
     flow["saliency"] /= flow.groupby("sample")["saliency"].transform("sum") / n
-    centres = [min(i + window // 2, n - 1) for i in range(0, n, window)]  # so that all are cut
+    centres = [i + window // 2 for i in range(0, n, window)]  # that of the last may lie beyond it
     cut = knockout(mllm, *asked, window=window, layers=centres, batch_size=batch_size)
+    cut["layer"] = cut["layer"].clip(upper=n - 1)
     lens = logit_lens(mllm, *asked, batch_size=batch_size)
     keys = ["sample", "layer", "set"]
     shares = flow.melt(keys, ["attention", "uniform", "saliency"], "measure")
@@ -285,7 +286,8 @@ def measures(
 def changes(
     before: pd.DataFrame, after: Mapping[str, pd.DataFrame], media: Sequence
 ) -> pd.DataFrame:
-    """What silencing changes: columns silenced, draw, medium, and those of `measures`.
+    """What silencing changes: columns silenced, draw, medium, `was` (the value before), and those
+    of `measures`.
 
     after holds, by modality, the measures of the samples that hold it, with its own neurons
     silenced (`neurons` 0) and then with random ones in their place; media what each is about.
@@ -295,6 +297,8 @@ def changes(
         same = before[before["sample"].isin(found["sample"])]
         for draw, table in found.groupby("neurons"):
             change = inference.paired(same, table.drop(columns="neurons"), "value", _BY)
+            was = same.rename(columns={"value": "was"})
+            change = change.merge(was, on=["sample", *_BY], validate="one_to_one")
             tables.append(change.assign(silenced=name, draw=draw))
     changed = pd.concat(tables, ignore_index=True)
     changed = changed[changed["measure"] != "uniform"].reset_index(drop=True)
@@ -350,13 +354,22 @@ def magnitudes(changed: pd.DataFrame, others: bool = True) -> pd.DataFrame:
     return signed.groupby(keys)["value"].mean().unstack("draw")
 
 
+def _was(changed: pd.DataFrame, measure: str) -> float:
+    """What a measure was at the media's own sources, averaged over layers (lens: from 1) and media;
+    NaN where there was nothing."""
+    own = _own(changed[(changed["measure"] == measure) & (changed["layer"] >= (measure == "lens"))])
+    was = float(own[own["draw"] == 0].groupby("silenced")["was"].mean().mean())
+    return was if was > 0 else np.nan
+
+
 def judged(changed: pd.DataFrame, rows: int = 0) -> list[dict]:
     """The lines of finding III's claims (`inference.judge`), the headline first.
 
     changed of `changes`, with the text's neurons, and draws for those of every medium; `rows` a
     benchmark were measured. Effects are means of `magnitudes` with a medium's own neurons silenced,
     averaged over the media, less the draws' (or the text's); an interval's lower end takes too
-    little of the own and too much of the others', its upper end the reverse.
+    little of the own and too much of the others', its upper end the reverse. Those of probability
+    are shares of what it was, a number taken as known.
     """
     sizes, lines = [], []
     for others in (True, False):
@@ -366,7 +379,8 @@ def judged(changed: pd.DataFrame, rows: int = 0) -> list[dict]:
         least, most = (size.xs(measure, level="measure") for size in sizes)
         drawn = least.drop(columns=[0, "text"])
         means = drawn.groupby("silenced").mean().mean()
-        null, extra, against = means - means.mean(), means.var() / len(means), list(drawn)
+        was = 1.0 if measure == "attention" else _was(changed, measure)
+        null, extra, against = (means - means.mean()) / was, means.var() / len(means), list(drawn)
         if name == "III specific":
             null, extra, against = "the text's neurons", 0.0, ["text"]
         estimates = []
@@ -377,5 +391,6 @@ def judged(changed: pd.DataFrame, rows: int = 0) -> list[dict]:
             estimates.append(inference.estimate(of, about, None, extra=extra, draws=len(means)))
         middle, lower, upper = estimates
         ends = {"low": lower.low, "low90": lower.low90, "high": upper.high, "high90": upper.high90}
-        lines.append(inference.judge(name, middle._replace(**ends), null, rows=rows))
+        effect = inference.Estimate(*(x / was for x in middle._replace(**ends)))
+        lines.append(inference.judge(name, effect, null, rows=rows))
     return lines

@@ -213,9 +213,11 @@ def silenced_reach(mllm: MLLM, bench, neurons: xr.DataArray, **drawn) -> xr.Data
         return log_reach(hidden_states(mllm, bench, **drawn))
 
 
-def approach(reach: xr.DataArray) -> Estimate:
-    """What `log_reach` falls by from layer 1 to the last, averaged over the media."""
-    nearer = reach.sel(layer=1) - reach.isel(layer=-1)
-    return inference.estimate(
-        {str(k["kind"].values): k.dropna("sample") for k in nearer}, ends=None
-    )
+def approach(reach: xr.DataArray, untrained: ArrayLike) -> Estimate:
+    """What `log_reach` falls by from layer 1 to the last, averaged over the media, more than it
+    does in untrained controls [control]."""
+    untrained = np.asarray(untrained, float)
+    nearer = reach.sel(layer=1) - reach.isel(layer=-1) - untrained.mean()
+    of = {str(k["kind"].values): k.dropna("sample") for k in nearer}
+    extra = untrained.var(ddof=1) / len(untrained)
+    return inference.estimate(of, ends=None, extra=extra, draws=len(untrained))

@@ -21,8 +21,8 @@ from minerlib.tasks.evaluation import (
     KEY,
     above_chance,
     by_benchmark,
-    chance,
     compare,
+    guesses,
     paired,
     summarise,
 )
@@ -59,9 +59,9 @@ def beyond_draws(
     """
     scores = [paired(before, table).set_index(KEY)["score_b"] for table in (after, *drawn)]
     rows = before.set_index(KEY)
-    rows["above"] = rows["score"] - rows.index.get_level_values("benchmark").map(chance)
     rows["lost"] = pd.concat(scores[1:], axis=1).mean(axis=1) - scores[0]
     rows = rows.reset_index()
+    rows["above"] = rows["score"] - guesses(rows)
     lost, above = rows.groupby("benchmark")[["lost", "above"]].mean().mean()
     if above <= 0:
         return Estimate(*[np.nan] * 6)
@@ -71,7 +71,8 @@ def beyond_draws(
     n = len(means)
     extra = np.var(means, ddof=1) / n / above**2 if n > 1 else 0.0
     strata, media = by_benchmark(rows, "share"), by_benchmark(rows, "medium")
-    return inference.estimate(strata, media, (-1.0, 1.0), 1.0, extra, max(n, 2))
+    most = 1 / above  # a row may lose more than the average holds
+    return inference.estimate(strata, media, (-most, most), 1.0, extra, max(n, 2))
 
 
 def nats(told: pd.DataFrame) -> np.ndarray:

@@ -269,6 +269,12 @@ ANSWER_METRICS: dict[str, Metric] = {
                                  check=_class_of),
     "choice_accuracy": Metric(choice_accuracy, "accuracy of the most probable choice"),
 }  # fmt: skip
+_SHIPPED = tuple(ANSWER_METRICS.values())
+
+
+def is_shipped(metric: Metric) -> bool:
+    """Whether it is one of minerlib's own, whose functions' versions say all of it."""
+    return metric in _SHIPPED
 
 
 def metric_of(name: str) -> Metric:

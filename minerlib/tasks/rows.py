@@ -325,7 +325,8 @@ class Benchmark(Sequence):
             "audio": [media.sound, self._rows.how["sampling_rate"], spec.max_seconds],
         }.get(spec.modality)
         entry = metrics.metric_of(self.metric)
-        metric = [self.metric, *map(identity, entry.functions)]
+        metric: list = [self.metric, *map(identity, entry.functions)]
+        metric += [] if metrics.is_shipped(entry) else [entry.largest, entry.clip]
         counted = [self.whole] if entry.whole else []
         asked = [self.name, spec.choices, spec.max_new_tokens, *map(self._rows.made_of, numbers)]
         made = [[identity(change) for change in self.made]] if self.made else []
