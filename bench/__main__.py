@@ -314,7 +314,8 @@ def whole(results: dict) -> str:
             for row in parts
         ]
         names = ["notebook", "model", "seconds", "peak memory, MiB"]
-        lines += ["", f"The workbook takes {last['value'] / 60:.1f} minutes for both models.", ""]
+        models = " and ".join(dict.fromkeys(model for _, model, *_ in spent))
+        lines += ["", f"A workbook of {models} took {last['value'] / 60:.1f} minutes.", ""]
         lines += [markdown(pd.DataFrame(spent, columns=names))]
     return "\n".join(lines)
 
