@@ -511,6 +511,7 @@ def test_the_claims_keep_their_level():
     noises = [changed.assign(measure=m) for m in ("attention", "knockout", "lens")]
     changed = pd.concat(noises, ignore_index=True)
     changed.loc[changed["measure"] == "lens", "set"] = "answer"
+    changed["was"] = 0.2
     special = (changed["draw"] == 0) & (changed["measure"] == "attention")
     special &= changed["silenced"] != "text"
     words, p = [], []
