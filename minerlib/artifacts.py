@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from importlib import metadata
@@ -92,6 +92,12 @@ def identity(function: Callable) -> str:
         return f"{name} {digest([_text(code), [*code.co_positions()], bound])}"
     except (AttributeError, OSError) as error:
         raise TypeError(f"{function!r} is no function with a source; wrap it in a def") from error
+
+
+def entries(registry: Mapping[str, Callable]) -> list:
+    """The names of a registry's functions, and a user's own as they are: part of a key."""
+    return [name if of.__module__.startswith("minerlib.") else [name, of]
+            for name, of in registry.items()]  # fmt: skip
 
 
 def digest(value: Any) -> str:

@@ -188,6 +188,23 @@ def change(a: Scores, b: Scores, media=None) -> Estimate:
     return estimate(changes, media, (-1.0, 1.0), 1.0)
 
 
+def share(
+    lost: Scores, above: Scores, media=None, extra: float = 0.0, draws: float = math.inf
+) -> Estimate:
+    """What is `lost` of what was `above`, benchmarks counting alike: a ratio, linearised by row.
+
+    Losses of rows lie in [-1, 1]; a row may lose more than the average holds. media, draws as in
+    `estimate`; extra is further variance of the mean loss. NaN where nothing is above.
+    """
+    first, second = _strata(lost), _strata(above)
+    down, size = (np.mean([group.mean() for group in of.values()]) for of in (first, second))
+    if size <= 0:
+        return Estimate(*[math.nan] * 6)
+    level = down / size
+    shares = {k: level + (first[k] - level * second[k]) / size for k in first}
+    return estimate(shares, media, (-1 / size, 1 / size), 1.0, extra / size**2, draws)
+
+
 def mean_over_samples(table: pd.DataFrame, value: str, by=("layer", "set")) -> pd.DataFrame:
     """Mean over samples for each `by`, with its 95 % interval: columns *by, value, low, high, n."""
     wide = table.pivot_table(value, "sample", list(by), sort=False)

@@ -123,10 +123,10 @@ def thin_out(ax: Axes, most: int = 12) -> None:
 
 def heat(matrix: pd.DataFrame, ax: Axes, *, low=0.0, high=1.0, fmt=".2f", cmap="viridis") -> None:
     """A matrix on a fixed colour scale, so that panels compare; its numbers too if they are few."""
-    style: dict[str, Any] = {"cmap": cmap, "vmin": low, "vmax": high}
-    if few := len(matrix) <= 16:
-        style |= {"fmt": fmt, "linewidths": 0.5, "annot_kws": {"fontsize": 7}}
-    sns.heatmap(matrix, ax=ax, annot=few, cbar=not few, square=few, **style)
+    few = len(matrix) <= 16
+    style = {"cmap": cmap, "fmt": fmt, "linewidths": 0.5 * few, "annot_kws": {"fontsize": 7}}
+    style |= {"annot": few, "cbar": not few, "square": few}
+    sns.heatmap(matrix, ax=ax, vmin=low, vmax=high, **style)
     ax.tick_params(length=0)
     ax.tick_params(axis="y", rotation=0)
     ax.set(xlabel="", ylabel="")
@@ -154,10 +154,12 @@ def intervals(table: pd.DataFrame, ax: Axes, *, label: str, hue: str | None = No
 
 
 def dose(table: pd.DataFrame, ax: Axes, *, x: str, group: str, colours: dict[str, str]) -> None:
-    """Dose and response on a log axis: columns x, group, mean, low, high."""
+    """Dose and response on a log axis: columns x, group, mean and, for a band, low and high."""
     for (name, part), marker in zip(table.groupby(group, sort=False), "osD^v", strict=False):
         ax.plot(part[x], part["mean"], color=colours[name], marker=marker, lw=1.3, label=name)
-        ax.fill_between(part[x], part["low"], part["high"], color=colours[name], alpha=0.18, lw=0)
+        if "low" in part:
+            band = part[x], part["low"], part["high"]
+            ax.fill_between(*band, color=colours[name], alpha=0.18, lw=0)
     ax.set_xscale("log")
     ax.legend(fontsize="small")
 

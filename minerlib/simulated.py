@@ -80,11 +80,7 @@ def outcomes(
             about = {str(b): media(rng, rows) for b in range(benchmarks)}
             before = {b: answers(rng, m, mean) for b, m in about.items()}
             lost = {b: x * answers(rng, about[b], effect) for b, x in before.items()}
-            size = np.mean([x.mean() for x in before.values()])
-            share = {b: lost[b] / size for b in lost}
-            level = np.mean([x.mean() for x in share.values()])
-            share = {b: level + (lost[b] - level * before[b]) / size for b in lost}
-            found = inference.estimate(share, about, (-1 / size, 1 / size), 1.0)
+            found = inference.share(lost, before, about)
             nats = rng.standard_normal(draws + 1)
             p = inference.rank_p(nats[0] - 100 * effect, nats[1:], "less")
             words.append(inference.decide(found, smallest, p).word)

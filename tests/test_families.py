@@ -719,10 +719,10 @@ def test_all_that_makes_the_numbers_is_in_the_fingerprint(folder, loaded, tmp_pa
     assert mllm.fingerprint["template"] != plain["template"]
     (copy / "chat_template.jinja").write_text((copy / "chat_template.jinja").read_text() + "!")
     (copy / "README.md").write_text("a card changes nothing")
-    (copy / "other.bin").write_bytes(b"weights")
+    (copy / "pytorch_model.bin").write_bytes(b"weights")
     edited = ml.load(copy).fingerprint
     assert edited["chat_template.jinja"] != plain["chat_template.jinja"]
-    assert "other.bin" in edited and "README.md" not in edited
+    assert "pytorch_model.bin" in edited and "README.md" not in edited
 
 
 @pytest.mark.fault("models made in memory share a key")

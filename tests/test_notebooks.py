@@ -369,7 +369,7 @@ def test_sizes(run, executed):
 
 
 @pytest.mark.fault("up to date, though made of something else")
-def test_what_a_notebook_rests_on_besides_its_parameters(run, executed, monkeypatch):
+def test_what_a_notebook_rests_on_besides_its_parameters(run, executed):
     """Published results or not, plug-ins, and what the library reads beside its modules."""
     Path("minerlib").mkdir(exist_ok=True)
     Path("minerlib/claims.yml").write_text("I: 1")

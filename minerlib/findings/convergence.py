@@ -172,9 +172,10 @@ def in_words(
     states are those of the samples with media; look as for `hidden_states`. The words' tokens are
     of the kind `PLACE`, those of the question of `text`.
     """
-    media = states.tokens["sample"][states.tokens["kind"].isin(kinds)].unique().tolist()
-    whole = {i: separate(mllm, mllm.encode([samples[i]])) for i in media}
-    lengths = {i: sum(int(sets[kind].sum()) for kind in kinds) for i, sets in whole.items()}
+    lengths = {}
+    for i in states.tokens["sample"][states.tokens["kind"].isin(kinds)].unique().tolist():
+        sets = separate(mllm, mllm.encode([samples[i]]))
+        lengths[i] = sum(int(sets[kind].sum()) for kind in kinds)
     answers = [" ".join(dict.fromkeys(sample.references)) for sample in samples]
     told, spans = [], []
     for sample, length in lengths.items():

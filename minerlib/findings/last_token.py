@@ -297,10 +297,9 @@ def changes(
         same = before[before["sample"].isin(found["sample"])]
         for draw, table in found.groupby("neurons"):
             change = inference.paired(same, table.drop(columns="neurons"), "value", _BY)
-            was = same.rename(columns={"value": "was"})
-            change = change.merge(was, on=["sample", *_BY], validate="one_to_one")
             tables.append(change.assign(silenced=name, draw=draw))
-    changed = pd.concat(tables, ignore_index=True)
+    was = before.rename(columns={"value": "was"})
+    changed = pd.concat(tables).merge(was, "left", ["sample", *_BY], validate="many_to_one")
     changed = changed[changed["measure"] != "uniform"].reset_index(drop=True)
     return changed.assign(medium=np.asarray(media)[changed["sample"]])
 
@@ -376,11 +375,11 @@ def judged(changed: pd.DataFrame, rows: int = 0) -> list[dict]:
         text = magnitudes(changed[changed["silenced"] == "text"], others)[0].rename("text")
         sizes.append(magnitudes(_own(changed), others).join(text.droplevel("silenced")))
     for name, measure in _TESTED.items():
-        least, most = (size.xs(measure, level="measure") for size in sizes)
+        was = 1.0 if measure == "attention" else _was(changed, measure)
+        least, most = (size.xs(measure, level="measure") / was for size in sizes)
         drawn = least.drop(columns=[0, "text"])
         means = drawn.groupby("silenced").mean().mean()
-        was = 1.0 if measure == "attention" else _was(changed, measure)
-        null, extra, against = (means - means.mean()) / was, means.var() / len(means), list(drawn)
+        null, extra, against = means - means.mean(), means.var() / len(means), list(drawn)
         if name == "III specific":
             null, extra, against = "the text's neurons", 0.0, ["text"]
         estimates = []
@@ -391,6 +390,5 @@ def judged(changed: pd.DataFrame, rows: int = 0) -> list[dict]:
             estimates.append(inference.estimate(of, about, None, extra=extra, draws=len(means)))
         middle, lower, upper = estimates
         ends = {"low": lower.low, "low90": lower.low90, "high": upper.high, "high90": upper.high90}
-        effect = inference.Estimate(*(x / was for x in middle._replace(**ends)))
-        lines.append(inference.judge(name, effect, null, rows=rows))
+        lines.append(inference.judge(name, middle._replace(**ends), null, rows=rows))
     return lines

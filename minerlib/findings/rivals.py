@@ -11,13 +11,13 @@ from scipy.stats import spearmanr
 from minerlib import planted
 from minerlib.activity import SUMMED, UNITS, activity
 from minerlib.aggregation import aggregate
-from minerlib.artifacts import computation
+from minerlib.artifacts import computation, entries
 from minerlib.findings import specificity, stability
 from minerlib.gradients import gradients
 from minerlib.model import MLLM
 from minerlib.scoring import score
 from minerlib.selection import first, select
-from minerlib.selectors import SELECTORS, Evidence, miner, ranked
+from minerlib.selectors import SELECTORS, Evidence, ranked
 from minerlib.tasks import Benchmark
 from minerlib.written import column_norms
 
@@ -64,8 +64,7 @@ MADE_OF = (score, aggregate, activity, gradients, select)
 
 def compared() -> list:
     """The selectors' names, and a user's own as they are: part of the key of what they name."""
-    return [name if of.__module__ == miner.__module__ else [name, of]
-            for name, of in SELECTORS.items()]  # fmt: skip
+    return entries(SELECTORS)
 
 
 def values(seen: Mapping[str, Evidence]) -> dict[str, xr.DataArray]:

@@ -62,17 +62,11 @@ def beyond_draws(
     rows["lost"] = pd.concat(scores[1:], axis=1).mean(axis=1) - scores[0]
     rows = rows.reset_index()
     rows["above"] = rows["score"] - guesses(rows)
-    lost, above = rows.groupby("benchmark")[["lost", "above"]].mean().mean()
-    if above <= 0:
-        return Estimate(*[np.nan] * 6)
-    share = lost / above
-    rows["share"] = share + (rows["lost"] - share * rows["above"]) / above
     means = [above_chance(table) for table in drawn]
     n = len(means)
-    extra = np.var(means, ddof=1) / n / above**2 if n > 1 else 0.0
-    strata, media = by_benchmark(rows, "share"), by_benchmark(rows, "medium")
-    most = 1 / above  # a row may lose more than the average holds
-    return inference.estimate(strata, media, (-most, most), 1.0, extra, max(n, 2))
+    extra = float(np.var(means, ddof=1)) / n if n > 1 else 0.0
+    lost, above, media = (by_benchmark(rows, name) for name in ("lost", "above", "medium"))
+    return inference.share(lost, above, media, extra, max(n, 2))
 
 
 def nats(told: pd.DataFrame) -> np.ndarray:
