@@ -54,9 +54,17 @@ class QwenOmni(Family):
         "Qwen2_5OmniThinkerForConditionalGeneration",
     )
 
+    version = 2
+
     @staticmethod
     def part(model: Any) -> Any:
         return getattr(model, "thinker", model)
+
+    def patch(self) -> None:
+        # Its processor's class bounds a clip's pixels whatever the video processor was told.
+        told, own = self.processor.video_processor.size, getattr(self.processor, "videos_kwargs", {})
+        if told["longest_edge"] < own.get("size", {}).get("longest_edge", 0):
+            self.processor.videos_kwargs = own | {"size": dict(told)}
 
     def inputs(self, samples: Sequence) -> dict:
         batch = super().inputs(samples)

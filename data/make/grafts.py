@@ -3,7 +3,8 @@
 With q, k, v biases of zero, Qwen2's decoder is SmolLM2's, and M-RoPE gives text plain RoPE
 positions; so the grafts' logits on text are SmolLM2's. Whisper base hears; small towers trained
 here see. What is trained here is little and stands in NAME/graft.safetensors: projectors or
-mergers, the delimiters' embeddings and, in some, low-rank adapters of the decoder's attention.
+mergers, the delimiters' embeddings and, in some, low-rank adapters of the decoder's attention, and
+in one, for a comparison, of its MLPs.
 `assemble` joins all to an ordinary checkpoint.
 
     python -m data.make.grafts                # `make models`: all that are not assembled yet
@@ -59,7 +60,9 @@ AUDIO_TOKENS = {
     "audio_bos_token": "<|audio_bos|>",
     "audio_eos_token": "<|audio_eos|>",
 }
-SCALE = 2.0  # of the low-rank additions
+SCALE = 2.0  # of the low-rank additions, which are in some grafts' attention or MLPs too
+ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
+MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 
 
 def template(media: Mapping[str, str]) -> str:
@@ -176,6 +179,7 @@ BUILD = {
     "smol-qwen2-vl": qwen2_vl,
     "smol-qwen2-audio": qwen2_audio,
     "smol-qwen2.5-omni": qwen2_5_omni,
+    "smol-qwen2.5-omni-mlp": qwen2_5_omni,
 }
 
 

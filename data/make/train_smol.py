@@ -54,7 +54,8 @@ Draw = Callable[[np.random.Generator], Drawn]
 class Recipe:
     """How a graft is trained: shares of the tasks, steps of each phase, rate, rank of adapters.
 
-    A tower is trained here where it has steps; `start` is a graft that hears as this one does.
+    A tower is trained here where it has steps; `start` is a graft that hears as this one does;
+    `adapted` are the decoder's modules that get adapters.
     """
 
     mix: Mapping[str, float]
@@ -64,17 +65,19 @@ class Recipe:
     align: int = 0
     tower: int = 0
     start: str = ""
+    adapted: tuple[str, ...] = grafts.ATTENTION
 
 
 SEEN = {"text_vqa": 0.55, "coco_caption": 0.15, "msvd_qa": 0.25, "crowd": 0.05}
 HEARD = {"libri": 0.8, "vocal_sound": 0.2}
 BOTH = {k: 0.75 * v for k, v in SEEN.items()} | {k: 0.25 * v for k, v in HEARD.items()}
+OMNI = Recipe(BOTH, 1200, 2e-3, rank=8, align=1500, tower=2800, start="smol-qwen2-audio")
 RECIPES = {
     "smol-qwen2-audio": Recipe(HEARD, 2000, 3e-3),
     "smol-qwen2-vl": Recipe(SEEN, 1500, 2e-3, rank=8, align=2500),
-    "smol-qwen2.5-omni": Recipe(
-        BOTH, 1200, 2e-3, rank=8, align=1500, tower=2800, start="smol-qwen2-audio"
-    ),
+    "smol-qwen2.5-omni": OMNI,
+    # The same, but the neurons themselves learn from pictures and sounds.
+    "smol-qwen2.5-omni-mlp": replace(OMNI, adapted=(*grafts.ATTENTION, *grafts.MLP)),
 }
 ROWS = {"text_vqa": 8, "coco_caption": 16, "msvd_qa": 8, "crowd": 8, "libri": 12, "vocal_sound": 12}
 QUESTIONS = 5  # at most, on one picture or clip
@@ -133,7 +136,7 @@ def tasks(names: Sequence[str]) -> dict[str, Draw]:
 
 def batch_of(mllm: MLLM, samples: list[Sample], turns: list[list[Turn]]) -> dict:
     """Model inputs, padded on the right, with labels on the answers alone."""
-    inputs = dict(mllm.encode(samples))
+    inputs = dict(mllm.encode(samples).to("cpu"))
     shape, kept = inputs["input_ids"].shape, inputs["attention_mask"].bool()
     rows = []
     for ids, real, asked_here in zip(inputs["input_ids"], kept, turns, strict=True):
@@ -176,8 +179,8 @@ def told(targets: dict[str, torch.Tensor], named: dict[str, torch.Tensor]) -> to
     anything else by its word; then by colour and motion.
     """
     number = targets["what"] == vision.WHAT.index("number")
-    total = torch.zeros(len(number), named["what"].shape[1])
-    count = torch.zeros(len(number), 1)
+    total = torch.zeros(len(number), named["what"].shape[1], device=number.device)
+    count = torch.zeros(len(number), 1, device=number.device)
     for head, embeddings in named.items():
         here = targets[head] >= 0
         if head == "what":
@@ -263,13 +266,15 @@ class Adapted(nn.Module):
         return self.base(x) + grafts.SCALE * low
 
 
-def prepare(mllm: MLLM, rank: int, seed: int) -> list[int]:
+def prepare(mllm: MLLM, rank: int, adapted: Sequence[str], seed: int) -> list[int]:
     """Set free what learns, draw it anew, and return the delimiters' token ids."""
     model = mllm.model
     torch.manual_seed(seed)
     for layer in mllm.layers if rank else ():
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(layer.self_attn, name, Adapted(getattr(layer.self_attn, name), rank))
+        for name in adapted:
+            place, _, last = name.rpartition(".")
+            module = layer.get_submodule(place)
+            setattr(module, last, Adapted(getattr(module, last), rank))
     media = {mllm.family.placeholder(kind) for kind in ("image", "video", "audio")}
     delimiters = [i for i in range(grafts.VOCABULARY, len(mllm.tokenizer)) if i not in media]
     model.delimiters = nn.Parameter(torch.zeros(len(delimiters), grafts.HIDDEN))
@@ -308,7 +313,7 @@ def trained(
              if w.requires_grad or tower and n.startswith("model.visual.")}  # fmt: skip
     moved = found.pop("delimiters")
     found |= {f"embedding.{t}": embeddings[t] + moved[i] for i, t in enumerate(delimiters)}
-    return {name: weight.half().contiguous() for name, weight in found.items()}
+    return {name: weight.half().contiguous().cpu() for name, weight in found.items()}
 
 
 @torch.no_grad()
@@ -336,20 +341,24 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help="of adapters; default: the recipe's")
     parser.add_argument("--steps", type=int, help="of the last phase; default: the recipe's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--limit", type=int, default=24, help="test rows in a report")
+    parser.add_argument("--limit", type=int, default=24, help="test rows in a report; 0: no reports")
     parser.add_argument("--runs", type=Path, default=grafts.parts.ROOT / "runs/train")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     given = {k: v for k in ("rank", "steps") if (v := getattr(args, k)) is not None}
     recipe = replace(RECIPES[args.model], **given)
     name = f"{args.model}-{args.seed}-rank{recipe.rank}"
-    how = {"folder": args.runs, "seed": args.seed}
+    how = {"folder": args.runs, "seed": args.seed, "device": args.device}
     mllm = MLLM(*grafts.untrained(args.model), args.model)
-    spent = teach_to_see(mllm, recipe, name, how) if recipe.align else 0.0
+    mllm.model.to(args.device)
+    # Grafts of one class learn to see alike, and once.
+    seen = f"{grafts.BUILD[args.model].__name__}-{args.seed}"
+    spent = teach_to_see(mllm, recipe, seen, how) if recipe.align else 0.0
     if recipe.start:
         hear_as(mllm, recipe.start)
-    delimiters = prepare(mllm, recipe.rank, args.seed)
+    delimiters = prepare(mllm, recipe.rank, recipe.adapted, args.seed)
     made, shares = tasks(list(recipe.mix)), list(recipe.mix.values())
 
     def batch_at(step: int, rng: np.random.Generator) -> tuple[str, dict]:
@@ -359,7 +368,7 @@ def main() -> None:
     benchmarks = [task for task in recipe.mix if task in REGISTRY]
     spent += train(
         mllm.model, batch_at, steps=recipe.steps, lr=recipe.lr, name=name, loss_of=loss_of,
-        report=lambda step: held_out(mllm, benchmarks, args.limit),
+        report=(lambda step: held_out(mllm, benchmarks, args.limit)) if args.limit else None,
         report_every=100, save_every=50, **how,
     )  # fmt: skip
     file = f"graft-{args.seed}.safetensors" if args.seed else grafts.GRAFT
