@@ -62,7 +62,8 @@ class QwenOmni(Family):
 
     def patch(self) -> None:
         # Its processor's class bounds a clip's pixels whatever the video processor was told.
-        told, own = self.processor.video_processor.size, getattr(self.processor, "videos_kwargs", {})
+        own = getattr(self.processor, "videos_kwargs", {})
+        told = self.processor.video_processor.size
         if told["longest_edge"] < own.get("size", {}).get("longest_edge", 0):
             self.processor.videos_kwargs = own | {"size": dict(told)}
 

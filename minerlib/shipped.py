@@ -17,13 +17,17 @@ CARD, GRAFT, ASSEMBLED, NOTE = "model.yml", "graft.safetensors", "assembled", "m
 
 
 class Card(pydantic.BaseModel):
-    """What the workbook needs to know: what the model is, its benchmarks, its longest answer."""
+    """What the workbook needs to know: what the model is, its benchmarks, its longest answer.
+
+    On those in `lower_case` it answers in small letters, and so references are read.
+    """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
     what: str
     benchmarks: tuple[str, ...]
     max_new_tokens: int
+    lower_case: tuple[str, ...] = ()
 
 
 def card(folder: Path) -> Card | None:

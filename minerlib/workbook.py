@@ -154,7 +154,8 @@ class Workbook(Parameters):
         how = self.model_dump(include={"seed", "frames", "on_error"})
         how["source"] = None if source == "hub" else str(ROOT / source)
         how["sampling_rate"] = self.mllm.family.sampling_rate
-        rows = {name: benchmark(name, **how) for name in self.names}
+        small = self.card.lower_case if self.card else ()
+        rows = {name: benchmark(name, lower_case=name in small, **how) for name in self.names}
         self.run.notices |= {n: {**b.origin, "notices": b.notices} for n, b in rows.items()}
         return rows
 

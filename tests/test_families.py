@@ -637,6 +637,17 @@ def test_pixel_bounds_that_would_be_ignored_are_refused(family, folder):
     ml.load(folder("qwen2-audio"), processor_kwargs={"max_pixels": 1024})  # has no pictures
 
 
+@pytest.mark.fault("bounds that a processor ignores")
+@pytest.mark.parametrize("family", ["qwen2-vl", "qwen2.5-omni-thinker"])
+def test_a_clip_obeys_the_bounds_that_were_given(family, folder):
+    """Qwen2.5-Omni's processor scales clips to 100,352 pixels at least, whatever it was told."""
+    clip, bounds = samples(("video",))["video"][:1], {"min_pixels": 784, "max_pixels": 3136}
+    mllm = ml.load(folder(family), processor_kwargs=bounds)
+    (grid,) = mllm.encode(clip)["video_grid_thw"].tolist()
+    patch = mllm.processor.video_processor.patch_size
+    assert 784 <= grid[1] * grid[2] * patch**2 <= 3136
+
+
 @pytest.mark.fault("frames without their times")
 @pytest.mark.parametrize("family", ["qwen2.5-vl", "qwen3-vl", "qwen2.5-omni-thinker"])
 def test_frames_carry_their_times(family, loaded):

@@ -597,7 +597,9 @@ CHANGES = {
     "each": "tags",
     "max_seconds": 0.25,
     "language": "de",
+    "lower_case": True,
 }
+SHOUTED = {"references": lambda row: row["answer"].upper(), "choices": None}
 TOLD = {
     "columns": "column 'speaker' is missing",
     "rows": "published split has 4",
@@ -609,7 +611,7 @@ TOLD = {
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Spec)])
 def test_every_field_of_a_spec_counts(sounds, field):
     """In the fingerprint; or, where it decides nothing of a result, in what is refused or told."""
-    same = {"max_seconds": None} if field == "modality" else {}
+    same = {"modality": {"max_seconds": None}, "lower_case": SHOUTED}.get(field, {})
     before, changed = sounds(hear(**same)), hear(**(same | {field: CHANGES[field]}))
     assert before.notices == [] and sounds(hear(**same)).fingerprint == before.fingerprint
     if field == "columns":
@@ -630,13 +632,13 @@ def test_every_field_of_a_spec_counts(sounds, field):
 def test_every_argument_of_benchmark_counts(sounds, hub, argument, monkeypatch):
     changes = {
         "name": None, "source": None, "split": None, "on_error": None,
-        "limit": 2, "seed": 3, "frames": 2, "sampling_rate": 8000,
+        "limit": 2, "seed": 3, "frames": 2, "sampling_rate": 8000, "lower_case": True,
     }  # fmt: skip
     value = changes[argument]
     if argument == "frames":
         loads = [benchmark("msvd_qa", hub, frames=n) for n in (2, 3)]
     elif value is not None:
-        loads = [sounds(), sounds(**{argument: value})]
+        loads = [sounds(hear(**SHOUTED)), sounds(hear(**SHOUTED), **{argument: value})]
     elif argument == "name":
         monkeypatch.setitem(REGISTRY, "again", REGISTRY["text_vqa"])
         loads = [benchmark(name, hub) for name in ("text_vqa", "again")]
@@ -650,6 +652,14 @@ def test_every_argument_of_benchmark_counts(sounds, hub, argument, monkeypatch):
         assert sounds().fingerprint == sounds(folder="elsewhere").fingerprint
         loads = [sounds(), sounds(rows=OWN[1:], folder="third")]
     assert loads[0].fingerprint != loads[1].fingerprint
+
+
+def test_references_are_read_in_small_letters_where_the_model_writes_so(sounds):
+    shouted = sounds(hear(**SHOUTED))
+    assert shouted.references == [("A0",), ("A1",), ("A2",)]
+    quiet = sounds(hear(**SHOUTED), lower_case=True)
+    assert quiet.references == [("a0",), ("a1",), ("a2",)] and quiet[1].references == ("a1",)
+    assert quiet.spec.metric == shouted.spec.metric and REGISTRY["sounds"].lower_case is False
 
 
 def test_settings_of_other_media_do_not_count(sounds, hub):

@@ -19,6 +19,7 @@ FOLDERS = sorted(path.parent for path in ROOT.glob("data/models/*/model.yml"))
 def test_every_shipped_model_has_a_card_of_known_benchmarks(folder):
     card = shipped.card(folder)
     assert set(card.benchmarks) <= set(REGISTRY) and card.max_new_tokens >= 1
+    assert set(card.lower_case) <= set(card.benchmarks)
     assert folder.name.startswith("tiny") == ("stand-in" in card.what)
     assert folder.name.startswith("smol") == ("graft" in card.what)
 

@@ -71,7 +71,7 @@ class Recipe:
 SEEN = {"text_vqa": 0.55, "coco_caption": 0.15, "msvd_qa": 0.25, "crowd": 0.05}
 HEARD = {"libri": 0.8, "vocal_sound": 0.2}
 BOTH = {k: 0.75 * v for k, v in SEEN.items()} | {k: 0.25 * v for k, v in HEARD.items()}
-OMNI = Recipe(BOTH, 1200, 2e-3, rank=8, align=1500, tower=2800, start="smol-qwen2-audio")
+OMNI = Recipe(BOTH, 1600, 2e-3, rank=8, align=1500, tower=2800, start="smol-qwen2-audio")
 RECIPES = {
     "smol-qwen2-audio": Recipe(HEARD, 2000, 3e-3),
     "smol-qwen2-vl": Recipe(SEEN, 1500, 2e-3, rank=8, align=2500),
@@ -341,7 +341,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help="of adapters; default: the recipe's")
     parser.add_argument("--steps", type=int, help="of the last phase; default: the recipe's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--limit", type=int, default=24, help="test rows in a report; 0: no reports")
+    parser.add_argument("--limit", type=int, default=24, help="test rows in a report; 0: none")
     parser.add_argument("--runs", type=Path, default=grafts.parts.ROOT / "runs/train")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -19,7 +19,7 @@ import numpy as np
 from minerlib.artifacts import digest, identity
 from minerlib.families import RowError
 from minerlib.tasks import media, metrics
-from minerlib.tasks.spec import REGISTRY, Repo, Sample, blamed
+from minerlib.tasks.spec import REGISTRY, Repo, Sample, Spec, blamed
 
 log = logging.getLogger(__name__)
 
@@ -122,8 +122,10 @@ def _read(name: str, files: Sequence[Path], columns: Sequence[str]) -> Any:
 class _Rows:
     """The rows of a split, those joined to them, and the samples that they hold, by number."""
 
-    def __init__(self, name: str, source: Any, split: str | None, on_error: str, **how: int):
-        self.name, self.how, self.spec = name, how, (spec := REGISTRY[name])
+    def __init__(
+        self, name: str, spec: Spec, source: Any, split: str | None, on_error: str, **how: int
+    ):
+        self.name, self.how, self.spec = name, how, spec
         files, self.origin = _locate(name, spec.hub, source, split, "test")
         self.rows = _read(name, files, spec.columns)
         self.join, self.joined_at = spec.join, defaultdict[Any, list[int]](list)
@@ -342,6 +344,7 @@ def benchmark(
     frames: int = media.FRAMES,
     sampling_rate: int = media.SAMPLING_RATE,
     on_error: str = "raise",
+    lower_case: bool = False,
 ) -> Benchmark:
     """Load a benchmark by its name in `REGISTRY`, from the hub or from a folder.
 
@@ -354,6 +357,7 @@ def benchmark(
     sampling_rate : audio is resampled to so many Hz, the rate of the model's feature extractor.
     on_error : "raise" RowError for the first row whose references or joined rows are not right,
         or "skip" such rows, which `notices` then lists.
+    lower_case : references in small letters, for a model that writes so where the set does not.
     """
     if name not in REGISTRY:
         known = f"there are {', '.join(REGISTRY)}. Add your own with REGISTRY[name] = Spec(...)"
@@ -362,7 +366,8 @@ def benchmark(
         raise ValueError(f"on_error={on_error!r}: use raise or skip")
     how = {"frames": frames, "sampling_rate": sampling_rate}
     _positive(limit=1 if limit is None else limit, **how)
-    rows = _Rows(name, source, None if split == "test" else split, on_error, **how)
+    spec = replace(REGISTRY[name], lower_case=True) if lower_case else REGISTRY[name]
+    rows = _Rows(name, spec, source, None if split == "test" else split, on_error, **how)
     return Benchmark(rows, rows.kept if seed is None else rows.shuffled(seed))[:limit]
 
 

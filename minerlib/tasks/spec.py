@@ -90,6 +90,7 @@ class Spec:
     each : a list column of which every element is a sample of its own.
     max_seconds : longer sounds are skipped and reported.
     language : of the references; a metric made for another says so.
+    lower_case : references are written in small letters, as the model at hand writes.
     """
 
     hub: tuple[Repo, ...]
@@ -108,6 +109,7 @@ class Spec:
     each: str | None = None
     max_seconds: float | None = None
     language: str = "en"
+    lower_case: bool = False
 
     def __post_init__(self) -> None:
         if self.modality not in ("text", *media.DECODE):
@@ -152,6 +154,7 @@ class Spec:
             answers = tuple(map(_text, given if several else (given,)))
             if not any(answer.strip() for answer in answers):
                 raise ValueError(f"{answers} is blank" if answers else "an empty list")
+            answers = tuple(map(str.lower, answers)) if self.lower_case else answers
             if self.choices and not set(answers) & set(self.choices):
                 raise ValueError(f"{answers} is none of the choices {self.choices}")
             if check := metrics.metric_of(self.metric).check:
