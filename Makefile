@@ -100,6 +100,7 @@ data: env
 	$(BIN)/python -m data.make.train_smol smol-qwen2-audio --seed 2
 	$(BIN)/python -m data.make.train_smol smol-qwen2-vl
 	$(BIN)/python -m data.make.train_smol smol-qwen2.5-omni
+	$(BIN)/python -m data.make.train_smol smol-qwen2.5-omni-mlp
 
 clean:
 	rm -rf runs build

@@ -55,8 +55,8 @@ def test_preset(name, home, tmp_path):
     for file in (ROOT / "notebooks").glob("*.ipynb"):
         if file.name[:2] in ("00", "02", "04", *(("03",) if name in PAPERS else ())):
             shutil.copy(file, project / "notebooks")
-    given = [f"PRESET={name}", "LIMIT=8", "EVAL_LIMIT=8", f"RUN={tmp_path / 'run'}"]
-    given += ["MAX_PIXELS=1024"] if preset.family.endswith("-vl") else []  # small pictures
+    given = [f"PRESET={name}", "LIMIT=4", "EVAL_LIMIT=4", "FRAMES=4", f"RUN={tmp_path / 'run'}"]
+    given += ["MAX_PIXELS=1024"] if preset.family.endswith(("-vl", "-omni")) else []  # small
     done = subprocess.run(
         [sys.executable, project / "notebooks/run.py", *given],
         env=os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1"},
@@ -77,7 +77,7 @@ def test_preset(name, home, tmp_path):
     for of in asked:
         (file,) = run.glob(f"scores-{of}-*.nc")
         scores = xr.load_dataarray(file, engine="h5netcdf")
-        assert scores.attrs["rows"] == 8 and np.isfinite(scores).all()
+        assert scores.attrs["rows"] == 4 and np.isfinite(scores).all()
     (neurons,) = run.glob("neurons-*.nc")
     assert xr.load_dataarray(neurons, engine="h5netcdf").any()
 

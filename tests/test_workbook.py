@@ -171,6 +171,19 @@ def make(tmp_path, name: str = "tiny-qwen2-vl", **given) -> ml.Workbook:
     return wb
 
 
+def test_references_are_read_as_the_card_says_that_a_model_writes(tmp_path, monkeypatch):
+    """libri stands in capitals; its rows are others then, and so is what is kept of them."""
+    wb = make(tmp_path, "tiny-qwen2-audio", benchmarks="libri, vocal_sound")
+    card = wb.card.model_copy(update={"lower_case": ("libri",)})
+    monkeypatch.setattr(ml.Workbook, "card", card)
+    small = make(tmp_path, "tiny-qwen2-audio", benchmarks="libri, vocal_sound")
+    (told,), (read,) = wb.rows["libri"].references[0], small.rows["libri"].references[0]
+    assert told.isupper() and read == told.lower()
+    prints = [{n: b.fingerprint for n, b in w.rows.items()} for w in (wb, small)]
+    assert prints[0]["libri"] != prints[1]["libri"]
+    assert prints[0]["vocal_sound"] == prints[1]["vocal_sound"]
+
+
 @pytest.mark.fault("mining and evaluation share media")
 def test_rows_for_mining_and_evaluation_share_no_medium(tmp_path):
     wb = make(tmp_path, limit=200, eval_limit=80)
