@@ -255,7 +255,14 @@ def _sketch(ax, sample: Sample, about: Mapping[str, Any], told: np.ndarray, loud
     shares = shares.reshape(grid)
     time = int(shares.max((1, 2)).argmax())
     frames = sample.video if sample.video is not None else np.asarray(sample.image)[None]
-    ends = (0, frames.shape[2], frames.shape[1], 0)
+    tall, wide = frames.shape[1:3]
+    ends = (0, wide, tall, 0)
+    if grid[:2] == [1, 1] and grid[2] > 1:  # of no known places: a strip below
+        ax.imshow(frames[len(frames) // 2], extent=ends)
+        below = (0, wide, 1.15 * tall, 1.03 * tall)
+        ax.imshow(shares[0], extent=below, aspect="auto", cmap="Oranges", vmin=0, vmax=1.2)
+        ax.set(xlim=(0, wide), ylim=(1.15 * tall, 0))
+        return
     ax.imshow(frames[round((time + 0.5) / grid[0] * len(frames) - 0.5)], extent=ends)
     pale = 0.9 * (1 - shares[time])
     ax.imshow(np.ones_like(pale), extent=ends, cmap="gray", vmin=0, vmax=1, alpha=pale)
@@ -278,9 +285,11 @@ class Framed(NamedTuple):
 
 def _parts(mllm, rows, found, about, title: str, note: str) -> Iterator[tuple[str, str, dict]]:
     """What the page is handed: every row that is shown, every neuron, the index."""
+    texts = {}
     for name, at in sorted({(name, at) for of in found["top"] for name, at, _ in of}):
         sample = rows[name][at]
         told = tokens(mllm, sample) | {"prompt": sample.prompt, "benchmark": name}
+        texts[name, at] = told["text"]
         told |= {"references": list(dict.fromkeys(sample.references))[:3]}
         yield "row", f"{name}-{at}", told | _media(sample, told["grid"][0])
     index = []
@@ -292,7 +301,8 @@ def _parts(mllm, rows, found, about, title: str, note: str) -> Iterator[tuple[st
         peak = max((max(told) for _, _, told in top), default=0.0)
         words = (page["writes"] or {}).get("for", [])
         own = {"name": name, "layer": layer, "neuron": neuron, "peak": peak, "words": words}
-        index.append(own | known)
+        loudest = {texts[n, at][int(np.argmax(told))].strip() for n, at, told in top}
+        index.append(own | {"excited": sorted(loudest - {""})} | known)
     edges = [None if np.isinf(x) else float(x) for x in EDGES]
     whole = {"title": title, "note": note, "layers": mllm.n_layers, "neurons": index}
     yield "index", "", whole | {"kinds": list(found["kinds"]), "edges": edges}

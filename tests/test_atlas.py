@@ -14,9 +14,11 @@ import pandas as pd
 import pytest
 import torch
 from conftest import Rows, samples_for
+from PIL import Image
 
 from minerlib import atlas
 from minerlib.separation import separate
+from minerlib.tasks import Sample
 
 NEURONS = [(1, 7), (0, 3), (1, 2)]
 EVIL = "</script><script>document.title='run'</script><img src=x onerror=document.title='run'>"
@@ -126,6 +128,11 @@ def test_a_folder_with_a_page_for_each_neuron(mllm, made):
     assert [n["name"] for n in whole["neurons"]] == found["neurons"]
     assert whole["neurons"][1]["effect"] == about[1]["effect"]
     assert whole["neurons"][0]["peak"] == max(found["top"][0][0][2])
+    for neuron, top in zip(whole["neurons"], found["top"], strict=True):
+        texts = [
+            atlas.tokens(mllm, rows[n][at])["text"][int(np.argmax(told))] for n, at, told in top
+        ]
+        assert neuron["excited"] == sorted({text.strip() for text in texts} - {""})
     _, name, of = handed((folder / "neurons/L1N7.js").read_text())
     assert name == "L1N7" and of["histogram"] == found["histogram"][0]
     for key, told in of["top"]:
@@ -172,6 +179,38 @@ def test_the_page_draws_itself_and_runs_nothing_of_a_row(mllm, made):
             )
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs a browser")
+def test_neurons_are_found_by_token_and_rank_and_turned_over_by_key(mllm, made, monkeypatch):
+    browser = pytest.importorskip("playwright.sync_api")
+    page, (rows, found, about, how) = made
+    nowhere = atlas.tokens
+    monkeypatch.setattr(atlas, "tokens", lambda *of: nowhere(*of) | {  # as of a picture in tiles
+        "grid": [1, 1, nowhere(*of)["kind"].count(nowhere(*of)["medium"] or "")]})  # fmt: skip
+    strip = atlas.write_atlas(page.parent.parent / "strip", mllm, rows, found, about, **how)
+    with browser.sync_playwright() as started:
+        shown = started.chromium.launch(executable_path=shutil.which("chromium"),
+                                        args=["--no-sandbox"]).new_page()  # fmt: skip
+        shown.goto(page.as_uri())
+        shown.get_by_label("rank at most").fill("2")
+        assert shown.locator("#count").inner_text() == "2 of 3"
+        index = handed((page.parent / "index.js").read_text())[2]["neurons"]
+        word = next(word for neuron in index for word in neuron["excited"])
+        has = [word.lower() in " ".join(n["words"] + n["excited"]).lower() for n in index]
+        shown.get_by_label("rank at most").fill("")
+        shown.get_by_label("find").fill(word)
+        assert shown.locator("#count").inner_text() == f"{sum(has)} of 3"
+        shown.goto(page.as_uri() + "#" + found["neurons"][0])
+        shown.locator("#next").wait_for()
+        shown.keyboard.press("ArrowRight")
+        shown.wait_for_url("**#" + index[1]["name"])
+        seen = any(s.image is not None or s.video is not None for s in rows["a"])
+        for where, laid in ((page, 0), (strip, 1)):
+            shown.goto(where.as_uri() + "#" + found["neurons"][0])
+            shown.locator(".row").first.wait_for()
+            assert (shown.locator(".strip").count() > 0) == (seen and bool(laid))
+
+
 def test_names():
     assert atlas.named((3, 45)) == "L3N45" and atlas.parsed(" L3N45") == (3, 45)
     with pytest.raises(ValueError, match="'3.45' is no neuron: call it like L3N45"):
@@ -187,6 +226,18 @@ def test_what_one_neuron_costs():
     found = atlas.costs(told, [(0, 1), (2, 3)])
     assert found["neuron"].tolist() == ["L0N1", "L2N3"] and found["layer"].tolist() == [0, 2]
     assert found["mean"].tolist() == pytest.approx([(0.5 + 2.0) / 2, 0.0])
+
+
+def test_tokens_of_no_known_place_are_drawn_below_their_picture():
+    picture = Image.new("RGB", (40, 20), "red")
+    sample, about = Sample("what?", ("x",), image=picture), {"kind": ["image"] * 6}
+    fig, ax = plt.subplots()
+    told = np.array([0.0, 0.5, 1.0, 0.0, 0.0, 2.0])
+    atlas._sketch(ax, sample, about | {"grid": [1, 1, 6], "text": [""] * 6}, told, 2.0)
+    whole, strip = ax.images
+    assert whole.get_extent() == [0, 40, 20, 0] and strip.get_extent()[3] > 20
+    np.testing.assert_allclose(strip.get_array()[0], told / 2)
+    plt.close(fig)
 
 
 def test_a_gallery_is_pale_where_a_neuron_is_quiet(mllm):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +16,7 @@ from scipy import stats
 
 from minerlib import inference
 from minerlib.deactivation import deactivate
-from minerlib.findings import last_token
+from minerlib.findings import attention, last_token
 from minerlib.findings.states import hidden_states
 from minerlib.inference import FAILS, HOLDS, UNKNOWN
 from minerlib.separation import separate
@@ -55,6 +57,51 @@ def test_answer_tokens(mllm, samples):
         last_token.answer_tokens(mllm, samples, "truth")
     with pytest.raises(ValueError, match="4 samples|5 samples"):
         last_token.logit_lens(mllm, samples, ids[:2])
+
+
+ASKS = ("cpu", "tolist", "item", "nonzero", "numpy", "__float__", "__bool__")
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        last_token.last_token_flow,
+        last_token.logit_lens,
+        partial(last_token.knockout, cache=False, layers=[0, 3]),
+        attention.attention_between,
+    ],
+    ids=["flow", "lens", "knockout", "attention"],
+)
+def test_no_hook_waits_for_the_device(mllm, measure, monkeypatch):
+    """Whatever a hook asks of the device would stop all layers behind it."""
+    inside, waits = [], []
+
+    def watched(name):
+        own = getattr(torch.Tensor, name)
+
+        def ask(self, *args, **kwargs):
+            at = sys._getframe(1)
+            # scoring.attention asks on CPUs alone.
+            hook = "minerlib" in at.f_code.co_filename and at.f_code.co_name != "attention"
+            if inside and hook:
+                waits.append(f"{name} in {at.f_code.co_name}")
+            return own(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, ask)
+
+    forward = type(mllm).forward
+
+    def entered(*args, **kwargs):
+        inside.append(True)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            inside.pop()
+
+    monkeypatch.setattr(type(mllm), "forward", entered)
+    for name in ASKS:
+        watched(name)
+    assert len(measure(mllm, rows_of(mllm), batch_size=2)) and waits == []
 
 
 # --- attention and saliency ----------------------------------------------------------------------

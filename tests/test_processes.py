@@ -238,7 +238,13 @@ def test_a_run_by_two_processes_leaves_what_one_leaves(tmp_path):
     found = {}
     for n in (1, 2):
         where, run = tmp_path / str(n), [sys.executable, "notebooks/run.py", "quick=1"]
-        run += ["limit=4", "eval_limit=2", "notebooks=2,9", "model=data/models/tiny-qwen2-audio", f"run={where}"]
+        run += [
+            "limit=4",
+            "eval_limit=2",
+            "notebooks=2,9",
+            "model=data/models/tiny-qwen2-audio",
+            f"run={where}",
+        ]
         done = subprocess.run([*run, f"processes={n}"], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         folder = where / "tiny-qwen2-audio"

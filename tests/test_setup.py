@@ -196,6 +196,8 @@ def test_hosted_places_set_up_what_make_does():
     assert container["postCreateCommand"] == "make env models"
     assert container["image"].endswith(":3.11")
     assert (ROOT / ".binder/runtime.txt").read_text() == "python-3.11\n"
+    build = lines((ROOT / ".binder/postBuild").read_text())
+    assert build[1:] == ["python -m pip install --no-deps -e .", "python -m data.make.grafts"]
     (line,) = lines((ROOT / ".binder/requirements.txt").read_text())
     assert (ROOT / ".binder" / line.removeprefix("-r ")).resolve() == ROOT / "requirements.lock"
 

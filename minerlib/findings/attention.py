@@ -54,16 +54,26 @@ def _masses(mllm: MLLM, bench, batch_size: int) -> tuple[np.ndarray, np.ndarray,
         sets = torch.stack([*(base[k] for k in mllm.kinds), *extra], 1).float()
         starts = (real.shape[1] - real.sum(1)).tolist()  # padding is on the left
         counts[first : first + len(real)] = sets.sum(-1).cpu().numpy()
+        masses: dict[int, Tensor] = {}  # by layer, [mass or null, batch, set, set]
 
-        def attend(layer, query, key, mask, scaling, at=first, real=real, sets=sets, starts=starts):
+        def attend(
+            layer, query, key, mask, scaling, real=real, sets=sets, starts=starts, to=masses
+        ):
             seen, members = visible(mask, real.to(query.device)), sets.to(query.device)
-            for b, s in enumerate(starts):
-                inputs = query[b, :, s:], key[b, :, s:], seen[b, s:, s:], members[b, :, s:]
-                found[:, at + b, layer] = torch.stack(mass_between(*inputs, scaling)).cpu().numpy()
+            rows = ((query[b, :, s:], key[b, :, s:], seen[b, s:, s:], members[b, :, s:])
+                    for b, s in enumerate(starts))  # fmt: skip
+            to[layer] = torch.stack([torch.stack(mass_between(*row, scaling)) for row in rows], 1)
 
         with mllm.tap(attention=attend):
             mllm.forward(batch)
+        rows = slice(first, first + len(real))
+        found[:, rows, [*masses]] = np.moveaxis(together([*masses.values()]), 0, 2)
     return found[0], found[1], counts
+
+
+def together(parts: Sequence[Tensor]) -> np.ndarray:
+    """Tensors of one shape, wherever they lie, stacked on the host: waited for once, not each."""
+    return torch.stack([part.to(parts[0].device) for part in parts]).cpu().numpy()
 
 
 def _table(value: str, values: np.ndarray, uniform=None, **axes) -> pd.DataFrame:

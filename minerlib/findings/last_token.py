@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minerlib import inference
 from minerlib.artifacts import computation
-from minerlib.findings.attention import dense_bias, needs_dense_masks
+from minerlib.findings.attention import dense_bias, needs_dense_masks, together
 from minerlib.model import MLLM
 from minerlib.scoring import visible
 from minerlib.separation import separate
@@ -141,11 +141,13 @@ def last_token_flow(
             stack.enter_context(torch.enable_grad())
             slope = _saliency(-_log_p(mllm.forward(batch).logits, answer).sum(), found)
 
+        drawn = []
         for i, row in found["row"].items():
             members, seen = sets.to(row.device).float(), found["seen"][i]
             columns = torch.stack([row.mean(1), seen / seen.sum(1, keepdim=True), slope[i]])
-            per_set = torch.einsum("cbn,bsn->bsc", columns, members).cpu().numpy()
-            count = members.sum(-1).int().cpu().numpy()
+            drawn.append(torch.einsum("cbn,bsn->bsc", columns, members))
+        count = sets.sum(-1).int().cpu().numpy()
+        for i, per_set in zip(found["row"], together(drawn), strict=True):
             for b, s in np.argwhere(count):
                 parts.append((first + b, i, names[s], count[b, s], *per_set[b, s]))
     named = ["sample", "layer", "set", "tokens", "attention", "uniform", "saliency"]
@@ -197,8 +199,8 @@ def knockout(
             return _log_p(mllm.forward(batch).logits, answer)
 
         before, run = _last_step(mllm, batch, answer) if cache else (whole(), whole)
-        for name, cut in zip(names[:-1], members.unbind(1), strict=False):
-            held = cut.any(1).nonzero()[:, 0].tolist()
+        done, after, holds = [], [before.exp()], members.any(-1).cpu().numpy()
+        for name, cut, has in zip(names[:-1], members.unbind(1), holds.T, strict=False):
 
             def block(layer, query, key, mask, scaling, cut=cut, real=real):
                 seen = visible(mask, real.to(query.device), query.shape[2])
@@ -207,12 +209,14 @@ def knockout(
                 bias[:, :, -1].masked_fill_(cut.to(bias.device)[:, None], lowest)
                 return bias
 
-            for centre in (range(n) if layers is None else layers) if held else ():
+            for centre in (range(n) if layers is None else layers) if has.any() else ():
                 low = centre - window // 2
                 with mllm.tap(attention=block, layers=range(max(low, 0), min(low + window, n))):
-                    after = run().exp()
-                for b in held:
-                    parts.append((first + b, centre, name, float(before[b].exp()), float(after[b])))
+                    after.append(run().exp())
+                done.append((centre, name, np.flatnonzero(has)))
+        p, *blocked = together(after)
+        for (centre, name, held), cut_p in zip(done, blocked, strict=True):
+            parts += [(first + b, centre, name, float(p[b]), float(cut_p[b])) for b in held]
     table = pd.DataFrame(parts, columns=["sample", "layer", "set", "probability", "blocked"])
     return table.assign(loss=table["probability"] - table["blocked"])
 
@@ -244,13 +248,15 @@ def logit_lens(
     """
     parts: list[tuple] = []
     for first, batch, answer in _asked(mllm, bench, answers, batch_size, "logit lens"):
+        read_at: dict[int, Tensor] = {}
 
-        def lens(layer, h, first=first, answer=answer):
-            p = _log_p(unembed(mllm, h[:, -1:]), answer).exp().tolist()
-            parts.extend((first + b, layer, found) for b, found in enumerate(p))
+        def lens(layer, h, answer=answer, read_at=read_at):
+            read_at[layer] = _log_p(unembed(mllm, h[:, -1:]), answer).exp()
 
         with mllm.tap(hidden=lens):
             mllm.forward(batch)
+        for layer, found in zip(read_at, together([*read_at.values()]).tolist(), strict=True):
+            parts.extend((first + b, layer, p) for b, p in enumerate(found))
     return pd.DataFrame(parts, columns=["sample", "layer", "probability"])
 
 
