@@ -55,7 +55,8 @@ test: models
 		--no-loadscope-reorder --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg \
 		-p tests.nbval_numbers
 
-# A folder of HTML with a page for each neuron, build/atlas/<model>; MODEL, RUN, NAMED="L3N45 L7N1" ...
+# A folder of HTML with a page for each neuron, build/atlas/<model>, with RUN
+# <run>-<model>; MODEL, NAMED="L3N45 L7N1" and other parameters.
 atlas: models
 	$(BIN)/python notebooks/run.py notebooks="2,16" \
 		$(foreach v,$(filter-out PYTHON NOTEBOOKS,$(GIVEN)),$(v)="$$$(v)")

@@ -165,6 +165,9 @@ class Run:
             for checkpoint in held:
                 checkpoint.drop()
             value = None
+        elif processes.rank() == 0:  # a run that was killed when it had saved, and not tidied up
+            for left in self.folder.glob(f"{stem}-*.partial"):
+                left.unlink(missing_ok=True)
         value = self._kept(stem) if value is None else value
         if value is None:
             raise FileNotFoundError(

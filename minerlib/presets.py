@@ -65,6 +65,7 @@ def table() -> pd.DataFrame:
                 "preset": name,
                 "model": preset.model,
                 "test id": preset.family,
+                "parameters": ", ".join(f"{k}={v}" for k, v in preset.parameters.items()),
                 "weights, GB": f"{weights:.1f}",
                 "memory from, GB": f"{memory:.1f}",
                 "1000 rows: minutes on a GPU": f"{preset.minutes(1000):.2g}",

@@ -113,10 +113,15 @@ class Scorecard:
                 way_out = f" with the usual parameters, but {there}: use configurations='all'"
             raise NotApplicable(f"no finding of {models} models in {runs}{way_out}")
         found = {of for _, of in held}
-        self.columns = sorted(found | set(wanted) - {of.split(", ")[0] for of in found})
+        unmeasured = set(wanted) - {of.split(", ")[0] for of in found}
+        none = (
+            sorted(unmeasured) if models == "shipped" else []
+        )  # no column of what was not asked for
+        self.columns = sorted(found | unmeasured - {*none})
         lack = [key for key in product(self.findings, self.columns) if key not in held]
         why = "not measured, or not applicable; run"
-        self.missing = [f"{n} of {of}: {why} {self.findings[n].notebook}" for n, of in lack]
+        self.missing = [f"{of}: no finding yet; run with model={MODELS}/{of}" for of in none]
+        self.missing += [f"{n} of {of}: {why} {self.findings[n].notebook}" for n, of in lack]
         names = dict.fromkeys([*self.findings, *(name for name, _ in held)])
         cells = [(name, of, held.get((name, of), [])) for name, of in product(names, self.columns)]
         lines = [{"finding": n, "of": of, **line} for n, of, claims in cells for line in claims]

@@ -569,6 +569,29 @@ def smolvlm(folder: Path) -> None:
     save(folder, "SmolVLMForConditionalGeneration", config, processor)
 
 
+def idefics3(folder: Path) -> None:
+    """Also of the first SmolVLM, whose checkpoints are of this class."""
+    named = ["<|im_start|>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
+    split = ["<global-img>", *(f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2))]
+    ends = {"eos_token": "<end_of_utterance>", "pad_token": "<|im_start|>"}
+    tokens = tokenizer([*named, *split], **ends)
+    size = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
+    processor = tf.Idefics3Processor(
+        image_processor=tf.Idefics3ImageProcessor(**size),
+        tokenizer=tokens,
+        image_seq_len=4,
+        chat_template=template({"image": "<image>"}, "<|im_start|>ROLE: ", "<end_of_utterance>\n"),
+    )
+    config = tf.Idefics3Config(
+        text_config=TEXT | {"model_type": "llama", "vocab_size": len(tokens)},
+        vision_config=VISION_TOWER | {"image_size": 32, "patch_size": 8},
+        scale_factor=2,
+        pad_token_id=tokens.pad_token_id,
+        **ids(tokens, image_token_id="<image>"),
+    )
+    save(folder, "Idefics3ForConditionalGeneration", config, processor)
+
+
 def internvl(folder: Path) -> None:
     named = {"context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
     named |= {"start_image_token": "<img>", "end_image_token": "</img>"}
@@ -696,6 +719,9 @@ FAMILIES = {
     ),
     "smolvlm": Family(
         "SmolVLMForConditionalGeneration", "SmolVLMProcessor", VISION, smolvlm, needs="num2words"
+    ),
+    "idefics3": Family(
+        "Idefics3ForConditionalGeneration", "Idefics3Processor", ("image",), idefics3
     ),
     "internvl": Family("InternVLForConditionalGeneration", "InternVLProcessor", VISION, internvl),
     "audioflamingo3": Family(

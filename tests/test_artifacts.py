@@ -101,6 +101,16 @@ def test_cached_computes_once(run, value):
     assert len(run.manifests()) == 2
 
 
+@pytest.mark.fault("what a killed run leaves beside its result")
+def test_what_a_killed_run_left_beside_its_result_goes(run, registered):
+    run.cached("a", lambda: {"x": 1}, of=registered)
+    stem, other = run.stem("a", of=registered), run.stem("a", of=registered, seed=1)
+    for name in (stem, other):
+        (run.folder / f"{name}-0123.partial").write_text("half")
+    assert run.cached("a", dict, of=registered) == {"x": 1}
+    assert [p.name for p in run.folder.glob("*.partial")] == [f"{other}-0123.partial"]
+
+
 def test_cached_returns_what_a_later_read_returns(run):
     """The first call goes through the file too, so that a rerun cannot differ from it."""
     first = run.cached("facts", lambda: {"tuple": (1, 2)}, of=made)

@@ -47,7 +47,7 @@ def test_what_is_kept_makes_the_trained_function(rank, monkeypatch):
     inputs = mllm.encode(samples_for(mllm))
     grafts.settle(mllm.model)  # as in a graft, embeddings read out too
     grafts.settle(fresh.model)
-    delimiters = train_smol.prepare(mllm, rank, seed=1)
+    delimiters = train_smol.prepare(mllm, rank, grafts.ATTENTION, seed=1)
     media = mllm.family.placeholder("audio")
     assert len(delimiters) == 2 and media not in delimiters
     learning = [n for n, w in mllm.model.named_parameters() if w.requires_grad]
