@@ -53,7 +53,6 @@ class QwenOmni(Family):
         "Qwen2_5OmniForConditionalGeneration",
         "Qwen2_5OmniThinkerForConditionalGeneration",
     )
-
     version = 2
 
     @staticmethod

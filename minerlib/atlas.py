@@ -125,6 +125,11 @@ def writes(mllm: MLLM, neurons: Sequence[Neuron], k: int = 8) -> list[dict[str, 
     return out
 
 
+def placed(grid: Sequence[int]) -> bool:
+    """Whether a picture's or clip's `grid`, of `tokens`, tells where in it each token looks."""
+    return [*grid[:2]] != [1, 1] or grid[2] == 1
+
+
 def tokens(mllm: MLLM, sample: Sample, batch: Any = None) -> dict[str, Any]:
     """A prompt's tokens, `text` and `kind`, and how those of its medium lie: `grid` [time, height,
     width]; a row of moments, [1, 1, token], where the processor says nothing of places, as where it
@@ -257,7 +262,7 @@ def _sketch(ax, sample: Sample, about: Mapping[str, Any], told: np.ndarray, loud
     frames = sample.video if sample.video is not None else np.asarray(sample.image)[None]
     tall, wide = frames.shape[1:3]
     ends = (0, wide, tall, 0)
-    if grid[:2] == [1, 1] and grid[2] > 1:  # of no known places: a strip below
+    if not placed(grid):  # a strip below
         ax.imshow(frames[len(frames) // 2], extent=ends)
         below = (0, wide, 1.15 * tall, 1.03 * tall)
         ax.imshow(shares[0], extent=below, aspect="auto", cmap="Oranges", vmin=0, vmax=1.2)
@@ -291,6 +296,7 @@ def _parts(mllm, rows, found, about, title: str, note: str) -> Iterator[tuple[st
         told = tokens(mllm, sample) | {"prompt": sample.prompt, "benchmark": name}
         texts[name, at] = told["text"]
         told |= {"references": list(dict.fromkeys(sample.references))[:3]}
+        told["placed"] = told["medium"] == "audio" or placed(told["grid"])
         yield "row", f"{name}-{at}", told | _media(sample, told["grid"][0])
     index = []
     for i, name in enumerate(found["neurons"]):

@@ -542,53 +542,55 @@ def phi4(folder: Path) -> None:
     save(folder, "Phi4MultimodalForCausalLM", config, processor, eos=eos)
 
 
-def smolvlm(folder: Path) -> None:
+def tiled_tokens():
+    """The tokenizer of Idefics3 and SmolVLM, which cut a picture into tiles."""
     named = ["<|im_start|>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
     split = ["<global-img>", *(f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2))]
     ends = {"eos_token": "<end_of_utterance>", "pad_token": "<|im_start|>"}
-    tokens = tokenizer([*named, *split], **ends)
-    one = {"longest_edge": 32}
-    sampling = {"max_frames": 64, "video_size": one, "fps": 1}
-    processor = tf.SmolVLMProcessor(
-        image_processor=tf.SmolVLMImageProcessor(size={"longest_edge": 64}, max_image_size=one),
-        video_processor=tf.SmolVLMVideoProcessor(
-            size=one, max_image_size=one, video_sampling=sampling
-        ),
-        tokenizer=tokens,
-        image_seq_len=4,
-        # As its makers publish it: without a word on videos.
-        chat_template=template({"image": "<image>"}, "<|im_start|>ROLE: ", "<end_of_utterance>\n"),
-    )
-    config = tf.SmolVLMConfig(
+    return tokenizer([*named, *split], **ends)
+
+
+# As their makers publish it: without a word on videos.
+TILED_CHAT = template({"image": "<image>"}, "<|im_start|>ROLE: ", "<end_of_utterance>\n")
+ONE_TILE = {"longest_edge": 32}
+TILES = {"size": {"longest_edge": 64}, "max_image_size": ONE_TILE}
+
+
+def tiled_config(cls: str, tokens):
+    return getattr(tf, cls)(
         text_config=TEXT | {"model_type": "llama", "vocab_size": len(tokens)},
         vision_config=VISION_TOWER | {"image_size": 32, "patch_size": 8},
         scale_factor=2,
         pad_token_id=tokens.pad_token_id,
         **ids(tokens, image_token_id="<image>"),
     )
+
+
+def smolvlm(folder: Path) -> None:
+    tokens, sampling = tiled_tokens(), {"max_frames": 64, "video_size": ONE_TILE, "fps": 1}
+    processor = tf.SmolVLMProcessor(
+        image_processor=tf.SmolVLMImageProcessor(**TILES),
+        video_processor=tf.SmolVLMVideoProcessor(
+            size=ONE_TILE, max_image_size=ONE_TILE, video_sampling=sampling
+        ),
+        tokenizer=tokens,
+        image_seq_len=4,
+        chat_template=TILED_CHAT,
+    )
+    config = tiled_config("SmolVLMConfig", tokens)
     save(folder, "SmolVLMForConditionalGeneration", config, processor)
 
 
 def idefics3(folder: Path) -> None:
     """Also of the first SmolVLM, whose checkpoints are of this class."""
-    named = ["<|im_start|>", "<fake_token_around_image>", "<image>", "<end_of_utterance>"]
-    split = ["<global-img>", *(f"<row_{i}_col_{j}>" for i in (1, 2) for j in (1, 2))]
-    ends = {"eos_token": "<end_of_utterance>", "pad_token": "<|im_start|>"}
-    tokens = tokenizer([*named, *split], **ends)
-    size = {"size": {"longest_edge": 64}, "max_image_size": {"longest_edge": 32}}
+    tokens = tiled_tokens()
     processor = tf.Idefics3Processor(
-        image_processor=tf.Idefics3ImageProcessor(**size),
+        image_processor=tf.Idefics3ImageProcessor(**TILES),
         tokenizer=tokens,
         image_seq_len=4,
-        chat_template=template({"image": "<image>"}, "<|im_start|>ROLE: ", "<end_of_utterance>\n"),
+        chat_template=TILED_CHAT,
     )
-    config = tf.Idefics3Config(
-        text_config=TEXT | {"model_type": "llama", "vocab_size": len(tokens)},
-        vision_config=VISION_TOWER | {"image_size": 32, "patch_size": 8},
-        scale_factor=2,
-        pad_token_id=tokens.pad_token_id,
-        **ids(tokens, image_token_id="<image>"),
-    )
+    config = tiled_config("Idefics3Config", tokens)
     save(folder, "Idefics3ForConditionalGeneration", config, processor)
 
 

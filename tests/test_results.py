@@ -43,7 +43,7 @@ def finding(request) -> tuple[str, dict]:
 @pytest.mark.slow
 def test_the_main_numbers_are_computed_again_from_nothing(tmp_path, monkeypatch):
     """Mining, selection, the score before and after, and a random draw, on some of the rows."""
-    name, rows = "smol-qwen2-audio", 12
+    name, rows = "smol-qwen2-audio", 16
     found = published(name)
     monkeypatch.setenv("MINER_FRESH", "1")
     given = {k: v for k, v in found["parameters"].items() if k in ml.Workbook.model_fields}
