@@ -547,24 +547,39 @@ class Workbook(Parameters):
         rows, how = self.mining, {"neurons": named, "top": top}
         return self.cached("excited", compute, of=atlas.excited, rows=rows, **how)
 
-    def about(self, neurons: Sequence[atlas.Neuron]) -> list[dict[str, Any]]:
+    def costs(self, neurons: Sequence[atlas.Neuron], rows_each: int = 4) -> pd.DataFrame:
+        """`atlas.costs` of silencing each neuron alone, on so many rows of each benchmark."""
+        like = self.total()[0, 0]
+        at = [np.ravel_multi_index(neuron, like.shape) for neuron in neurons]
+        sets = [None, *(critical.as_neurons(like, [i]) for i in at)]
+        return atlas.costs(self.logprobs(sets, rows_each), neurons)
+
+    def about(
+        self, neurons: Sequence[atlas.Neuron], rows_each: int = 4, ranks: Sequence[dict] = ()
+    ) -> list[dict[str, Any]]:
         """Of each neuron what an atlas says beside what excites it: what it writes, and, where
-        notebook 02 was run, the modalities whose budgets hold it and its rank for each."""
+        notebook 02 was run, the modalities whose budgets hold it, its rank for each, beside those
+        of others, and what silencing it alone costs, where there are rows to evaluate on."""
         about: list[dict[str, Any]] = [{"writes": w} for w in atlas.writes(self.mllm, neurons)]
         with suppress(FileNotFoundError):
             modalities = self.select(strategy="LA_MU").modality.values.tolist()
             inside = {m: self.alone(m).values[0] for m in modalities}
-            ranks = {f"the paper's score, {m}": self.ranks(m) for m in modalities}
-            for known, neuron in zip(about, neurons, strict=True):
+            places = {f"the paper's score, {m}": self.ranks(m) for m in modalities}
+            for i, (known, neuron) in enumerate(zip(about, neurons, strict=True)):
                 known["sets"] = [m for m in modalities if inside[m][neuron]]
-                known["ranks"] = {name: int(of[neuron]) for name, of in ranks.items()}
+                known["ranks"] = {name: int(of[neuron]) for name, of in places.items()}
+                known["ranks"] |= ranks[i] if ranks else {}
+            if "eval_limit" in self._declared:
+                costs = self.costs(neurons, rows_each)[["mean", "low", "high"]].round(4)
+                for known, effect in zip(about, costs.to_dict("records"), strict=True):
+                    known["effect"] = effect
         return about
 
-    def look(self, layer: int, neuron: int, top: int = 4) -> atlas.Framed:
+    def look(self, layer: int, neuron: int, top: int = 4, rows_each: int = 4) -> atlas.Framed:
         """One neuron's page of the atlas, on the mined rows, as a notebook shows it."""
         one = [(layer, neuron)]
         found, title = self.excited(one, top), f"{self.label}, {atlas.named(one[0])}"
-        about = self.about(one)
+        about = self.about(one, rows_each)
         page = atlas.in_one_page(self.mllm, self.mining, found, about, title=title)
         return atlas.Framed(page)
 

@@ -374,6 +374,7 @@ GOLDEN: dict[str, Callable[[], Any]] = {
     "findings.stability.growing": lambda: stability.growing(blocks(), [1, 2, 8], chosen),
     "findings.stability.halves": lambda: stability.halves(blocks(), list(range(1, 9)), chosen),
     "findings.rivals.agreement": agreed,
+    "findings.rivals.places": lambda: rivals.places(some_ranks(), [(0, 3), (2, 19)]),
     "findings.rivals.named": lambda: rivals.named(some_ranks(), 5),
     "findings.rivals.recovered": lambda: rivals.recovered(
         mllm(), domains(), *sites(), strength=30.0, steps=1

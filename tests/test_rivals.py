@@ -12,6 +12,7 @@ import xarray as xr
 from conftest import Rows, samples_for, shared_mllm
 from scipy.stats import spearmanr
 
+from minerlib import selectors
 from minerlib.findings import rivals, specificity
 from minerlib.selectors import SELECTORS
 
@@ -46,6 +47,20 @@ def test_as_many_neurons_of_each_by_rank():
     assert {name: [*of] for name, of in sets.items()} == {"a": ["text", "image"], "b": ["image"]}
     assert sets["b"]["image"].dims == ("modality", "layer", "neuron")
     assert sets["b"]["image"].modality.values.tolist() == ["image"]
+
+
+def test_a_neurons_place_by_every_selector():
+    values = made()[0].drop_vars("selector")
+    values[0, 1, 3] = 9.0  # first of all for text
+    ranks = xr.concat([selectors.ranked(values)[0].drop_vars("metric")] * 2, "selector")
+    ranks = ranks.assign_coords(selector=["a", "b"])
+    ranks[1, 1] = np.nan  # b has none for image
+    order = np.argsort(-values.values[1], axis=None)
+    last = tuple(map(int, divmod(order[-1], 30)))
+    one, other = rivals.places(ranks, [(1, 3), last])
+    assert one.keys() == other.keys() == {"a, text", "a, image", "b, text"}
+    assert one["a, text"] == one["b, text"] == 1 and other["a, image"] == 60
+    assert one["a, image"] == 1 + np.flatnonzero(order == 33)[0]
 
 
 def test_overlap_and_repetition():

@@ -253,7 +253,16 @@ def test_what_is_known_of_a_neuron(tmp_path):
     one, other = wb.about([first, last])
     assert one["ranks"]["the paper's score, text"] == 1 and "text" in one["sets"]
     assert other["ranks"]["the paper's score, text"] == 8 * 512 and "text" not in other["sets"]
-    assert "the paper's score, text" in wb.look(*first, top=1).page
+    costs = wb.costs([first, last])
+    few = wb.evaluation["mmlu"][:4]
+    whole = ml.evaluate(wb.mllm, few, measure="logprob")["logprob"]
+    with ml.deactivate(wb.mllm, critical.as_neurons(wb.total()[0, 0], [order[0]])):
+        without = ml.evaluate(wb.mllm, few, measure="logprob")["logprob"]
+    assert costs["mean"][0] == pytest.approx((whole - without).mean(), abs=1e-5)
+    assert one["effect"]["mean"] == pytest.approx(costs["mean"][0], abs=1e-4)
+    assert wb.about([first], ranks=[{"LAPE, text": 3}])[0]["ranks"]["LAPE, text"] == 3
+    page = wb.look(*first, top=1).page
+    assert "the paper's score, text" in page and '"effect": {"mean"' in page
 
 
 @pytest.fixture

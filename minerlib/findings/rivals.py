@@ -12,6 +12,7 @@ from minerlib import planted
 from minerlib.activity import SUMMED, UNITS, activity
 from minerlib.aggregation import aggregate
 from minerlib.artifacts import computation, entries
+from minerlib.atlas import Neuron
 from minerlib.findings import specificity, stability
 from minerlib.gradients import gradients
 from minerlib.model import MLLM
@@ -92,6 +93,22 @@ def ranks(
             out[i, list(modalities).index(modality)] = of
     coords = {"selector": list(found), "modality": list(modalities), "layer": range(shape[2])}
     return xr.DataArray(out, coords, ("selector", "modality", "layer", "neuron"), "ranks")
+
+
+@computation(version=1)
+def places(found: xr.DataArray, neurons: Sequence[Neuron]) -> list[dict[str, int]]:
+    """Of each neuron its place among all by every selector of `ranks`, for every modality that it
+    ranks them for: 1 the first."""
+    of_all = ((1 - found) * found[0, 0].size).round() + 1
+    return [
+        {
+            f"{name}, {m}": int(place)
+            for name, by_modality in zip(found.selector.values, of_all.values, strict=True)
+            for m, of in zip(found.modality.values, by_modality, strict=True)
+            if not np.isnan(place := of[neuron])
+        }
+        for neuron in neurons
+    ]
 
 
 @computation(version=1)
