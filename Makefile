@@ -20,6 +20,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TINY := data/models/tiny-qwen2-vl data/models/tiny-qwen2-audio
+GRAFTS := data/models/smol-qwen2-vl data/models/smol-qwen2-audio data/models/smol-qwen2.5-omni
 TESTING := HF_HUB_OFFLINE=1 TQDM_DISABLE=1 OMP_NUM_THREADS=1
 GIVEN = $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
 
@@ -79,9 +80,11 @@ lint: env
 api: env
 	$(BIN)/pdoc -o build/api minerlib
 
-# A static site of the notebooks as committed, build/book; atlases that are built come along.
-book: env
+# A static site of the notebooks as committed, build/book, with the grafts' atlases and any others
+# that are built.
+book: models
 	$(BIN)/python -m pip install -q -c requirements.lock -e ".[book]"
+	$(BIN)/python notebooks/run.py full=1 notebooks=2,16 model="$(GRAFTS)"
 	$(BIN)/python -m book
 
 # SECTIONS="scoring memory" measures those alone. Nothing else should run.

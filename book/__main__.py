@@ -34,7 +34,7 @@ def assemble() -> None:
     atlases = sorted((ROOT / "build/atlas").glob("*/index.html"))
     names = [file.parent.name for file in atlases]
     lines = [f"- [{name}](atlas/{name}/index.html)" for name in names]
-    none = "None is built yet: `make atlas` builds one, and `make book` takes it along."
+    none = "None is built yet: `make atlas` builds one, and `make book` those of the grafts."
     listed = "\n".join(lines) or none
     (SOURCES / "atlas.md").write_text(
         f"# Atlas\n\nNeurons to look at, and to listen to.\n\n{listed}\n"

@@ -71,7 +71,7 @@ class Recipe:
 SEEN = {"text_vqa": 0.55, "coco_caption": 0.15, "msvd_qa": 0.25, "crowd": 0.05}
 HEARD = {"libri": 0.8, "vocal_sound": 0.2}
 BOTH = {k: 0.75 * v for k, v in SEEN.items()} | {k: 0.25 * v for k, v in HEARD.items()}
-OMNI = Recipe(BOTH, 1600, 2e-3, rank=8, align=1500, tower=2800, start="smol-qwen2-audio")
+OMNI = Recipe(BOTH, 1300, 2e-3, rank=8, align=1500, tower=2800, start="smol-qwen2-audio")
 RECIPES = {
     "smol-qwen2-audio": Recipe(HEARD, 2000, 3e-3),
     "smol-qwen2-vl": Recipe(SEEN, 1500, 2e-3, rank=8, align=2500),
