@@ -341,7 +341,7 @@ class Workbook(Parameters):
         factor of two, by `costs_half`. Where no dose up to a tenth of all neurons costs as much it
         says so, and is the number that a whole budget holds.
         """
-        doses = [round(self.total()[0, 0].size * 0.0002 * 2**i) for i in range(10)]
+        every = self.total()[0, 0].size
 
         def halved(n: int) -> bool:
             try:
@@ -349,9 +349,29 @@ class Workbook(Parameters):
             except ValueError:  # a strategy that takes more at once, or fewer in all
                 if of:
                     raise
-                return n > doses[len(doses) // 2]
+                return n > round(every * 0.0064)
             return self.costs_half(neurons)
 
+        return self._dose(halved, 1)
+
+    def crossing_dose(self, of: Callable[[int], dict[str, xr.DataArray]]) -> int:
+        """How many neurons, of the sets that `of` makes of a number, cost half of the score above
+        chance on average over the sets, each asked for all benchmarks, 8 mined rows of each.
+
+        To a fifth; where no dose up to a tenth of all neurons costs as much, as for `half_dose`.
+        """
+        few = {name: bench[:8] for name, bench in self.mining.items()}
+
+        def halved(n: int) -> bool:
+            left = [above_chance(self.answers(neurons, rows=few)) for neurons in of(n).values()]
+            return float(np.mean(left)) <= above_chance(self.answers(rows=few)) / 2
+
+        return self._dose(halved, 4)
+
+    def _dose(self, halved: Callable[[int], bool], steps: int) -> int:
+        """The first dose that costs half, of so many in each doubling."""
+        every = self.total()[0, 0].size
+        doses = [round(every * 0.0002 * 2 ** (i / steps)) for i in range(10 * steps)]
         at = bisect_left(doses, True, key=halved)
         if at < len(doses):
             return doses[at]
@@ -382,7 +402,7 @@ class Workbook(Parameters):
         return [(of, own[m]) for m, of in neurons.items() if own[m]]
 
     def critical(self, tried: int) -> tuple[xr.DataArray, np.ndarray]:
-        """The fewest neurons that jointly cost half of the score, and what each candidate costs.
+        """Few neurons that jointly cost half of the score, and what each candidate costs.
 
         The `tried` of greatest |activation x gradient| on 16 mined rows are silenced one at a time
         on these, and the worst taken together until `costs_half`; none where all of them do not.

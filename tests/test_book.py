@@ -32,7 +32,9 @@ def test_a_gotcha_has_its_parts():
     text = (ROOT / "book/gotchas.md").read_text()
     for part in text.split("\n## ")[1:]:
         assert re.findall(r"\*\*(\w+)\.\*\*", part)[0] == "Symptom", part
-        assert {"Cause", "Wrong", "Right"} <= set(re.findall(r"^- \*\*(\w+)\.\*\*", part, re.M)), part
+        assert {"Cause", "Wrong", "Right"} <= set(re.findall(r"^- \*\*(\w+)\.\*\*", part, re.M)), (
+            part
+        )
 
 
 def test_links_lead_to_the_sites_pages_and_to_what_is_none_are_text():

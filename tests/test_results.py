@@ -42,7 +42,7 @@ def finding(request) -> tuple[str, dict]:
 
 @pytest.mark.slow
 def test_the_main_numbers_are_computed_again_from_nothing(tmp_path, monkeypatch):
-    """Mining, selection, the score before and after, and a random draw, on some of the rows."""
+    """Mining, selection, the score before and after, and three random draws, on some rows."""
     name, rows = "smol-qwen2-audio", 16
     found = published(name)
     monkeypatch.setenv("MINER_FRESH", "1")
@@ -57,7 +57,7 @@ def test_the_main_numbers_are_computed_again_from_nothing(tmp_path, monkeypatch)
     neurons, of_old = fresh.select(), kept.select()
     assert (neurons & of_old).sum() >= 0.99 * of_old.sum()
     few = {of: bench[:rows] for of, bench in fresh.evaluation.items()}
-    for which in (None, of_old, *kept.draws(of_old, 1, by_layer=True)):
+    for which in (None, of_old, *kept.draws(of_old, 3, by_layer=True)):
         table = kept.answers(which).groupby("benchmark", sort=False).head(rows)
         again, table = fresh.answers(which, rows=few), table.reset_index(drop=True)
         assert again["row"].tolist() == table["row"].tolist()

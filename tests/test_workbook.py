@@ -461,7 +461,26 @@ def test_the_half_dose_of_sets_of_ones_own(tmp_path, monkeypatch):
         wb.half_dose(lambda n: (_ for _ in ()).throw(ValueError("no such modality")))
 
 
-def test_critical_neurons_are_the_fewest_that_cost_half(tmp_path, monkeypatch):
+def test_the_dose_of_a_crossing_is_where_the_mean_of_all_is_half(tmp_path, monkeypatch):
+    """Over all sets and benchmarks: a set that costs all does not hide what others leave."""
+    wb = make(tmp_path, benchmarks="mmlu, text_vqa", limit=30)
+    total = xr.DataArray(np.zeros((1, 1, 30, 1000)), dims=("metric", "modality", "layer", "neuron"))
+    monkeypatch.setattr(ml.Workbook, "total", lambda self: total)
+
+    def answers(self, n=None, rows=None):
+        assert {len(bench) for bench in rows.values()} == {8}
+        lost = 0 if n is None else min(n[1] / n[0], 1)  # linear, up to all
+        scores = {"mmlu": 0.25 + 0.7 * (1 - lost), "text_vqa": 0.9 * (1 - lost)}
+        return pd.DataFrame([{"benchmark": k, "score": v} for k, v in scores.items()])
+
+    monkeypatch.setattr(ml.Workbook, "answers", answers)
+    series = [round(6 * 2 ** (i / 4)) for i in range(40)]
+    for one, two, at in [(200, 200, 100), (100, 400, 80), (100, 1e9, 100)]:
+        dose = wb.crossing_dose(lambda n, one=one, two=two: {"a": (one, n), "b": (two, n)})
+        assert dose == next(n for n in series if n >= at)
+
+
+def test_critical_neurons_are_few_that_cost_half(tmp_path, monkeypatch):
     wb = make(tmp_path, benchmarks="mmlu", limit=30)
     shape = wb.mllm.n_layers, wb.mllm.n_neurons
     slopes = xr.DataArray(np.arange(np.prod(shape), dtype=float).reshape(shape),
