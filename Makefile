@@ -22,6 +22,8 @@ INSTALLED := $(VENV)/.installed
 TINY := data/models/tiny-qwen2-vl data/models/tiny-qwen2-audio
 GRAFTS := data/models/smol-qwen2-vl data/models/smol-qwen2-audio data/models/smol-qwen2.5-omni
 TESTING := HF_HUB_OFFLINE=1 TQDM_DISABLE=1 OMP_NUM_THREADS=1
+# A model that is not of the repository needs none of the grafts.
+GRAFTED = $(if $(filter-out data/models/%,$(MODEL) $(PRESET)),env,models)
 GIVEN = $(foreach v,$(.VARIABLES),$(if $(filter command,$(origin $(v))),$(v)))
 
 .PHONY: env models workbook notebooks atlas test test-fast test-ui lint api book bench data clean
@@ -38,7 +40,7 @@ $(INSTALLED): requirements.lock pyproject.toml
 models: env
 	$(BIN)/python -m data.make.grafts
 
-workbook: models
+workbook: $(GRAFTED)
 	$(BIN)/python notebooks/run.py $(foreach v,$(filter-out PYTHON,$(GIVEN)),$(v)="$$$(v)")
 
 # Execute the committed notebooks in place, after a change that is meant to change their outputs;
@@ -58,7 +60,7 @@ test: models
 
 # A folder of HTML with a page for each neuron, build/atlas/<model>, with RUN
 # <run>-<model>; MODEL, NAMED="L3N45 L7N1" and other parameters.
-atlas: models
+atlas: $(GRAFTED)
 	$(BIN)/python notebooks/run.py notebooks="2,16" \
 		$(foreach v,$(filter-out PYTHON NOTEBOOKS,$(GIVEN)),$(v)="$$$(v)")
 

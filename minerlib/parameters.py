@@ -8,6 +8,7 @@ import difflib
 import importlib
 import json
 import os
+import re
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from typing import Annotated, Any, Literal, Self
@@ -64,8 +65,8 @@ def _weights(value: Any) -> Any:
 
 
 def listed(value: Any) -> Any:
-    """Text with commas as a list."""
-    return [v.strip() for v in value.split(",")] if isinstance(value, str) else value
+    """Text with commas or blanks as a list."""
+    return re.split(r"[,\s]+", value.strip()) if isinstance(value, str) else value
 
 
 Whole = Annotated[int, Field(ge=1, description="a whole number of at least 1")]

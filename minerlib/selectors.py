@@ -77,7 +77,9 @@ def contrast(seen: Evidence) -> xr.DataArray:
 
 
 def less_the_largest_other(value: np.ndarray) -> np.ndarray:
-    """Values [modality, ...] less the largest of any other modality."""
+    """Values [modality, ...] less the largest of any other modality; NaN if there is no other."""
+    if len(value) == 1:
+        return np.full_like(value, np.nan)
     return value - np.stack([np.delete(value, i, 0).max(0) for i in range(len(value))])
 
 

@@ -10,7 +10,7 @@ wb.answers(neurons)                             # one row per sample, cached
 import json
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -570,12 +570,15 @@ class Workbook(Parameters):
     def costs(self, neurons: Sequence[atlas.Neuron], rows_each: int = 4) -> pd.DataFrame:
         """`atlas.costs` of silencing each neuron alone, on so many rows of each benchmark."""
         like = self.total()[0, 0]
-        at = [np.ravel_multi_index(neuron, like.shape) for neuron in neurons]
+        at = [np.ravel_multi_index(n, like.shape) for n in atlas.checked(self.mllm, neurons)]
         sets = [None, *(critical.as_neurons(like, [i]) for i in at)]
         return atlas.costs(self.logprobs(sets, rows_each), neurons)
 
     def about(
-        self, neurons: Sequence[atlas.Neuron], rows_each: int = 4, ranks: Sequence[dict] = ()
+        self,
+        neurons: Sequence[atlas.Neuron],
+        rows_each: int = 4,
+        ranks: Mapping[str, dict[str, int]] | None = None,
     ) -> list[dict[str, Any]]:
         """Of each neuron what an atlas says beside what excites it: what it writes, and, where
         notebook 02 was run, the modalities whose budgets hold it, its rank for each, beside those
@@ -585,10 +588,10 @@ class Workbook(Parameters):
             modalities = self.select(strategy="LA_MU").modality.values.tolist()
             inside = {m: self.alone(m).values[0] for m in modalities}
             places = {f"the paper's score, {m}": self.ranks(m) for m in modalities}
-            for i, (known, neuron) in enumerate(zip(about, neurons, strict=True)):
+            for known, neuron in zip(about, neurons, strict=True):
                 known["sets"] = [m for m in modalities if inside[m][neuron]]
                 known["ranks"] = {name: int(of[neuron]) for name, of in places.items()}
-                known["ranks"] |= ranks[i] if ranks else {}
+                known["ranks"] |= (ranks or {}).get(atlas.named(neuron), {})
             if "eval_limit" in self._declared:
                 costs = self.costs(neurons, rows_each)[["mean", "low", "high"]].round(4)
                 for known, effect in zip(about, costs.to_dict("records"), strict=True):

@@ -285,6 +285,10 @@ def execute(task: Task) -> str | None:
             done.metadata |= {"peak_memory_mib": peak[0], "minerlib_with": beside()}
             nbformat.write(done, output)
             say(f"{output}: {done.metadata.papermill.duration:.0f} s, {peak[0]} MiB")
+            outputs = [out for cell in done.cells for out in cell.get("outputs", [])]
+            told = "".join(out.get("text", "") for out in outputs)
+            for page in re.findall(r"^open \S+\.html", told, re.MULTILINE):
+                say(page)
             continue
         failure = f"{notebook} failed {task.what}: {reason}\nsee {output}"
         say(failure)  # now, and once more when all others are done

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 
 import matplotlib.pyplot as plt
@@ -13,10 +15,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Rows, samples_for
+from conftest import ROOT, Rows, samples_for
 from PIL import Image
 
-from minerlib import atlas
+from minerlib import atlas, shipped
 from minerlib.separation import separate
 from minerlib.tasks import Sample
 
@@ -267,3 +269,29 @@ def test_a_gallery_is_pale_where_a_neuron_is_quiet(mllm):
     assert not any(ax.images or ax.texts for ax in rest)
     assert fig.subfigs[0].get_suptitle() == "what it answers to"
     plt.close(fig)
+
+
+@pytest.mark.slow
+def test_from_a_folder_of_pictures_to_the_page_of_a_neuron(tmp_path):
+    """As book/your-model.md has it, with a model that is not of the repository, on a dozen rows."""
+    pictures = tmp_path / "my_pictures"
+    pictures.mkdir()
+    for i in range(12):
+        Image.new("RGB", (64, 64), (20 * i, 0, 120)).save(pictures / f"{i}.png")
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "data/models/tiny-qwen2-vl", model)
+    (model / shipped.CARD).unlink()
+    told = (ROOT / "book/your-model.md").read_text().split("## Rows of your own")[1]
+    snippet = re.search(r"```python\n(.*?)```", told, re.DOTALL)[1]
+    subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, check=True)
+    command = re.search(r"make atlas (.*?)\n", told)[1].replace("owner/model", str(model))
+    command = command.replace("=12", "=6").replace("my_rows", str(tmp_path / "my_rows"))
+    command = command.replace("RUN=mine", f"RUN={tmp_path}/mine FOLDER={tmp_path}/atlas")
+    script = [sys.executable, "notebooks/run.py", "notebooks=2,16", *shlex.split(command)]
+    done = subprocess.run(script, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert f"open {tmp_path}/atlas/index.html" in done.stdout
+    index = (tmp_path / "atlas/index.js").read_text()
+    (known,) = (n for n in json.loads(index[6:-2])[2]["neurons"] if n["name"] == "L3N45")
+    assert known["effect"].keys() == {"mean", "low", "high"}
+    assert {"the paper's score, image", "LAPE, image"} <= known["ranks"].keys()
+    assert "contrast, image" not in known["ranks"]  # there is no other modality

@@ -23,6 +23,7 @@ EXPECTED = {
     "smol-qwen2-audio": {"baseline": 0.832, "effect": 1.02},
     "tiny-qwen2-vl": {"baseline": 0.864, "effect": 0.0},
 }
+FILES = sorted((ROOT / RESULTS).glob("*/finding-*[!t].json"))  # but no manifest
 
 
 def published(name: str) -> dict:
@@ -83,18 +84,21 @@ def test_one_line_for_each_claim_of_the_finding(finding):
     assert names == stated or not name.startswith("smol")
 
 
-def test_verdicts_follow_from_the_numbers(finding):
-    _, found = finding
-    for claim in found["claims"]:
-        smallest = inference.claim(claim["name"]).smallest
-        assert claim["low"] <= claim["effect"] <= claim["high"] and claim["smallest"] == smallest
-        p = 0.0 if claim["p"] in ("<0.001", "") else float(claim["p"])  # damage has no p
-        word = claim["verdict"].removesuffix(" (close)")
-        assert (word == "holds") == (claim["low"] > smallest and p < 0.05)
-        if claim["high"] < smallest:
-            assert word == "does not hold"
-        if claim["low"] > smallest:
-            assert word != "does not hold"
+@pytest.mark.parametrize("file", FILES, ids=lambda file: f"{file.parent.name}-{file.stem[8:-17]}")
+def test_every_published_verdict_follows_from_its_numbers_and_its_claim(file):
+    for line in json.loads(file.read_text())["claims"]:
+        claim, word = inference.claim(line["name"]), line["verdict"].removesuffix(" (close)")
+        assert (line["claim"], line["smallest"]) == (claim.text, claim.smallest)
+        if line["effect"] is None or np.isnan(line["effect"]):
+            assert word == inference.UNKNOWN
+            continue
+        assert line["low"] <= line["effect"] <= line["high"]
+        p = 0.0 if line["p"] in ("<0.001", "") else float(line["p"])  # not all have draws
+        assert (word == inference.HOLDS) == (line["low"] > claim.smallest and p < 0.05)
+        if line["high"] < claim.smallest:
+            assert word == inference.FAILS
+        if line["low"] > claim.smallest:
+            assert word != inference.FAILS
 
 
 def test_the_doses_rise_from_a_handful_and_have_random_neurons_beside_them(finding):

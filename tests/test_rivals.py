@@ -57,7 +57,7 @@ def test_a_neurons_place_by_every_selector():
     ranks[1, 1] = np.nan  # b has none for image
     order = np.argsort(-values.values[1], axis=None)
     last = tuple(map(int, divmod(order[-1], 30)))
-    one, other = rivals.places(ranks, [(1, 3), last])
+    one, other = rivals.places(ranks, [(1, 3), last]).values()
     assert one.keys() == other.keys() == {"a, text", "a, image", "b, text"}
     assert one["a, text"] == one["b, text"] == 1 and other["a, image"] == 60
     assert one["a, image"] == 1 + np.flatnonzero(order == 33)[0]

@@ -10,7 +10,7 @@ from minerlib.activity import STATISTICS
 from minerlib.gradients import METHODS
 from minerlib.scoring import METRICS
 from minerlib.selection import first, unique
-from minerlib.selectors import SELECTORS, Evidence, ranked, selector
+from minerlib.selectors import SELECTORS, Evidence, less_the_largest_other, ranked, selector
 from minerlib.separation import SETS
 
 KINDS = ("text", "special", "image")
@@ -122,6 +122,10 @@ def test_benchmarks_without_a_medium_have_none():
         "text",
         "image",
     ]  # no benchmark asks of special tokens
+
+
+def test_one_modality_has_no_contrast():
+    assert np.isnan(less_the_largest_other(np.ones((1, 2, 3)))).all()
 
 
 def test_contrast_is_the_paper_score_less_the_largest_other():

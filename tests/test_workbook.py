@@ -17,7 +17,7 @@ from conftest import ROOT, random_neurons, shared_mllm
 from PIL import Image
 
 import minerlib as ml
-from minerlib import critical, workbook
+from minerlib import atlas, critical, workbook
 from minerlib.artifacts import digest
 from minerlib.findings import silencing
 from minerlib.model import RowError
@@ -86,6 +86,7 @@ def test_text_of_a_command_line_is_read():
         limit="1_000", ratio="0.05", max_pixels="None", device="", benchmarks="mmlu, libri"
     )
     assert (wb.limit, wb.ratio, wb.max_pixels, wb.device) == (1000, 0.05, None, None)
+    assert ml.Workbook(benchmarks="mmlu libri").benchmarks == ("mmlu", "libri")
     assert wb.benchmarks == ("mmlu", "libri") and ml.Workbook(benchmarks="none").benchmarks is None
 
 
@@ -260,7 +261,8 @@ def test_what_is_known_of_a_neuron(tmp_path):
         without = ml.evaluate(wb.mllm, few, measure="logprob")["logprob"]
     assert costs["mean"][0] == pytest.approx((whole - without).mean(), abs=1e-5)
     assert one["effect"]["mean"] == pytest.approx(costs["mean"][0], abs=1e-4)
-    assert wb.about([first], ranks=[{"LAPE, text": 3}])[0]["ranks"]["LAPE, text"] == 3
+    (known,) = wb.about([first], ranks={atlas.named(first): {"LAPE, text": 3}})
+    assert known["ranks"]["LAPE, text"] == 3
     page = wb.look(*first, top=1).page
     assert "the paper's score, text" in page and '"effect": {"mean"' in page
 

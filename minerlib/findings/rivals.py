@@ -13,6 +13,7 @@ from minerlib.activity import SUMMED, UNITS, activity
 from minerlib.aggregation import aggregate
 from minerlib.artifacts import computation, entries
 from minerlib.atlas import Neuron
+from minerlib.atlas import named as named_as
 from minerlib.findings import specificity, stability
 from minerlib.gradients import gradients
 from minerlib.model import MLLM
@@ -96,19 +97,19 @@ def ranks(
 
 
 @computation(version=1)
-def places(found: xr.DataArray, neurons: Sequence[Neuron]) -> list[dict[str, int]]:
-    """Of each neuron its place among all by every selector of `ranks`, for every modality that it
-    ranks them for: 1 the first."""
+def places(found: xr.DataArray, neurons: Sequence[Neuron]) -> dict[str, dict[str, int]]:
+    """By each neuron's name its place among all by every selector of `ranks`, for every modality
+    that it ranks them for: 1 the first."""
     of_all = ((1 - found) * found[0, 0].size).round() + 1
-    return [
-        {
+    return {
+        named_as(neuron): {
             f"{name}, {m}": int(place)
             for name, by_modality in zip(found.selector.values, of_all.values, strict=True)
             for m, of in zip(found.modality.values, by_modality, strict=True)
             if not np.isnan(place := of[neuron])
         }
         for neuron in neurons
-    ]
+    }
 
 
 @computation(version=1)
