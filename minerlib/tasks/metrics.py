@@ -97,16 +97,10 @@ def _compared(text: str) -> str:
 
 @_per_row
 def vqa_accuracy(answer: str, humans: Sequence[str]) -> float:
-    """Mean over the humans i of min(1, matches among the others / 3).
-
-    Where there are fewer than three others all of them must agree, and a single human is right.
-    """
+    """Mean over the humans i of min(1, matches among the others / 3); 0 of a single reference."""
     given, n = _compared(answer), len(humans)
     matches = sum(_compared(human) == given for human in humans)
-    if n == 1:
-        return float(matches)
-    enough = min(3, n - 1)
-    agreeing, others = min(1.0, (matches - 1) / enough), min(1.0, matches / enough)
+    agreeing, others = min(1.0, (matches - 1) / 3), min(1.0, matches / 3)
     return (matches * agreeing + (n - matches) * others) / n
 
 
