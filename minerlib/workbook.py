@@ -361,10 +361,11 @@ class Workbook(Parameters):
         To a fifth; where no dose up to a tenth of all neurons costs as much, as for `half_dose`.
         """
         few = {name: bench[:8] for name, bench in self.mining.items()}
+        half = above_chance(self.answers(rows=few)) / 2
 
         def halved(n: int) -> bool:
             left = [above_chance(self.answers(neurons, rows=few)) for neurons in of(n).values()]
-            return float(np.mean(left)) <= above_chance(self.answers(rows=few)) / 2
+            return float(np.mean(left)) <= half
 
         return self._dose(halved, 4)
 
