@@ -335,6 +335,7 @@ class Claim(NamedTuple):
     smallest: float
     why: str
     against: str
+    minor: bool = False  # in the scorecard's table, but not in its picture
 
 
 @cache

@@ -22,7 +22,7 @@ from minerlib.shipped import CARD
 from minerlib.workbook import MODELS, RESULTS, ROOT, NotApplicable, Workbook, save
 
 COLUMNS = ["finding", "of", "claim", "measured", "null", "p", "verdict", "name", "effect"]
-COLUMNS += ["low", "high"]
+COLUMNS += ["low", "high", "untrained"]
 MARKS = {HOLDS: (2, "yes"), FAILS: (0, "no"), UNKNOWN: (1, "?")}
 
 
@@ -117,7 +117,7 @@ class Scorecard:
         none = (
             sorted(unmeasured) if models == "shipped" else []
         )  # no column of what was not asked for
-        self.columns = sorted(found | unmeasured - {*none})
+        self.columns = sorted(found | unmeasured - {*none}, key=_grafts_first)
         lack = [key for key in product(self.findings, self.columns) if key not in held]
         why = "not measured, or not applicable; run"
         self.missing = [f"{of}: no finding yet; run with model={MODELS}/{of}" for of in none]
@@ -144,18 +144,18 @@ class Scorecard:
         return f"**{what} {name}**, judged in {known.link if known else 'a notebook not here'}"
 
     def draw(self, questions: bool = False) -> plt.Figure:
-        """The verdicts: a row per claim, a column per model; word, effect and 95 % interval.
+        """The verdicts: a row per claim, a column per model; a cell is what `told` says.
 
-        The paper's claims without rivals, which are other explanations; or the headlines of its
-        reviewers' questions.
+        The paper's claims but for minor ones and rivals, which are other explanations; or the
+        headlines of its reviewers' questions.
         """
         table = self.table
         if questions:
             table = table[table["name"].map(is_question)].sort_values("name", kind="stable")
             names = table["name"]
         else:
-            rival = table["claim"].str.startswith("rival")
-            table = table[~rival & ~table["finding"].map(is_question)]
+            other = table["claim"].str.startswith("rival") | table["name"].map(is_minor)
+            table = table[~other & ~table["finding"].map(is_question)]
             names = table["finding"]
         rows = (names + ": " + table["claim"]).map(wrapped)
         grid = table.assign(row=rows).drop_duplicates(["row", "of"]).set_index(["row", "of"])
@@ -163,10 +163,10 @@ class Scorecard:
         shape = {"index": rows.unique(), "columns": columns}
         codes = grid["verdict"].map(lambda v: mark(v)[0]).unstack().reindex(**shape)
         signs = grid.apply(told, axis=1).unstack().reindex(**shape).astype(object).fillna("")
-        tall = sum(1.3 + 0.75 * row.count("\n") for row in codes.index)
-        size = 4.6 + 1.5 * len(columns), max(2, 0.9 + 0.2 * tall)
+        tall = max(text.count("\n") for text in signs.to_numpy().ravel())
+        size = 4.4 + 2.1 * len(columns), 0.7 + (0.25 + 0.1 * tall) * len(signs)
         fig, ax = plt.subplots(figsize=size, layout="none")  # labels are as long as they are
-        style = {"annot_kws": {"fontsize": 7, "color": "black"}, "linewidths": 0.8, "fmt": ""}
+        style = {"annot_kws": {"fontsize": 6, "color": "black"}, "linewidths": 0.8, "fmt": ""}
         style |= {"cmap": ["#D55E00", "#DDDDDD", "#56B4E9"], "vmin": 0, "vmax": 2, "cbar": False}
         sns.heatmap(codes.astype(float), annot=signs, ax=ax, **style)
         ax.set(xlabel="", ylabel="")
@@ -196,6 +196,15 @@ class Scorecard:
         save(fig, self.folder / f"figures/{name}.png", name, columns=self.columns)
 
 
+def _grafts_first(of: str) -> tuple[bool, str]:
+    return not of.startswith("smol-"), of
+
+
+def is_minor(name: object) -> bool:
+    """Whether the claim of this name stands in the table alone."""
+    return isinstance(name, str) and claim(name).minor
+
+
 def is_question(name: object) -> bool:
     """Whether it is the name of a question of the paper's reviewers, or of its headline."""
     return bool(re.fullmatch(r"Q\d+", str(name)))
@@ -207,11 +216,17 @@ def wrapped(claim: str) -> str:
 
 
 def told(line: pd.Series) -> str:
-    """A cell of the scorecard: the verdict's sign and, where it was measured, the effect."""
+    """A cell of the scorecard: the verdict's sign and, where it was measured, the effect with its
+    interval, p, null and the same in untrained controls."""
     _, sign = mark(line["verdict"])
     if pd.isna(line["effect"]):
         return sign
-    return f"{sign}  {spread(*line[['effect', 'low', 'high']], sign='+')}"
+    against = [f"p {line['p']}"] if line["p"] else []
+    against.append(f"null: {line['null']}")
+    if pd.notna(line["untrained"]):
+        against.append(f"untrained: {line['untrained']}")
+    effect = f"{sign}  {spread(*line[['effect', 'low', 'high']], sign='+')}"
+    return "\n".join([effect, *textwrap.wrap("; ".join(against), 46)])
 
 
 def mark(verdict: Any) -> tuple[float, str]:

@@ -7,10 +7,11 @@ import time
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import Rows, footprints, samples_for
+from conftest import footprints, samples_for
 from families import Rows as Asked
 
 from minerlib.findings import costs
+from minerlib.presets import PRESETS
 
 
 def test_jobs_take_turns_and_the_first_turn_does_not_count():
@@ -35,14 +36,20 @@ def test_ratios_are_of_the_same_round():
     assert table.to_dict() == {("a", 0): 1, ("a", 1): 1, ("b", 0): 3, ("b", 1): 4}
 
 
-def test_two_operations_a_weight_and_token():
-    assert costs.hours(3600, 1000, 5e9, 10.0) == pytest.approx(1.0)
-
-
-def test_tokens_of_a_prompt(mllm):
-    samples = samples_for(mllm)
-    alone = [mllm.encode([s])["input_ids"].shape[1] for s in samples]
-    assert costs.prompt_tokens(mllm, Rows(samples), 4) == pytest.approx(np.mean(alone))
+def test_minutes_of_a_whole_run():
+    """By hand: a prompt of 1000 tokens through 5 billion weights, and no tower, is 10^13."""
+    one = PRESETS["qwen2-vl-7b"].model_copy(
+        update={"billions": (6.0, 5.0), "tokens": 1000, "tower": (0.0, 0)}
+    )
+    found = costs.whole_run(one, 1.2, rows=200, draws=10, sets=2, few=20, longest=5,
+                            batch_size=32, teraflops=10.0, terabytes=1.0)  # fmt: skip
+    assert found == pytest.approx({
+        "mining, 200 rows a benchmark": 1.2 * 600 / 60,  # a second each
+        "log-probability of 10 draws": 10 * 60 / 60,
+        # Two batches of 60 prompts write 5 tokens each, and read 12 GB for each.
+        "answers of 2 sets": 2 * (60 + 2 * 5 * 0.012) / 60,
+        "all": 12 + 10 + 2.004,
+    })  # fmt: skip
 
 
 def test_every_step_runs_and_leaves_no_trace(mllm):

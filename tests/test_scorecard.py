@@ -8,6 +8,7 @@ import shutil
 
 import matplotlib.pyplot as plt
 import nbformat
+import pandas as pd
 import pytest
 
 from minerlib import scorecard
@@ -192,6 +193,28 @@ def test_a_bad_parameter_is_named(project, given, message):
     space = {"In": [cell, "# Parameters\nmodel = 1"], "runs": "runs"}
     with pytest.raises(ValueError, match="unknown parameter 'model'; did you mean 'models'"):
         Scorecard.bind(space)
+
+
+def test_minor_lines_stand_in_the_table_alone(project):
+    leave(project, "I", "tiny-a", name="I")
+    leave(project, "II", "tiny-a", name="II behind")
+    card = Scorecard()
+    assert card.table["name"].tolist() == ["I", "II behind"]
+    (ax,) = card.draw().axes
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["I: neurons of I"]
+    plt.close("all")
+
+
+def test_a_cell_says_the_effect_and_what_it_is_beside():
+    line = {"verdict": "holds (close)", "effect": 0.5, "low": 0.4, "high": 0.6, "p": "0.010"}
+    line |= {"null": "+0.00 [-0.10, +0.10]", "untrained": float("nan")}
+    cell = "yes~  +0.50 [+0.40, +0.60]\np 0.010; null: +0.00 [-0.10, +0.10]"
+    assert scorecard.told(pd.Series(line)) == cell
+    cell = scorecard.told(pd.Series(line | {"p": "", "untrained": "+0.10 [+0.00, +0.20]"}))
+    assert cell.split("\n")[1:] == [
+        "null: +0.00 [-0.10, +0.10]; untrained: +0.10",
+        "[+0.00, +0.20]",
+    ]
 
 
 def test_questions_stand_apart_from_what_the_paper_says(project):

@@ -1,6 +1,7 @@
 """What each step takes in time and memory, and what a larger model would take."""
 
 import ctypes
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from minerlib.artifacts import computation
 from minerlib.deactivation import deactivate
 from minerlib.gradients import gradients
 from minerlib.model import MLLM
+from minerlib.presets import Preset
 from minerlib.scoring import score
 from minerlib.selection import select
 from minerlib.tasks import Benchmark
@@ -114,12 +116,32 @@ def ratios(times: pd.DataFrame, floor: str) -> pd.DataFrame:
     ]
 
 
-def prompt_tokens(mllm: MLLM, bench, batch_size: int) -> float:
-    """Mean tokens of a benchmark's prompts."""
-    counts = [int(b["attention_mask"].sum()) for _, b in mllm.batches(bench, batch_size, "tokens")]
-    return sum(counts) / len(bench)
+def whole_run(
+    preset: Preset,
+    scoring: float,
+    *,
+    rows: int = 500,
+    draws: int = 99,
+    sets: int = 250,
+    few: int = 24,
+    longest: int = 24,
+    batch_size: int = 32,
+    teraflops: float,
+    terabytes: float,
+) -> dict[str, float]:
+    """Minutes of a run on a preset's model and three benchmarks, worked out (`Preset.minutes`).
 
-
-def hours(rows: float, tokens: float, weights: float, teraflops: float) -> float:
-    """Hours of so many forward passes: two operations a weight and token (Kaplan et al. 2020)."""
-    return rows * tokens * 2 * weights / (teraflops * 1e12) / 3600
+    scoring is its ratio to the forward pass; `rows` are mined, `draws` told apart by
+    log-probability and `sets` answer with `longest` tokens on `few` rows, on a device that does so
+    many operations and reads so many bytes (10^12) a second: for every token that a batch writes
+    all weights, in 16 bits.
+    """
+    prompts, rate = 3 * few, teraflops * 1e12
+    steps = longest * math.ceil(prompts / batch_size)
+    writing = steps * 2 * preset.billions[0] * 1e9 / (terabytes * 1e12) / 60
+    found = {
+        f"mining, {rows} rows a benchmark": scoring * preset.minutes(3 * rows, rate),
+        f"log-probability of {draws} draws": draws * preset.minutes(prompts, rate),
+        f"answers of {sets} sets": sets * (preset.minutes(prompts, rate) + writing),
+    }
+    return found | {"all": sum(found.values())}

@@ -97,10 +97,16 @@ def _compared(text: str) -> str:
 
 @_per_row
 def vqa_accuracy(answer: str, humans: Sequence[str]) -> float:
-    """Mean over the humans i of min(1, matches among the others / 3); 0 of a single reference."""
+    """Mean over the humans i of min(1, matches among the others / 3).
+
+    Of fewer than four humans all others have to agree, so that 1 can be reached; of one, he.
+    """
     given, n = _compared(answer), len(humans)
     matches = sum(_compared(human) == given for human in humans)
-    agreeing, others = min(1.0, (matches - 1) / 3), min(1.0, matches / 3)
+    if n == 1:
+        return float(matches)
+    enough = min(3, n - 1)
+    agreeing, others = min(1.0, (matches - 1) / enough), min(1.0, matches / enough)
     return (matches * agreeing + (n - matches) * others) / n
 
 
