@@ -64,31 +64,87 @@ def as_loud(
     neuron, partner (-1: none is as loud), and each statistic of the selected and of the drawn one,
     in standard deviations.
     """
-    chosen: np.ndarray = np.asarray(neurons.values.any(0))
-    if not chosen.any():
-        raise ValueError("no neurons are selected, so none can have a partner")
-    log = np.log(loud.sel(modality=neurons.modality.values).values + 1e-9)
-    space = (log - log.mean(-1, keepdims=True)) / log.std(-1, keepdims=True)
-    rng, free, pairs = np.random.default_rng(seed), ~chosen, []
-    if outside is not None:
-        free &= ~outside.values.any(0)
-    for layer, k in rng.permutation(np.argwhere(chosen)):
+    near, space = _near(neurons, loud, caliper, outside)
+    pairs = []
+    for layer, k, partner in _paired(near, neurons[0].shape, seed):
         m = int(neurons.values[:, layer, k].argmax())
         at = space[:, m, layer]
-        near = np.flatnonzero((np.abs(at - at[:, [k]]) <= caliper).all(0) & free[layer])
-        partner = int(rng.choice(near)) if near.size else -1
-        free[layer, partner] &= partner < 0
-        drawn = at[:, partner] if near.size else np.full(len(at), np.nan)
+        drawn = at[:, partner] if partner >= 0 else np.full(len(at), np.nan)
         values = {f"{s} of {w}": x for s, *two in zip(STATISTICS, at[:, k], drawn, strict=True)
                   for w, x in zip(("selected", "drawn"), two, strict=True)}  # fmt: skip
         name = str(neurons.modality.values[m])
         pairs.append({"modality": name, "layer": layer, "neuron": k, "partner": partner} | values)
     table = pd.DataFrame(pairs)
     there = table[table["partner"] >= 0]
+    return _drawn(neurons, there["layer"], there["partner"], seed), table
+
+
+def all_as_loud(
+    neurons: xr.DataArray,
+    loud: xr.DataArray,
+    n: int,
+    seed: int = 0,
+    caliper: float = 0.25,
+    outside: xr.DataArray | None = None,
+) -> list[xr.DataArray]:
+    """n draws of `as_loud` in which every neuron has a partner, of the first seeds that give such.
+
+    Where partners are few most seeds do not; ValueError where fewer than n of 1000 n do.
+    """
+    near, _ = _near(neurons, loud, caliper, outside)
+    found = []
+    for i in range(seed, seed + 1000 * n):
+        pairs = np.array(_paired(near, neurons[0].shape, i, whole=True))
+        if len(pairs):
+            found.append(_drawn(neurons, pairs[:, 0], pairs[:, 2], i))
+        if len(found) == n:
+            return found
+    raise ValueError(f"n={n}: of {1000 * n} seeds {len(found)} draw a partner for every neuron")
+
+
+Near = dict[tuple[int, int], np.ndarray]
+
+
+def _near(
+    neurons: xr.DataArray, loud: xr.DataArray, caliper: float, outside: xr.DataArray | None
+) -> tuple[Near, np.ndarray]:
+    """By layer and selected neuron those that are as loud, and the space [statistic, modality,
+    layer, neuron] in which they are."""
+    chosen: np.ndarray = np.asarray(neurons.values.any(0))
+    if not chosen.any():
+        raise ValueError("no neurons are selected, so none can have a partner")
+    log = np.log(loud.sel(modality=neurons.modality.values).values + 1e-9)
+    space = (log - log.mean(-1, keepdims=True)) / log.std(-1, keepdims=True)
+    free = ~chosen if outside is None else ~chosen & ~outside.values.any(0)
+    near = {}
+    for layer, k in np.argwhere(chosen).tolist():
+        at = space[:, int(neurons.values[:, layer, k].argmax()), layer]
+        close = (np.abs(at - at[:, [k]]) <= caliper).all(0)
+        near[layer, k] = np.flatnonzero(close & free[layer])
+    return near, space
+
+
+def _paired(
+    near: Near, shape: tuple[int, ...], seed: int, whole: bool = False
+) -> list[tuple[int, int, int]]:
+    """Layer, neuron and partner (-1: none is left) of each, in the order in which they are drawn;
+    of none where the whole is asked for and one has no partner."""
+    rng, taken, found = np.random.default_rng(seed), np.zeros(shape, bool), []
+    for layer, k in rng.permutation([*near]).tolist():
+        left = near[layer, k][~taken[layer, near[layer, k]]]
+        if whole and not left.size:
+            return []
+        partner = int(rng.choice(left)) if left.size else -1
+        taken[layer, partner] |= partner >= 0
+        found.append((layer, k, partner))
+    return found
+
+
+def _drawn(neurons: xr.DataArray, layers, partners, seed: int) -> xr.DataArray:
+    """The partners as neurons, bool [modality "random", layer, neuron]."""
     mask = np.zeros_like(neurons.values[:1])
-    mask[0, there["layer"], there["partner"]] = True
-    attrs = {"strategy": "as loud", "seed": seed}
-    return labelled(mask, ["random"], neurons.layer, attrs), table
+    mask[0, layers, partners] = True
+    return labelled(mask, ["random"], neurons.layer, {"strategy": "as loud", "seed": seed})
 
 
 def with_partner(neurons: xr.DataArray, pairs: pd.DataFrame, there: bool = True) -> xr.DataArray:

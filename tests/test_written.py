@@ -9,7 +9,14 @@ import xarray as xr
 from conftest import Rows, footprints
 
 from minerlib.separation import SETS, separate
-from minerlib.written import STATISTICS, as_loud, balance, loudness, with_partner
+from minerlib.written import (
+    STATISTICS,
+    all_as_loud,
+    as_loud,
+    balance,
+    loudness,
+    with_partner,
+)
 
 
 def test_of_activations_as_they_are_whatever_their_sign(mllm, samples):
@@ -114,3 +121,15 @@ def test_partners_are_not_from_outside():
     outside.values[0, :, 12:100] = True
     drawn, pairs = as_loud(neurons, loud, seed=3, outside=outside)
     assert (pairs["partner"] >= 0).any() and not (drawn.values[0] & outside.values[0]).any()
+
+
+def test_draws_in_which_all_have_partners_are_those_of_the_first_seeds_that_give_such():
+    neurons, loud = made(neurons=40)
+    n = int(neurons.any("modality").sum())
+    tried = [as_loud(neurons, loud, seed=i, caliper=1.2)[0] for i in range(2, 20)]
+    whole = [draw for draw in tried if draw.sum() == n]
+    assert 0 < len(whole) < len(tried)
+    found = all_as_loud(neurons, loud, 2, seed=2, caliper=1.2)
+    assert all(a.identical(b) for a, b in zip(found, whole[:2], strict=True))
+    with pytest.raises(ValueError, match="n=1: of 1000 seeds 0 draw a partner for every neuron"):
+        all_as_loud(neurons, loud, 1, caliper=0.05)
