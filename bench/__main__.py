@@ -360,7 +360,9 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     results = json.loads(JSON.read_text()) if JSON.exists() else {}
     off = os.environ.get("TQDM_DISABLE") == "1"
-    here = [name for name in SECTIONS if name != "accelerator" or torch.cuda.is_available()]
+    absent = {"long"} if arguments.quick else set()
+    absent |= set() if torch.cuda.is_available() else {"accelerator"}
+    here = [name for name in SECTIONS if name not in absent]
     for name in tqdm(arguments.sections or here, desc="bench", disable=off):
         lines = SECTIONS[name](arguments.rounds)
         results[name] = {"machine": machine(), "rounds": arguments.rounds, "lines": lines}

@@ -7,7 +7,7 @@ take the model says so in its line of the table.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -87,7 +87,7 @@ def with_pyvene(mllm: ml.MLLM, batch) -> Way:
     return capture
 
 
-@cache
+@lru_cache(maxsize=1)  # a model that is done with is let go
 def bridged(mllm: ml.MLLM):
     """The model behind transformer-lens' hooks; it stays behind them."""
     from transformer_lens.model_bridge import TransformerBridge
@@ -193,23 +193,26 @@ def job_of_pyvene(mllm: ml.MLLM, rows) -> torch.Tensor:
 @torch.inference_mode()
 def job_of_transformer_lens(mllm: ml.MLLM, rows) -> torch.Tensor:
     bridge, parts = bridged(mllm), ("attn.hook_q", "attn.hook_k", "mlp.hook_pre")
-    names = [[f"blocks.{i}.{part}" for part in parts] for i in range(mllm.n_layers)]
+    names = [f"blocks.{i}.{part}" for i in range(mllm.n_layers) for part in parts]
 
     def take(batch):
         rest = {key: value for key, value in batch.items() if key != "input_ids"}
-        _, cached = bridge.run_with_cache(batch["input_ids"], names_filter=sum(names, []), **rest)
-        layers = ([cached[name] for name in of] for of in names)
-        acts = mllm.activations
-        return [
-            (q.flatten(2), k.flatten(2), act(x))
-            for (q, k, x), act in zip(layers, acts, strict=True)
-        ]
+        _, kept = bridge.run_with_cache(batch["input_ids"], names_filter=names, **rest)
+        taken = []
+        for i, act in enumerate(mllm.activations):
+            query, key, x = (kept[f"blocks.{i}.{part}"] for part in parts)
+            taken.append((query.flatten(2), key.flatten(2), act(x)))
+        return taken
 
     return summed(mllm, rows, take)
 
 
-JOBS = {"minerlib": job_of_minerlib, "nnsight": job_of_nnsight, "pyvene": job_of_pyvene}
-JOBS["transformer-lens"] = job_of_transformer_lens
+JOBS = {
+    "minerlib": job_of_minerlib,
+    "nnsight": job_of_nnsight,
+    "pyvene": job_of_pyvene,
+    "transformer-lens": job_of_transformer_lens,
+}
 
 
 def _job(name: str) -> float:
@@ -228,9 +231,8 @@ def whole_job(rounds: int) -> list[dict]:
     for name, do in JOBS.items():
         label = "minerlib" if name == "minerlib" else f"{name} {version(name)}"
         theirs, _ = job()  # a library may keep the model behind its hooks
-        off = (
-            (do(theirs, rows) - expected).abs().mean().item()
-        )  # one sign moves `prob` by 1 / tokens
+        # A mean, for one sign moves `prob` by 1 / tokens.
+        off = (do(theirs, rows) - expected).abs().mean().item()
         sides = {name: partial(do, theirs, rows), "own": partial(job_of_minerlib, mllm, rows)}
         before, peak = alone(_job, name)
         what = f"{label}, {setting}" + (", OTHER VALUES" if off > 1e-4 else "")

@@ -171,7 +171,16 @@ def test_vqa_edges():
 
 @pytest.mark.parametrize(
     ("humans", "expected"),
-    [("y", 1), ("n", 0), ("yy", 1), ("yn", 0.5), ("yyy", 1), ("yyn", 2 / 3), ("yyyy", 1)],
+    [
+        ("y", 1),
+        ("n", 0),
+        ("yy", 1),
+        ("yn", 0.5),
+        ("nn", 0),
+        ("yyy", 1),
+        ("yyn", 2 / 3),
+        ("yyyy", 1),
+    ],
 )
 def test_vqa_of_few_humans_reaches_one(humans, expected):
     """As rows of one's own have them; of the others, so many as there are have to agree."""

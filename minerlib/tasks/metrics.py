@@ -99,7 +99,7 @@ def _compared(text: str) -> str:
 def vqa_accuracy(answer: str, humans: Sequence[str]) -> float:
     """Mean over the humans i of min(1, matches among the others / 3).
 
-    Of fewer than four humans all others have to agree, so that 1 can be reached; of one, he.
+    Where there are fewer than three others all of them must agree, and a single human is right.
     """
     given, n = _compared(answer), len(humans)
     matches = sum(_compared(human) == given for human in humans)
