@@ -6,11 +6,13 @@ Nothing is executed. Sphinx with MyST-NB reads what stands in the repository, on
 one folder; pdoc makes the API page; atlases that lie in build/atlas come along.
 """
 
+import html
 import os
 import re
 import shutil
 import sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pdoc
 
@@ -25,6 +27,8 @@ def assemble() -> None:
     shutil.rmtree(SOURCES, ignore_errors=True)
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, SOURCES / folder)
+    for file in (SOURCES / "notebooks").glob("*.ipynb"):
+        file.write_text(re.sub(r"\]\((\w+)\.ipynb#([^)]+)\)", _heading, file.read_text()))
     for page in PAGES:
         (SOURCES / page).parent.mkdir(parents=True, exist_ok=True)
         (SOURCES / page).write_text(linked((ROOT / page).read_text(), Path(page).parent))
@@ -33,12 +37,18 @@ def assemble() -> None:
     shutil.copy(HERE / "conf.py", SOURCES)
     atlases = sorted((ROOT / "build/atlas").glob("*/index.html"))
     names = [file.parent.name for file in atlases]
-    lines = [f"- [{name}](atlas/{name}/index.html)" for name in names]
+    # As HTML: they come along once the site is built, so they are no pages of it.
+    lines = [f'- <a href="atlas/{name}/index.html">{name}</a>' for name in names]
     none = "None is built yet: `make atlas` builds one, and `make book` those of the grafts."
     listed = "\n".join(lines) or none
     (SOURCES / "atlas.md").write_text(
         f"# Atlas\n\nNeurons to look at, and to listen to.\n\n{listed}\n"
     )
+
+
+def _heading(found: re.Match) -> str:
+    """A link that a cell has printed, to a heading in a notebook, as MyST calls it."""
+    return f"]({found[1]}.html#{re.sub(r'[^\w-]', '', found[2]).lower()})"
 
 
 def linked(text: str, folder: Path) -> str:
@@ -60,6 +70,18 @@ def linked(text: str, folder: Path) -> str:
     return re.sub(r"(!?)\[([^\]\[]+)\]\(([^)]+)\)", keep, text)
 
 
+def dead(site: Path) -> list[str]:
+    """Links of the site's pages to its own files, where there is no such file."""
+    found = []
+    for page in sorted(set(site.rglob("*.html")) - set(site.glob("_static/**/*"))):
+        links = re.findall(r'\s(?:href|src)="([^"#?]+)', page.read_text(encoding="utf-8"))
+        for link in dict.fromkeys(map(html.unescape, links)):
+            beyond = re.match(r"[a-z]+:|//", link)
+            if not beyond and not (page.parent / unquote(link)).exists():
+                found.append(f"{page.relative_to(site)}: {link}")
+    return found
+
+
 def main() -> int:
     from sphinx.cmd.build import main as sphinx
 
@@ -70,6 +92,9 @@ def main() -> int:
     pdoc.pdoc("minerlib", output_directory=SITE / "api")
     if (ROOT / "build/atlas").is_dir():
         shutil.copytree(ROOT / "build/atlas", SITE / "atlas", dirs_exist_ok=True)
+    if found := dead(SITE):
+        print("links that lead nowhere:", *found, sep="\n  ")
+        return 1
     print(f"open {(SITE / 'index.html').relative_to(ROOT)}")
     return 0
 

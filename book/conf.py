@@ -11,9 +11,4 @@ html_theme_options = {"use_download_button": False, "show_toc_level": 2}
 html_show_sourcelink = html_show_copyright = False
 exclude_patterns = ["notebooks/*.py", "notebooks/*.yml"]
 # Headings that documents of other origin skip, and pages that links of READMEs lead to.
-suppress_warnings = [
-    "myst.header",
-    "myst.xref_missing",
-    "misc.highlighting_failure",
-    "toc.not_included",
-]
+suppress_warnings = ["myst.header", "misc.highlighting_failure", "toc.not_included"]

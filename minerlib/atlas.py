@@ -180,16 +180,18 @@ def write_atlas(
     *,
     title: str,
     note: str = "",
+    budgets: Mapping[str, Sequence[int]] | None = None,
 ) -> Path:
     """Write the atlas; its `index.html` opens from disk and from any static host.
 
     found is of `excited` on these rows; about has for each neuron what else is known: `sets` (names
-    of the sets it is in), `ranks` {selector: rank}, `effect` {mean, low, high} in nats, `writes`.
+    of the sets it is in), `ranks` {selector: rank}, `effect` {mean, low, high} in nats, `writes`;
+    budgets, of each set, how many neurons it has in every layer, whether they are shown or not.
     All of it is text to the page: nothing of a row can run. Addresses are index.html#L3N45.
     """
     folder = Path(folder)
     for what, name, value in tqdm(
-        _parts(mllm, rows, found, about, title, note), "pages", leave=False
+        _parts(mllm, rows, found, about, title, note, budgets), "pages", leave=False
     ):
         if what == "row":
             value |= {part: _beside(folder, f"media/{name}", value[part]) for part in _MEDIA}
@@ -288,7 +290,9 @@ class Framed(NamedTuple):
         return f"a page of {len(self.page) / 1024:.0f} kB"
 
 
-def _parts(mllm, rows, found, about, title: str, note: str) -> Iterator[tuple[str, str, dict]]:
+def _parts(
+    mllm, rows, found, about, title: str, note: str, budgets=None
+) -> Iterator[tuple[str, str, dict]]:
     """What the page is handed: every row that is shown, every neuron, the index."""
     texts = {}
     for name, at in sorted({(name, at) for of in found["top"] for name, at, _ in of}):
@@ -302,7 +306,7 @@ def _parts(mllm, rows, found, about, title: str, note: str) -> Iterator[tuple[st
     for i, name in enumerate(found["neurons"]):
         known, top = dict(about[i]), found["top"][i]
         page = {"histogram": found["histogram"][i], "writes": known.pop("writes", None)}
-        yield "neuron", name, page | {"top": [[f"{n}-{at}", told] for n, at, told in top]}
+        yield "neuron", name, page | {"top": [[f"{n}-{at}", *packed(told)] for n, at, told in top]}
         layer, neuron = parsed(name)
         peak = max((max(told) for _, _, told in top), default=0.0)
         words = (page["writes"] or {}).get("for", [])
@@ -311,7 +315,16 @@ def _parts(mllm, rows, found, about, title: str, note: str) -> Iterator[tuple[st
         index.append(own | {"excited": sorted(loudest - {""})} | known)
     edges = [None if np.isinf(x) else float(x) for x in EDGES]
     whole = {"title": title, "note": note, "layers": mllm.n_layers, "neurons": index}
+    whole |= {"budgets": {name: [*map(int, of)] for name, of in (budgets or {}).items()}}
     yield "index", "", whole | {"kinds": list(found["kinds"]), "edges": edges}
+
+
+def packed(values: Sequence[float]) -> tuple[float, float, str]:
+    """Values in a third of what they take as text: the lowest, the highest, and in base64 where
+    between the two each lies, in 65 535 steps."""
+    low, high = min(values), max(values)
+    steps = (np.asarray(values) - low) / max(high - low, 1e-9) * 65535
+    return low, high, base64.b64encode(steps.round().astype("<u2").tobytes()).decode()
 
 
 def _call(what: str, name: str, value: Any) -> str:

@@ -568,22 +568,24 @@ class Workbook(Parameters):
         rows, how = self.mining, {"neurons": named, "top": top}
         return self.cached("excited", compute, of=atlas.excited, rows=rows, **how)
 
-    def costs(self, neurons: Sequence[atlas.Neuron], rows_each: int = 4) -> pd.DataFrame:
-        """`atlas.costs` of silencing each neuron alone, on so many rows of each benchmark."""
+    def costs(self, neurons: Sequence[atlas.Neuron], rows: int = 16) -> pd.DataFrame:
+        """`atlas.costs` of silencing each neuron alone, on so many rows or a few more, of every
+        benchmark as many."""
         like = self.total()[0, 0]
         at = [np.ravel_multi_index(n, like.shape) for n in atlas.checked(self.mllm, neurons)]
         sets = [None, *(critical.as_neurons(like, [i]) for i in at)]
-        return atlas.costs(self.logprobs(sets, rows_each), neurons)
+        return atlas.costs(self.logprobs(sets, -(-rows // len(self.rows))), neurons)
 
     def about(
         self,
         neurons: Sequence[atlas.Neuron],
-        rows_each: int = 4,
+        rows: int = 16,
         ranks: Mapping[str, dict[str, int]] | None = None,
     ) -> list[dict[str, Any]]:
         """Of each neuron what an atlas says beside what excites it: what it writes, and, where
-        notebook 02 was run, the modalities whose budgets hold it, its rank for each, beside those
-        of others, and what silencing it alone costs, where there are rows to evaluate on."""
+        notebook 02 was run, the modalities whose budgets, by LA_MU, hold it, its rank for each,
+        beside those of others, and what silencing it alone costs, where there are rows to evaluate
+        on."""
         about: list[dict[str, Any]] = [{"writes": w} for w in atlas.writes(self.mllm, neurons)]
         with suppress(FileNotFoundError):
             modalities = self.select(strategy="LA_MU").modality.values.tolist()
@@ -592,18 +594,26 @@ class Workbook(Parameters):
             for known, neuron in zip(about, neurons, strict=True):
                 known["sets"] = [m for m in modalities if inside[m][neuron]]
                 known["ranks"] = {name: int(of[neuron]) for name, of in places.items()}
-                known["ranks"] |= (ranks or {}).get(atlas.named(neuron), {})
+                others = (ranks or {}).get(atlas.named(neuron), {}).items()
+                known["ranks"] |= {
+                    k: of for k, of in others if not k.startswith(("miner,", "random,"))
+                }
             if "eval_limit" in self._declared:
-                costs = self.costs(neurons, rows_each)[["mean", "low", "high"]].round(4)
+                costs = self.costs(neurons, rows)[["mean", "low", "high"]].round(4)
                 for known, effect in zip(about, costs.to_dict("records"), strict=True):
                     known["effect"] = effect
         return about
 
-    def look(self, layer: int, neuron: int, top: int = 4, rows_each: int = 4) -> atlas.Framed:
+    def look(self, layer: int, neuron: int, top: int = 4, rows: int = 16) -> atlas.Framed:
         """One neuron's page of the atlas, on the mined rows, as a notebook shows it."""
-        one = [(layer, neuron)]
-        found, title = self.excited(one, top), f"{self.label}, {atlas.named(one[0])}"
-        about = self.about(one, rows_each)
+        return self.overview([(layer, neuron)], top, rows)
+
+    def overview(
+        self, neurons: Sequence[atlas.Neuron], top: int = 4, rows: int = 16
+    ) -> atlas.Framed:
+        """The atlas of a few neurons, on the mined rows, as a notebook shows it."""
+        found, about = self.excited(neurons, top), self.about(neurons, rows)
+        title = f"{self.label}, {', '.join(map(atlas.named, neurons))}"
         page = atlas.in_one_page(self.mllm, self.mining, found, about, title=title)
         return atlas.Framed(page)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,12 @@ from conftest import ROOT
 INDEX = (ROOT / "book/index.md").read_text()
 LISTED = [line for block in re.findall(r"```\{toctree\}\n(.*?)```", INDEX, re.S)
           for line in block.splitlines() if line and not line.startswith(":")]  # fmt: skip
+
+
+def slugs(text: str) -> list[str]:
+    """A page's headings as links to them have them."""
+    heads = re.findall(r"^#+ (.+)$", text, re.M)
+    return [re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads]
 
 
 def test_every_notebook_is_in_the_book_once_and_in_order():
@@ -53,6 +60,31 @@ def test_links_lead_to_the_sites_pages_and_to_what_is_none_are_text():
     )
 
 
+def test_what_the_scorecard_prints_leads_to_headings_of_the_site(tmp_path, monkeypatch):
+    from book import __main__ as book
+
+    monkeypatch.setattr(book, "SOURCES", tmp_path / "sources")
+    book.assemble()
+    card = (tmp_path / "sources/notebooks/20_scorecard.ipynb").read_text()
+    links = re.findall(r"\]\((\w+)\.html#([^)]+)\)", card)
+    assert len(links) > 5 and ".ipynb#" not in card
+    for name, anchor in links:
+        cells = json.loads((ROOT / f"notebooks/{name}.ipynb").read_text())["cells"]
+        text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+        assert anchor in slugs(text), f"{name}: {anchor}"
+
+
+def test_a_sites_dead_links_are_found(tmp_path):
+    from book.__main__ import dead
+
+    (tmp_path / "a b.html").write_text('<a href="c/d.html#top">d</a> <a href="https://x.y/z">z</a>')
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/d.html").write_text(
+        '<a href="../a%20b.html?q=1">a</a> <a href="#here">h</a> <img src="data:x"> <img src="e.png">'
+    )
+    assert dead(tmp_path) == ["c/d.html: e.png"]
+
+
 def test_links_of_the_pages_lead_somewhere():
     for page in (*ROOT.glob("*.md"), *ROOT.glob("*/*.md")):
         text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
@@ -62,6 +94,6 @@ def test_links_of_the_pages_lead_somewhere():
                 continue
             target = page.parent / path if path else page
             assert target.exists(), f"{page.relative_to(ROOT)}: {link}"
-            heads = re.findall(r"^#+ (.+)$", target.read_text(), re.M) if anchor else []
-            known = [re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads]
-            assert not anchor or anchor in known, f"{page.relative_to(ROOT)}: {link}"
+            assert not anchor or anchor in slugs(target.read_text()), (
+                f"{page.relative_to(ROOT)}: {link}"
+            )
