@@ -48,7 +48,8 @@ def assemble() -> None:
 
 def _heading(found: re.Match) -> str:
     """A link that a cell has printed, to a heading in a notebook, as MyST calls it."""
-    return f"]({found[1]}.html#{re.sub(r'[^\w-]', '', found[2]).lower()})"
+    slug = re.sub(r"[^\w-]", "", found[2]).lower()
+    return f"]({found[1]}.html#{slug})"
 
 
 def linked(text: str, folder: Path) -> str:

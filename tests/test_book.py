@@ -80,7 +80,7 @@ def test_a_sites_dead_links_are_found(tmp_path):
     (tmp_path / "a b.html").write_text('<a href="c/d.html#top">d</a> <a href="https://x.y/z">z</a>')
     (tmp_path / "c").mkdir()
     (tmp_path / "c/d.html").write_text(
-        '<a href="../a%20b.html?q=1">a</a> <a href="#here">h</a> <img src="data:x"> <img src="e.png">'
+        '<a href="../a%20b.html?q=1">a</a> <a href="#h">h</a> <img src="data:x"> <img src="e.png">'
     )
     assert dead(tmp_path) == ["c/d.html: e.png"]
 
