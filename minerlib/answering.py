@@ -4,18 +4,18 @@ Each is a method of `model.MLLM` and takes one encoded batch, padded on the left
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-
-_GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
-_GREEDY |= {"no_repeat_ngram_size": 0, "temperature": None, "top_p": None, "top_k": None}
+from transformers import GenerationConfig
 
 
 @torch.inference_mode()
 def generate(mllm, batch, max_new_tokens: int = 32) -> list[str]:
-    """Greedy answers, stripped; settings are explicit so a checkpoint's own do not leak in."""
+    """Greedy answers, stripped, whatever settings of its own a checkpoint has for generation."""
     new, _ = _generated(mllm, batch, max_new_tokens)
     return [t.strip() for t in mllm.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
@@ -24,10 +24,21 @@ def _generated(mllm, batch, max_new_tokens: int) -> tuple[torch.Tensor, list[int
     """Ids of greedy answers [row, token], and those that end one."""
     # A part of a larger model (Omni's thinker) has no generation settings of its own.
     end = mllm.model.generation_config.eos_token_id or mllm.tokenizer.eos_token_id
-    ends = {"pad_token_id": mllm.tokenizer.pad_token_id, "eos_token_id": end}
-    with mllm.last_logits():
-        tokens = mllm.model.generate(**batch, max_new_tokens=max_new_tokens, **_GREEDY, **ends)
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    how |= {"pad_token_id": mllm.tokenizer.pad_token_id, "eos_token_id": end}
+    # In place of the model's own: what is merely given beside them leaves those it does not name.
+    bare = mock.patch.object(mllm.model, "generation_config", GenerationConfig(**how))
+    with mllm.last_logits(), bare:
+        tokens = mllm.model.generate(**batch, logits_processor=[partial(_numbers, mllm)])
     return tokens[:, batch["input_ids"].shape[1] :], [end] if isinstance(end, int) else list(end)
+
+
+def _numbers(mllm, ids: Any, values: torch.Tensor) -> torch.Tensor:
+    """Logits or log-probabilities, if they are numbers: of others a largest would be the first."""
+    if values.isnan().any():
+        way_out = "try dtype='bfloat16' or 'float32'"
+        raise ValueError(f"{mllm.name} in {mllm.model.dtype} gives logits of NaN; {way_out}")
+    return values
 
 
 @torch.inference_mode()
@@ -39,7 +50,7 @@ def choose(mllm, batch, choices: Sequence[str]) -> list[str]:
         ids.append(sorted({form[0] for form in forms if len(form) == 1}))
         if not ids[-1]:
             raise ValueError(f"{mllm.name}: the choice {choice!r} is not a single token")
-    probs = mllm.forward(batch).logits[:, -1].float().softmax(-1)
+    probs = _numbers(mllm, None, mllm.forward(batch).logits[:, -1].float().softmax(-1))
     best = torch.stack([probs[:, i].sum(-1) for i in ids]).argmax(0)
     return [choices[i] for i in best.tolist()]
 
@@ -57,21 +68,22 @@ def logprobs(mllm, batch, answers: Sequence[str]) -> torch.Tensor:
         raise ValueError(f"{mllm.name}: the answer {empty[0]!r} has no token to be probable")
     keep = new.shape[1] + 1
     logits = mllm.forward(whole, keep).logits[:, -keep:-1].float()
-    probs = logits.log_softmax(-1).cpu().gather(-1, new[..., None])[..., 0]
-    return (probs * told).sum(1) / told.sum(1)
+    probs = logits.log_softmax(-1).gather(-1, new[..., None].to(logits.device))[..., 0].cpu()
+    return _numbers(mllm, None, (probs * told).sum(1) / told.sum(1))
 
 
 def continued(mllm, batch, answers: Sequence[str]) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """The prompts followed by their answers, as of `_appended`.
-
-    After a prompt that ends in a special token or blank space an answer starts as it is, else with
-    " ".
-    """
-    special, rows = mllm.family.special(), []
-    for last, text in zip(batch["input_ids"][:, -1].tolist(), answers, strict=True):
-        met = last in special or mllm.tokenizer.decode([last])[-1:].isspace()
-        rows.append(torch.tensor(_ids(mllm, text if met else f" {text}")))
+    """The prompts followed by their answers (`begun`), as of `_appended`."""
+    last = batch["input_ids"][:, -1].tolist()
+    rows = [torch.tensor(begun(mllm, *of)) for of in zip(last, answers, strict=True)]
     return _appended(mllm, batch, rows)
+
+
+def begun(mllm, last: int, answer: str) -> list[int]:
+    """An answer's ids after a prompt whose last token is `last`: as it is after a special token or
+    blank space, else with " " before it."""
+    met = last in mllm.family.special() or mllm.tokenizer.decode([last])[-1:].isspace()
+    return _ids(mllm, answer if met else f" {answer}")
 
 
 @torch.inference_mode()

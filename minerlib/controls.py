@@ -4,6 +4,7 @@ Five random initialisations of the model's class, and its trained decoder with t
 weight in another order: as large as before, but saying nothing.
 """
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
@@ -16,7 +17,9 @@ from minerlib.model import MLLM
 
 def _drawn(mllm: MLLM) -> torch.nn.Module:
     """Of the same class, each tensor of the model's own precision: positions are not rounded."""
-    model = type(mllm.model)(mllm.model.config).to(mllm.device)
+    config = copy.deepcopy(mllm.model.config)
+    config._commit_hash = None  # it is no longer what the hub has
+    model = type(mllm.model)(config).to(mllm.device)
     tensors = [dict(chain(m.named_parameters(), m.named_buffers())) for m in (model, mllm.model)]
     for name, tensor in tensors[0].items():
         tensor.data = tensor.data.to(tensors[1][name].dtype)
@@ -34,7 +37,7 @@ def untrained(mllm: MLLM, seed: int) -> MLLM:
 
 @computation(version=1)
 def permuted(mllm: MLLM, seed: int) -> MLLM:
-    """The model with every weight of its decoder layers permuted within itself; the rest shared."""
+    """The model with every weight of its decoder layers permuted within itself; the rest copied."""
     model = _drawn(mllm)
     model.load_state_dict(mllm.model.state_dict())
     other = MLLM(model, mllm.processor, f"{mllm.name}, permuted {seed}", mllm.settings)

@@ -6,12 +6,12 @@ from __future__ import annotations
 import math
 import warnings
 from contextlib import suppress
-from copy import copy
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from accelerate.utils import send_to_device
 
 from minerlib.families import RowError
 
@@ -45,21 +45,7 @@ def kept(batch: dict, device: torch.device) -> dict:
     """Model inputs where they may wait: on the device while half of it is free, else off it."""
     if device.type == "cpu" or free(device) > whole(device) / 2:
         return batch
-    return moved(batch, torch.device("cpu"))
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """Model inputs, and what towers made of them, on a device."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):  # a model's output is one too
-        there = copy(value)
-        for name in value:
-            there[name] = moved(value[name], device)
-        return there
-    if isinstance(value, list | tuple):
-        return type(value)(moved(part, device) for part in value)
-    return value
+    return send_to_device(batch, torch.device("cpu"))
 
 
 def too_large(sample: Any) -> RowError:
@@ -78,7 +64,8 @@ def halves(positions: list[int]) -> list[list[int]]:
 
 
 def lengths(bench: Any, on_error: str = "raise") -> np.ndarray:
-    """A cheap estimate of the tokens of each row's prompt; 0 for one that may be skipped."""
+    """An estimate of the tokens of each row's prompt, of its medium's size; 0 for one that may be
+    skipped."""
     found, later = np.zeros(len(bench)), [RowError] if on_error == "skip" else []
     for i in range(len(bench)):
         with suppress(*later):

@@ -63,6 +63,7 @@ def plant(
     if not hasattr(mllm.family.mlp(mllm.layers[0]), "up_proj"):
         raise ValueError(f"{mllm.name}: neurons are planted in an MLP with an up_proj of its own")
     model = copy.deepcopy(mllm.model)
+    model.config._commit_hash = None  # it is no longer what the hub has
     other = MLLM(model, mllm.processor, f"{mllm.name}, planted", mllm.settings)
     kinds: dict[str, torch.Tensor] = {}
 

@@ -6,6 +6,7 @@ apart without colour vision; marker and hatch carry the same information in prin
 
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -155,7 +156,7 @@ def intervals(table: pd.DataFrame, ax: Axes, *, label: str, hue: str | None = No
 
 def dose(table: pd.DataFrame, ax: Axes, *, x: str, group: str, colours: dict[str, str]) -> None:
     """Dose and response on a log axis: columns x, group, mean and, for a band, low and high."""
-    for (name, part), marker in zip(table.groupby(group, sort=False), "osD^v", strict=False):
+    for (name, part), marker in zip(table.groupby(group, sort=False), cycle("osD^v")):
         ax.plot(part[x], part["mean"], color=colours[name], marker=marker, lw=1.3, label=name)
         if "low" in part:
             band = part[x], part["low"], part["high"]

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import xarray as xr
+from accelerate.utils import send_to_device
 from torch import Tensor
 from tqdm import tqdm
 
@@ -161,6 +162,16 @@ def attention(query: Tensor, key: Tensor, real: Tensor, scaling: float | None = 
     return p.div_(heads)
 
 
+def needs_windows(mllm: MLLM) -> None:
+    """ValueError where a kernel keeps it to itself how far back a layer sees (`visible`)."""
+    config = mllm.text_config
+    if "flash" in (kind := config._attn_implementation) and getattr(config, "sliding_window", None):
+        raise ValueError(
+            f"{mllm.name} runs {kind}, which does not say that some layers see the last "
+            f"{config.sliding_window} tokens only: load it with attn_implementation='sdpa'"
+        )
+
+
 def visible(mask: Tensor | None, real: Tensor, queries: int | None = None) -> Tensor:
     """Which keys the last `queries` tokens (default all) see, bool [batch, query, key].
 
@@ -298,6 +309,8 @@ def score(
     RowError for a row that cannot be used or gives what is not finite; on_error="skip" leaves it
     out, warns and names it in attrs["skipped"].
     """
+    if causal:
+        needs_windows(mllm)
     sums, saved, how = Sums(mllm.n_layers), None, {"causal": causal, "generated": generated}
     batches = [range(len(bench))[i : i + batch_size] for i in starts(bench, batch_size)]
     own = batches
@@ -323,7 +336,7 @@ def score(
     if processes.size() == 1:
         add()
     else:
-        sums = _together(processes.joined(lambda: memory.moved(add(), torch.device("cpu"))))
+        sums = _together(processes.joined(lambda: send_to_device(add(), torch.device("cpu"))))
     if sums.skipped:
         warnings.warn("; ".join(["rows skipped", *sums.skipped]), stacklevel=2)
     if not sums.rows:
@@ -414,12 +427,18 @@ def add_batch(
             why = f"importance metric {', '.join(map(repr, bad))} gives numbers that are not finite"
         benchmark, row = rows[i] if rows else ("batch", i)
         raise RowError(benchmark, row, f"layer {layer}", why)
-    for layer, (scores, mean, low) in found.items():  # sums of a checkpoint are on the CPU
-        sums.scores[layer] = sums.scores[layer].to(scores.device) + scores
-        sums.mean[layer] = sums.mean[layer].to(mean.device) + mean
-        sums.minimum[layer] = torch.minimum(sums.minimum[layer].to(low), low)
+    # All new ones before the first is kept: where memory runs out the sums are as they were.
+    before = zip(sums.scores, sums.mean, sums.minimum, strict=True)
+    after = [_sum(*of, *found[layer]) for layer, of in enumerate(before)]
+    sums.scores, sums.mean, sums.minimum = map(list, zip(*after, strict=True))
     sums.samples += masks.any(-1).sum(0).cpu()
     sums.rows += len(masks)
+
+
+def _sum(scores, mean, minimum, more, also, low) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's sums with those of one more batch; of a checkpoint they are on the CPU."""
+    new = scores.to(more.device) + more, mean.to(also.device) + also
+    return *new, torch.minimum(minimum.to(low), low)
 
 
 def _to_array(sums: Sums, name: str) -> xr.DataArray:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 import xarray as xr
-from sklearn.metrics import pairwise_distances
 
 from minerlib.artifacts import computation
 from minerlib.scoring import METRICS
@@ -121,6 +120,8 @@ def first(scores: xr.DataArray, n: int, strategy: str = "LA_MU", **how) -> xr.Da
     ValueError where its first step already does, or where no budget reaches n.
     """
     size = scores.sizes["layer"] * scores.sizes["neuron"]
+    if n < 1:
+        raise ValueError(f"n={n} neurons: take at least 1")
 
     def at(budget: int) -> xr.DataArray:
         return select(scores, min((budget + 0.5) / size, 1), strategy, **how)
@@ -164,7 +165,7 @@ def weighted(scores: xr.DataArray, weights: Weights) -> np.ndarray:
     held = scores.metric.values.tolist()
     if unknown := set(weights) - set(held):
         raise ValueError(f"unknown metric {sorted(unknown)} in weights; the scores hold {held}")
-    if any(w < 0 for w in weights.values()) or abs(sum(weights.values()) - 1) > 1e-6:
+    if any(w < 0 for w in weights.values()) or not abs(sum(weights.values()) - 1) <= 1e-6:
         raise ValueError(f"weights {weights} must be at least 0 and sum to 1")
     w = np.array([weights.get(metric, 0) for metric in held], np.float32)
     values = scores.transpose("metric", "modality", "layer", "neuron").values
@@ -179,9 +180,16 @@ def unique(neurons: xr.DataArray) -> int:
 
 
 def overlap(neurons: xr.DataArray) -> pd.DataFrame:
-    """Jaccard overlap of the modalities' neurons, modality by modality."""
+    """Jaccard overlap of the modalities' neurons, modality by modality (`jaccard`)."""
     sets, names = neurons.values.reshape(len(neurons), -1), neurons.modality.values
-    return pd.DataFrame(1 - pairwise_distances(sets, metric="jaccard"), names, names)
+    return pd.DataFrame([jaccard(of, sets) for of in sets], names, names)
+
+
+def jaccard(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The share of the neurons in either set that is in both, over the last axis; NaN of two empty
+    sets."""
+    both, either = (a & b).sum(-1), (a | b).sum(-1)
+    return both / np.where(either, either, np.nan)
 
 
 @computation(version=1)
@@ -199,6 +207,14 @@ def matched_random(
     union = neurons.any("modality").values
     free = np.ones_like(union) if outside is None else ~outside.values
     groups, free = (x if by_layer else x.reshape(1, -1) for x in (union, free))
+    wanted, there = groups.sum(-1), free.sum(-1)
+    if (wanted > there).any():
+        i = int(np.argmax(wanted > there))
+        where = f"layer {i} has {there[i]}" if by_layer else f"there are {there[i]}"
+        raise ValueError(
+            f"{wanted[i]} random neurons are wanted and {where} to draw from: select fewer, or "
+            "leave out fewer (outside)"
+        )
     mask = np.zeros(groups.shape, bool)
     for row, count, there in zip(mask, groups.sum(-1), free, strict=True):
         row[rng.choice(np.flatnonzero(there), count, replace=False)] = True

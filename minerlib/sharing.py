@@ -6,6 +6,7 @@ with ml.deactivate(mllm, ml.load_neurons("user/their-neurons", mllm)):
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import huggingface_hub
 import numpy as np
 import torch
 import xarray as xr
+from torch.nn.utils.rnn import pad_sequence
 
 from minerlib.artifacts import atomically
 from minerlib.model import MLLM
@@ -107,7 +109,8 @@ def push_neurons(folder: str | Path, repository: str, *, private: bool = False) 
 
 
 def _signature(mllm: MLLM) -> np.ndarray:
-    """Values from all over every weight matrix of each decoder layer, float32 [layer, value]."""
+    """Values from all over every weight matrix of each decoder layer, float32 [layer, value]; NaN
+    at the end of a layer that has fewer."""
     found = []
     for layer in mllm.layers:
         weights = [w for _, w in sorted(layer.named_parameters()) if w.ndim == 2]
@@ -118,7 +121,7 @@ def _signature(mllm: MLLM) -> np.ndarray:
             )
         flat = [w.detach().flatten() for w in weights]
         found.append(torch.cat([w[:: len(w) // _VALUES + 1].float().cpu() for w in flat]))
-    return torch.stack(found).numpy()
+    return pad_sequence(found, batch_first=True, padding_value=math.nan).numpy()
 
 
 def _same(held: xr.Dataset, card: Mapping[str, Any], mllm: MLLM) -> None:
@@ -131,7 +134,9 @@ def _same(held: xr.Dataset, card: Mapping[str, Any], mllm: MLLM) -> None:
         here = f"a {own} of {mllm.n_layers} x {mllm.n_neurons}"
         raise ValueError(f"{of}, {whose}; {mllm.name} is {here}")
     theirs, mine = held["weights"].values, _signature(mllm)
-    if theirs.shape != mine.shape or not np.allclose(mine, theirs, rtol=2**-8, atol=1e-6):
+    if theirs.shape != mine.shape or not np.allclose(
+        mine, theirs, rtol=2**-8, atol=1e-6, equal_nan=True
+    ):
         raise ValueError(f"{of}, whose weights are not those of {mllm.name}: mine your own model")
 
 

@@ -600,7 +600,9 @@ class Workbook(Parameters):
                 }
             if "eval_limit" in self._declared:
                 costs = self.costs(neurons, rows)[["mean", "low", "high"]].round(4)
-                for known, effect in zip(about, costs.to_dict("records"), strict=True):
+                # One medium has no interval, and a page knows no NaN.
+                lines = costs.astype(object).where(costs.notna(), None).to_dict("records")
+                for known, effect in zip(about, lines, strict=True):
                     known["effect"] = effect
         return about
 

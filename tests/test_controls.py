@@ -1,8 +1,10 @@
 """Untrained controls: of the model's own precision, learnt or not."""
 
+import pandas as pd
 import torch
 from conftest import random_mllm
 
+from minerlib import planted
 from minerlib.controls import permuted, untrained
 
 
@@ -19,6 +21,17 @@ def test_a_control_keeps_the_precision_of_every_tensor():
             assert buffer.dtype == theirs[name].dtype, name
         frequencies = made.model.model.language_model.rotary_emb.inv_freq
         assert not torch.equal(frequencies, frequencies.bfloat16().float())
+
+
+def test_a_control_of_a_model_of_the_hub_is_another_model():
+    """Whose commit says nothing of it: else it would find the trained model's numbers."""
+    mllm = random_mllm("tiny-qwen2-vl")
+    mllm.model.config._commit_hash = "0123abc"
+    made = [untrained(mllm, 0), untrained(mllm, 1), permuted(mllm, 0)]
+    where = pd.DataFrame({"modality": ["text"], "role": ["needed"], "layer": [0], "neuron": [3]})
+    made.append(planted.plant(mllm, where, [1.0], 3.0, seed=0))
+    found = {str(sorted(of.fingerprint.items())) for of in (mllm, *made)}
+    assert len(found) == 5 and mllm.fingerprint["commit"] == "0123abc"
 
 
 def test_permuted_weights_are_the_same_numbers():

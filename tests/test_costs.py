@@ -10,6 +10,7 @@ import pytest
 from conftest import footprints, samples_for
 from families import Rows as Asked
 
+from minerlib import memory
 from minerlib.findings import costs
 from minerlib.presets import PRESETS
 
@@ -52,11 +53,19 @@ def test_minutes_of_a_whole_run():
     })  # fmt: skip
 
 
-def test_every_step_runs_and_leaves_no_trace(mllm):
+def test_every_step_runs_and_leaves_no_trace(mllm, monkeypatch):
     rows = [Asked(samples_for(mllm)[:2])]
     before = footprints(mllm)
     jobs = costs.steps(mllm, rows, 2, 1)
     assert next(iter(jobs)) == "forward pass" and len(jobs) == 7
+    with monkeypatch.context() as patch:  # memory for less than a backward pass of all
+        patch.setattr(memory, "backward_rows", lambda *_: 1)
+        encoded = []
+        patch.setattr(
+            type(mllm), "encode", lambda own, s, to=mllm.encode: encoded.append(s) or to(s)
+        )
+        jobs["forward pass"]()
+        assert [len(samples) for samples in encoded] == [2]
     for job in jobs.values():
         job()
     assert footprints(mllm) == before

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import random_neurons, shared_mllm
 
+from minerlib import plots
 from minerlib.findings import doses
 
 DOSES = {10: 1.0, 100: 0.75, 1000: 0.25, 10000: 0.0}  # what is left of the score
@@ -81,3 +83,12 @@ def test_heads_and_mlps(mllm):
     assert all(np.array_equal(a, b) for a, b in zip(draws, again, strict=True))
     whole = doses.as_mlp(random_neurons(shared_mllm("tiny-qwen2-vl")), 1)
     assert whole.values[0, 1].all() and whole.sum() == whole.sizes["neuron"]
+
+
+def test_a_curve_for_every_group():
+    names = [f"benchmark {i}" for i in range(7)]
+    table = pd.DataFrame({"dose": [0.1, 0.2] * 7, "of": np.repeat(names, 2), "mean": 0.5})
+    fig, ax = plt.subplots()
+    plots.dose(table, ax, x="dose", group="of", colours=dict.fromkeys(names, "#222222"))
+    assert [line.get_label() for line in ax.lines] == names
+    plt.close(fig)

@@ -296,6 +296,11 @@ def test_a_choice_among_answers_of_other_rows_needs_no_words(echo):
     assert again["answer"].tolist() == answers[10:20]  # whatever the batch and the part
 
 
+def test_a_blank_is_no_reference_where_something_is_said():
+    assert Sample("?", ("", " ", "", "yes")).reference == "yes"
+    assert Sample("?", ("b", "a", "a", "b")).reference == "b" and Sample("?", ("",)).reference == ""
+
+
 def test_a_guess_at_the_commonest_answer_is_right_by_chance():
     """Of a real benchmark's references, half of which are one of a few words."""
     bench = benchmark("text_vqa", source=ROOT / "data/benchmarks")

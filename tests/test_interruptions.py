@@ -162,6 +162,24 @@ def little():
     return mllm, tried, limit
 
 
+def test_memory_that_runs_out_while_sums_grow_counts_nothing_twice(monkeypatch):
+    mllm, calls, minimum = random_mllm("tiny-qwen2-audio"), [], torch.minimum
+    rows = Rows(samples_for(mllm))
+    expected = ml.score(mllm, rows)
+
+    def fourth(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return minimum(*args)
+
+    monkeypatch.setattr(torch, "minimum", fourth)
+    with pytest.warns(UserWarning, match="run in halves"):
+        found = ml.score(mllm, rows)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    np.testing.assert_array_equal(found.samples, expected.samples)
+
+
 @pytest.mark.parametrize("prepared", [False, True])
 def test_batches_that_do_not_fit_are_run_in_halves(little, prepared):
     mllm, tried, _ = little
@@ -234,9 +252,7 @@ def test_inputs_wait_off_a_device_that_is_half_full(monkeypatch):
     batch = {"input_ids": torch.ones(2, 3), "seen": {"image": [torch.ones(4)]}}
     device = torch.device("meta")  # stands for any that is not the processor
     monkeypatch.setattr(memory, "whole", lambda device: 100)
-    there = memory.moved(batch, device)
-    assert there["seen"]["image"][0].device == device and batch["input_ids"].device.type == "cpu"
     for left, kept in ((51, True), (50, False)):
         monkeypatch.setattr(memory, "free", lambda device, left=left: left)
-        monkeypatch.setattr(memory, "moved", lambda batch, to: "moved")
+        monkeypatch.setattr(memory, "send_to_device", lambda batch, to: "moved")
         assert (memory.kept(batch, device) is batch) == kept

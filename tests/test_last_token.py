@@ -15,10 +15,12 @@ from eager import eager, sdpa, uniform
 from scipy import stats
 
 from minerlib import inference
+from minerlib.answering import continued
 from minerlib.deactivation import deactivate
 from minerlib.findings import attention, last_token
 from minerlib.findings.states import hidden_states
 from minerlib.inference import FAILS, HOLDS, UNKNOWN
+from minerlib.scoring import score
 from minerlib.separation import separate
 from minerlib.tasks import Sample
 
@@ -40,7 +42,7 @@ def ordered(table: pd.DataFrame) -> pd.DataFrame:
 # --- the token followed --------------------------------------------------------------------------
 
 
-def test_answer_tokens(mllm, samples):
+def test_answer_tokens(mllm, samples, monkeypatch):
     ids = last_token.answer_tokens(mllm, samples)
     for id_, sample in zip(ids, samples, strict=True):
         assert mllm.tokenizer.encode(sample.references[0])[0] == id_
@@ -51,6 +53,13 @@ def test_answer_tokens(mllm, samples):
     usual = [Sample("Who?", ("gym", "Arlen", "Arlen"))]
     expected = mllm.tokenizer.encode("Arlen", add_special_tokens=False)[0]
     assert last_token.answer_tokens(mllm, usual).tolist() == [expected]
+    begins = mllm.tokenizer.encode(" Arlen", add_special_tokens=False)[0]
+    assert begins != expected
+    bare = "{% for part in messages[0].content %}{{ part.text }}{% endfor %} Assistant:"
+    with monkeypatch.context() as patch:  # no blank ends it: the answer begins with one
+        patch.setattr(type(mllm.family), "template", bare)
+        assert last_token.answer_tokens(mllm, usual).tolist() == [begins]
+        assert continued(mllm, mllm.encode(usual), ["Arlen"])[1][0, 0] == begins
     with pytest.raises(ValueError, match=r"samples \[1\] have an empty reference"):
         last_token.answer_tokens(mllm, [*usual, Sample("Who?", ("",))])
     with pytest.raises(ValueError, match="reference or model"):
@@ -608,3 +617,9 @@ def test_errors_name_the_way_out(mllm, samples, monkeypatch):
         for measure in (last_token.knockout, last_token.last_token_flow):
             with pytest.raises(ValueError, match="sdpa"):
                 measure(mllm, samples, answers)
+    # A kernel that does not say how far back its layers see.
+    monkeypatch.setattr(mllm.text_config, "_attn_implementation_internal", "flash_attention_2")
+    monkeypatch.setattr(mllm.text_config, "sliding_window", 4, raising=False)
+    for measure in (attention.attention_within, partial(score, causal=True)):
+        with pytest.raises(ValueError, match="flash_attention_2.*the last 4 tokens only: load it"):
+            measure(mllm, samples)

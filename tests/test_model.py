@@ -192,11 +192,32 @@ def test_generation_ignores_the_checkpoints_settings(mllm, samples, monkeypatch)
     batch = mllm.encode(samples)
     before = mllm.generate(batch, 6)
     settings = transformers.GenerationConfig(
-        do_sample=True, temperature=9.0, repetition_penalty=9.0, num_beams=3
-    )
+        do_sample=True, temperature=9.0, repetition_penalty=9.0, num_beams=3,
+        min_new_tokens=6, suppress_tokens=mllm.tokenizer.encode("".join(before)),
+    )  # fmt: skip
     settings.eos_token_id = mllm.model.generation_config.eos_token_id
     monkeypatch.setattr(mllm.model, "generation_config", settings)
     assert mllm.generate(batch, 6) == before
+
+
+def test_logits_that_are_no_numbers_are_no_answers(mllm, samples):
+    """Of NaN the first choice would be the likeliest, and a mean would leave the row out."""
+    batch = mllm.encode(samples)
+
+    def poison(module, args, out):
+        out[-1] = float("nan")  # of the last row alone
+
+    hook = mllm.activations[-1].register_forward_hook(poison)
+    calls = (lambda: mllm.choose(batch, "AB"), lambda: mllm.generate(batch, 2),
+             lambda: mllm.logprob(batch, ["yes"] * len(samples)))  # fmt: skip
+    try:
+        for call in calls:
+            with pytest.raises(ValueError, match="torch.float32 gives logits of NaN; try dtype="):
+                call()
+    finally:
+        hook.remove()
+    for call in calls:
+        call()
 
 
 def test_choose_ranks_the_last_tokens_probabilities(mllm, samples):

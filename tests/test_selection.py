@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
 from functools import partial
 
@@ -211,6 +212,7 @@ def test_weights_as_mapping_or_sequence():
         (dict(ratio=2), "ratio is 2"),
         (dict(weights={"mean": 0.5, "median": 0.5}), r"unknown metric \['median'\]"),
         (dict(weights={"mean": 0.7}), "sum to 1"),
+        (dict(weights={"mean": math.nan}), "sum to 1"),
         (dict(weights={"mean": 1.5, "max": -0.5}), "at least 0"),
         (dict(weights="best"), "no weights 'best'; use one of default, prob, .*, or numbers"),
         (dict(weights=(0.5, 0.5)), "2 weights, expected one for each of .*attn_q"),
@@ -289,7 +291,9 @@ def test_the_highest_of_a_step_are_taken(n, expected):
 def test_the_first_of_too_few_and_of_too_many():
     """A first step of four is not cut; three a modality and layer are nine different ones."""
     how = {"strategy": "uniform", "weights": {"mean": 1.0}}
-    for n in (0, 1, 3):
+    with pytest.raises(ValueError, match="n=0 neurons: take at least 1"):
+        first(hand_made(), 0, **how)
+    for n in (1, 3):
         with pytest.raises(ValueError, match=f"n={n}: strategy 'uniform' takes at least 4 neurons"):
             first(hand_made(), n, **how)
     np.testing.assert_array_equal(first(hand_made(), 9, **how), select(hand_made(), 1, **how))
@@ -312,6 +316,7 @@ def test_unique_and_overlap():
     table = overlap(neurons)
     assert table.loc["a", "b"] == table.loc["b", "a"] == pytest.approx(2 / 6)
     assert table.loc["a", "a"] == 1 and table.loc["a", "c"] == 0
+    assert np.isnan(table.loc["c", "c"])  # two empty sets have nothing to agree on
 
 
 @pytest.mark.parametrize("by_layer", [False, True])
@@ -329,6 +334,17 @@ def test_matched_random(by_layer):
     assert len({d.values.tobytes() for d in draws}) == len(draws)
     # Every neuron can be drawn: 20 draws of a fifth leave out 1 % of them.
     assert np.mean([np.any([d.values for d in draws], axis=0)]) > 0.9
+
+
+def test_more_than_there_are_cannot_be_drawn():
+    neurons = select(random_scores(), 0.2, "LA_MU")
+    wanted = int(neurons.any("modality").sum("neuron")[0])
+    outside = xr.zeros_like(neurons[0])
+    outside[0, wanted - 1 :] = True
+    with pytest.raises(ValueError, match=f"{wanted} random .* layer 0 has {wanted - 1} to draw"):
+        matched_random(neurons, 0, True, outside)
+    with pytest.raises(ValueError, match="there are 0 to draw from"):
+        matched_random(neurons, 0, outside=xr.ones_like(neurons[0]))
 
 
 def test_an_empty_selection_is_matched_by_an_empty_draw():

@@ -43,6 +43,17 @@ def test_what_was_written_is_read(mllm, saved):
         pass
 
 
+def test_layers_of_different_weights(mllm, tmp_path):
+    """A convolution in some, or keys that others share."""
+    other = random_mllm(mllm.name.rsplit("/", 1)[-1])
+    other.layers[0].more = torch.nn.Linear(40, 40)
+    neurons = random_neurons(other)
+    folder = ml.save_neurons(neurons, tmp_path / "mine", other, method={"ratio": 0.02})
+    assert np.array_equal(ml.load_neurons(folder, other), neurons)
+    with pytest.raises(ValueError, match="mine your own model"):
+        ml.load_neurons(folder, mllm)
+
+
 def test_they_are_known_again_in_16_bits_and_not_in_another_model(saved, mllm):
     _, folder = saved
     name = mllm.name.rsplit("/", 1)[-1]

@@ -255,7 +255,7 @@ def test_what_is_known_of_a_neuron(tmp_path):
     assert one["ranks"]["the paper's score, text"] == 1 and "text" in one["sets"]
     assert other["ranks"]["the paper's score, text"] == 8 * 512 and "text" not in other["sets"]
     costs = wb.costs([first, last])
-    few = wb.evaluation["mmlu"][:4]
+    few = wb.evaluation["mmlu"][:16]
     whole = ml.evaluate(wb.mllm, few, measure="logprob")["logprob"]
     with ml.deactivate(wb.mllm, critical.as_neurons(wb.total()[0, 0], [order[0]])):
         without = ml.evaluate(wb.mllm, few, measure="logprob")["logprob"]
@@ -265,6 +265,11 @@ def test_what_is_known_of_a_neuron(tmp_path):
     assert known["ranks"]["LAPE, text"] == 3
     page = wb.look(*first, top=1).page
     assert "the paper's score, text" in page and '"effect": {"mean"' in page
+    (of_one_row,) = wb.about([first], rows=1)  # no interval, which JSON has no number for
+    assert of_one_row["effect"]["low"] is None and of_one_row["effect"]["mean"] is not None
+    assert '"low": null' in wb.overview([first, last], top=1, rows=1).page
+    places = {atlas.named(first): {"miner, text": 1, "random, text": 9}}  # on fewer rows; of none
+    assert not {"miner, text", "random, text"} & wb.about([first], ranks=places)[0]["ranks"].keys()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from minerlib.artifacts import computation
 from minerlib.inference import decide, estimate, interval
 from minerlib.model import MLLM
-from minerlib.scoring import attention, visible
+from minerlib.scoring import attention, needs_windows, visible
 from minerlib.separation import separate, separate_new
 from minerlib.tasks.evaluation import by_benchmark
 
@@ -43,6 +43,7 @@ def mass_between(
 @torch.inference_mode()
 def _masses(mllm: MLLM, bench, batch_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mass and its null [sample, layer, set, set], and how many tokens a set has [sample, set]."""
+    needs_windows(mllm)
     n_sets = len(mllm.kinds) + 2  # and the prompt's first token, and the special ones without it
     found = np.full((2, len(bench), mllm.n_layers, n_sets, n_sets), np.nan, np.float32)
     counts = np.zeros((len(bench), n_sets))

@@ -47,14 +47,14 @@ def mixing(near: np.ndarray, second: np.ndarray) -> np.ndarray:
     return share / (np.where(second, n - size, size) / (n - 1))
 
 
-def classified(x: np.ndarray, second: np.ndarray, groups: np.ndarray, folds: int = 5) -> np.ndarray:
+def classified(x: np.ndarray, second: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Whether a linear classifier of the cloud is right about each held-out point, bool [r, n].
 
     Least squares with a ridge of a thousandth of the mean variance; no group straddles two folds.
     """
     x, target = x.astype(float), np.where(second, 1.0, -1.0).T
     right = np.zeros(second.shape, bool)
-    folds = min(folds, len(np.unique(groups)))
+    folds = min(5, len(np.unique(groups)))
     for train, test in GroupKFold(folds).split(x, groups=groups):
         penalty = 1e-3 * len(train) * x[train].var(0).mean() + 1e-12
         model = Ridge(penalty, solver="cholesky").fit(x[train], target[train])

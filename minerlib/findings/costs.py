@@ -37,6 +37,7 @@ def steps(
     total = aggregate(score(mllm, bench, batch_size=batch_size) for bench in rows)
     neurons, ready = select(total), [prepare(mllm, bench, batch_size) for bench in rows]
 
+    @torch.inference_mode()
     def forward() -> None:
         for bench in rows:
             for _, batch in mllm.batches(bench, batch_size):

@@ -10,7 +10,7 @@ from minerlib.aggregation import aggregate
 from minerlib.artifacts import computation
 from minerlib.model import MLLM
 from minerlib.scoring import score
-from minerlib.selection import select
+from minerlib.selection import jaccard, select
 from minerlib.tasks import Benchmark
 
 
@@ -38,6 +38,6 @@ def growth(
         for modality in whole.modality.values.tolist():
             if all(modality in part.modality for part in parts):
                 a, b, c = (part.sel(modality=modality).values for part in (*parts, whole))
-                overlap = (a & b).sum() / max(1, (a | b).sum())
+                overlap = float(jaccard(a.ravel(), b.ravel()))
                 rows.append((n, modality, overlap, (a & c).sum() / max(1, a.sum())))
     return pd.DataFrame(rows, columns=["samples", "modality", "overlap", "inside"])

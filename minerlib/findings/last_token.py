@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minerlib import inference
+from minerlib.answering import begun
 from minerlib.artifacts import computation
 from minerlib.findings.attention import dense_bias, needs_dense_masks, together
 from minerlib.model import MLLM
@@ -32,7 +33,9 @@ def answer_tokens(mllm: MLLM, bench, target: str = "reference", *, batch_size=8)
     """
     if target == "reference":
         texts = [sample.reference for sample in bench]
-        ids = [mllm.tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        # Every prompt ends as its chat template does.
+        last = int(mllm.encode([bench[0]])["input_ids"][0, -1]) if texts else 0
+        ids = [begun(mllm, last, text) if text else [] for text in texts]
         if empty := [i for i, found in enumerate(ids) if not found]:
             raise ValueError(f"samples {empty[:5]} have an empty reference; use target='model'")
         return np.array([found[0] for found in ids])

@@ -18,7 +18,7 @@ from minerlib.findings import specificity, stability
 from minerlib.gradients import gradients
 from minerlib.model import MLLM
 from minerlib.scoring import score
-from minerlib.selection import first, select
+from minerlib.selection import first, jaccard, select
 from minerlib.selectors import SELECTORS, Evidence, ranked
 from minerlib.tasks import Benchmark
 from minerlib.written import column_norms
@@ -200,7 +200,7 @@ def overlap(found: Sets) -> pd.DataFrame:
 
 def _jaccard(a: Mapping[str, xr.DataArray], b: Mapping[str, xr.DataArray]) -> float:
     both = [(a[m].values, b[m].values) for m in a if m in b]
-    return float(np.mean([(x & y).sum() / (x | y).sum() for x, y in both]))
+    return float(np.mean([jaccard(x.ravel(), y.ravel()) for x, y in both]))
 
 
 def repeated(one: Sets, other: Sets) -> pd.Series:

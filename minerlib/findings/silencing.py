@@ -71,7 +71,7 @@ def beyond_draws(
 
 def nats(told: pd.DataFrame) -> np.ndarray:
     """Of each set silenced, the mean over benchmarks of the reference's log-probability [set]."""
-    means = told.groupby(["neurons", "benchmark"])["logprob"].mean()
+    means = told.groupby(["neurons", "benchmark"])["logprob"].mean(skipna=False)
     return means.groupby("neurons").mean().to_numpy()
 
 

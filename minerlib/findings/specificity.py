@@ -16,7 +16,7 @@ import xarray as xr
 from minerlib import inference
 from minerlib.critical import together
 from minerlib.inference import Estimate
-from minerlib.selection import Weights, weighted
+from minerlib.selection import Weights, jaccard, weighted
 from minerlib.selectors import less_the_largest_other
 from minerlib.tasks.evaluation import KEY, guesses, paired
 from minerlib.written import as_loud, with_partner
@@ -187,9 +187,8 @@ def by_layer(sets: Mapping[str, xr.DataArray]) -> pd.DataFrame:
     lines = []
     for a, b in combinations(sets, 2):
         one, two = (sets[m].any("modality").values for m in (a, b))
-        either, both = (one | two).sum(1), (one & two).sum(1)
-        share = both / np.where(either, either, np.nan)
-        lines += [{"pair": f"{a}, {b}", "layer": i, "overlap": x} for i, x in enumerate(share)]
+        share = enumerate(jaccard(one, two))
+        lines += [{"pair": f"{a}, {b}", "layer": i, "overlap": x} for i, x in share]
     return pd.DataFrame(lines)
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from accelerate.utils import send_to_device
 from tqdm import tqdm
 
 from minerlib import inference, memory, processes
@@ -176,7 +177,7 @@ def _asked(
     longest, measure = how
     found: dict[str, list] = {name: [getattr(s, name) for s in samples] for name in ASKED}
     try:
-        batch = memory.moved(dict(batch), mllm.device)
+        batch = send_to_device(dict(batch), mllm.device)
         if measure == "choice":
             found["answer"] = _likeliest(mllm, batch, offered(bench, samples))
             right = [s.reference == a for s, a in zip(samples, found["answer"], strict=True)]

@@ -42,8 +42,10 @@ class Sample:
 
     @property
     def reference(self) -> str:
-        """The reference that is given most often, the first of them."""
-        return Counter(self.references).most_common(1)[0][0]
+        """The reference that is given most often, the first of them; a blank one where no other is
+        given."""
+        told = [text for text in self.references if text.strip()] or self.references
+        return Counter(told).most_common(1)[0][0]
 
 
 @dataclass(frozen=True)
