@@ -83,7 +83,7 @@ api: env
 	$(BIN)/pdoc -o build/api minerlib
 
 # A static site of the notebooks as committed, build/book, with the grafts' atlases and any others
-# that are built.
+# that are built; REPOSITORY=owner/name gives notebooks a button to Binder.
 book: models
 	$(BIN)/python -m pip install -q -c requirements.lock -e ".[book]"
 	$(BIN)/python notebooks/run.py full=1 notebooks=2,16 model="$(GRAFTS)"
