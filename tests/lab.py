@@ -4,7 +4,8 @@
 
 A script opens each in Chromium, runs all cells as a reader would, and looks at what is then on the
 page: errors, warnings, cells that did not run, widgets without their model, pictures that are
-missing or wider than the page. Screenshots lie in build/lab/. CHROMIUM names the browser's program,
+missing or wider than the page. Screenshots lie in build/lab/; the README's of the atlas is made
+anew where notebook 16 has written one. CHROMIUM names the browser's program,
 else it is Playwright's own.
 """
 
@@ -27,6 +28,7 @@ from tests.conftest import run_script
 
 ROOT = Path(__file__).parents[1]
 LAB = ROOT / "build/lab"
+ATLAS = ROOT / "build/atlas/smol-qwen2-vl/index.html"
 MINUTES = 20  # for all cells of a notebook
 # All cells are on the page, not those in view alone; nothing asks before it starts.
 SETTINGS = {
@@ -117,6 +119,18 @@ def faults(page: Page, url: str, notebook: str) -> list[str]:
     return [f"{left} cells did not run", *found] if left else found
 
 
+def atlas(page: Page) -> None:
+    """What excites one neuron, for the README."""
+    page.set_viewport_size({"width": 860, "height": 2400})
+    page.goto(f"{ATLAS.as_uri()}#L14N219")
+    page.locator(".row img").first.wait_for()
+    page.wait_for_timeout(1000)
+    top = page.get_by_text("What excites it most").bounding_box()
+    below = page.locator(".row").nth(4).bounding_box()
+    area = {"x": 0, "y": top["y"], "width": 860, "height": below["y"] - top["y"]}
+    page.screenshot(path=ROOT / "figures/16-page-smol-qwen2-vl.png", clip=area)
+
+
 def main(numbers: str) -> int:
     files = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
     wanted = run_script().numbered(numbers or "00-99")
@@ -135,6 +149,8 @@ def main(numbers: str) -> int:
             page.close()
             wrong += bool(found)
             print(f"{file.name}: {time.time() - start:.0f} s", *found, sep="\n  ", flush=True)
+        if ATLAS.is_file():
+            atlas(browser.new_page())
         browser.close()
     return wrong
 
