@@ -234,7 +234,9 @@ def test_the_page_draws_itself_and_runs_nothing_of_a_row(mllm, made):
     single = page.parent / "one.html"
     few = {k: v if k == "kinds" else v[:1] for k, v in found.items()}
     single.write_text(atlas.in_one_page(mllm, rows, few, about[:1], **how))
-    for address in (f"{page.as_uri()}#L1N7", single.as_uri(), page.as_uri()):
+    bare = page.parent / "bare.html"  # nothing is known of it
+    bare.write_text(atlas.in_one_page(mllm, rows, few, [{}], **how))
+    for address in (f"{page.as_uri()}#L1N7", single.as_uri(), bare.as_uri(), page.as_uri()):
         run = subprocess.run(
             ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
              "--virtual-time-budget=5000", address], capture_output=True, text=True, timeout=120,
@@ -244,7 +246,8 @@ def test_the_page_draws_itself_and_runs_nothing_of_a_row(mllm, made):
             assert "3 of 3" in run.stdout and 'href="#L1N7"' in run.stdout
         else:
             assert "Neuron 7 of decoder layer 1" in run.stdout
-            shown = re.sub("<[^>]*>", "", run.stdout)
+            shown = re.sub("<[^>]*>", "", re.sub("<script.*?</script>", "", run.stdout, flags=re.S))
+            assert "null" not in shown and "undefined" not in shown and "NaN" not in shown
             assert rows["a"][0].prompt.removeprefix(EVIL).strip() in shown
 
 
