@@ -35,6 +35,10 @@ class MLLM:
     name: str
     settings: dict[str, Any] = field(default_factory=dict, repr=False)
 
+    def __repr__(self) -> str:
+        size = f"{self.n_layers} decoder layers x {self.n_neurons} neurons"
+        return f"{self.name}: {type(self.model).__name__}, {size}, {self.model.dtype}"
+
     def __post_init__(self):
         self.family = FAMILIES.get(type(self.model).__name__, Family)(self.model, self.processor)
         self.family.check_settings(self.settings)

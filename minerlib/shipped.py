@@ -43,7 +43,9 @@ def checkpoint(name: str) -> str:
     """
     folder = Path(name)
     if name.startswith((".", "/", "data/")) and not folder.is_dir():
-        raise FileNotFoundError(f"no model folder {name!r}; `make data` builds the shipped ones")
+        there = sorted(card.parent.name for card in folder.parent.glob(f"*/{CARD}"))
+        ours = f"; beside it are {', '.join(there)}" if there else ""
+        raise FileNotFoundError(f"there is no model folder {name!r}{ours}")
     if not (folder / GRAFT).is_file():
         return name
     if not (folder / ASSEMBLED / NOTE).is_file():

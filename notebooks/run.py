@@ -286,7 +286,7 @@ def execute(task: Task) -> str | None:
             nbformat.write(done, output)
             say(f"{output}: {done.metadata.papermill.duration:.0f} s, {peak[0]} MiB")
             outputs = [out for cell in done.cells for out in cell.get("outputs", [])]
-            told = "".join(out.get("text", "") for out in outputs)
+            told = "\n".join(out.get("text", "") for out in outputs)  # a bar ends in no new line
             for page in re.findall(r"^open \S+\.html", told, re.MULTILINE):
                 say(page)
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import shlex
 import shutil
@@ -358,7 +359,8 @@ def test_from_a_folder_of_pictures_to_the_page_of_a_neuron(tmp_path):
     command = command.replace("=12", "=6").replace("my_rows", str(tmp_path / "my_rows"))
     command = command.replace("RUN=mine", f"RUN={tmp_path}/mine FOLDER={tmp_path}/atlas")
     script = [sys.executable, "notebooks/run.py", "notebooks=2,16", *shlex.split(command)]
-    done = subprocess.run(script, cwd=ROOT, check=True, capture_output=True, text=True)
+    how = {"capture_output": True, "text": True, "env": os.environ | {"TQDM_DISABLE": "0"}}
+    done = subprocess.run(script, cwd=ROOT, check=True, **how)  # with bars, as a reader has them
     assert f"open {tmp_path}/atlas/index.html" in done.stdout
     index = (tmp_path / "atlas/index.js").read_text()
     (known,) = (n for n in json.loads(index[6:-2])[2]["neurons"] if n["name"] == "L3N45")

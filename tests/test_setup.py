@@ -135,7 +135,9 @@ def test_importing_the_library_leaves_the_environment_alone():
     """Once notebooks that pytest validated had no figures: a module had set MPLBACKEND."""
     code = """
     import importlib, os, pkgutil
-    import matplotlib.pyplot, torch, tqdm, transformers  # which set their own
+    import matplotlib.pyplot, torch, tqdm, transformers  # which set their own, some of it later
+    os.environ.update(KMP_INIT_AT_FORK="FALSE", KMP_DUPLICATE_LIB_OK="True")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", "")
     before = dict(os.environ)
     import minerlib
     for module in pkgutil.walk_packages(minerlib.__path__, "minerlib."):
