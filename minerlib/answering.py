@@ -3,10 +3,10 @@
 Each is a method of `model.MLLM` and takes one encoded batch, padded on the left.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -26,11 +26,20 @@ def _generated(mllm, batch, max_new_tokens: int) -> tuple[torch.Tensor, list[int
     end = mllm.model.generation_config.eos_token_id or mllm.tokenizer.eos_token_id
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
     how |= {"pad_token_id": mllm.tokenizer.pad_token_id, "eos_token_id": end}
-    # In place of the model's own: what is merely given beside them leaves those it does not name.
-    bare = mock.patch.object(mllm.model, "generation_config", GenerationConfig(**how))
-    with mllm.last_logits(), bare:
+    with mllm.last_logits(), _settings(mllm.model, **how):
         tokens = mllm.model.generate(**batch, logits_processor=[partial(_numbers, mllm)])
     return tokens[:, batch["input_ids"].shape[1] :], [end] if isinstance(end, int) else list(end)
+
+
+@contextmanager
+def _settings(model, **how: Any) -> Iterator[None]:
+    """These settings of generation in place of a model's own, which fill in for what a call does
+    not name."""
+    held, model.generation_config = model.generation_config, GenerationConfig(**how)
+    try:
+        yield
+    finally:
+        model.generation_config = held
 
 
 def _numbers(mllm, ids: Any, values: torch.Tensor) -> torch.Tensor:

@@ -60,6 +60,9 @@ def test_answer_tokens(mllm, samples, monkeypatch):
         patch.setattr(type(mllm.family), "template", bare)
         assert last_token.answer_tokens(mllm, usual).tolist() == [begins]
         assert continued(mllm, mllm.encode(usual), ["Arlen"])[1][0, 0] == begins
+        patch.setattr(type(mllm.family), "template", None)  # every prompt ends in its own way
+        asked = [Sample("Who is it:", ("Arlen",)), Sample("Who is it:\n", ("Arlen",))]
+        assert last_token.answer_tokens(mllm, asked).tolist() == [begins, expected]
     with pytest.raises(ValueError, match=r"samples \[1\] have an empty reference"):
         last_token.answer_tokens(mllm, [*usual, Sample("Who?", ("",))])
     with pytest.raises(ValueError, match="reference or model"):

@@ -33,9 +33,11 @@ def answer_tokens(mllm: MLLM, bench, target: str = "reference", *, batch_size=8)
     """
     if target == "reference":
         texts = [sample.reference for sample in bench]
-        # Every prompt ends as its chat template does.
-        last = int(mllm.encode([bench[0]])["input_ids"][0, -1]) if texts else 0
-        ids = [begun(mllm, last, text) if text else [] for text in texts]
+        # Every prompt ends as the chat template does, without one as it is asked.
+        shown = bench[:1] if mllm.family.template else bench
+        ends = [int(mllm.encode([sample])["input_ids"][0, -1]) for sample in shown]
+        ends *= len(texts) // len(ends)
+        ids = [begun(mllm, *of) if of[1] else [] for of in zip(ends, texts, strict=True)]
         if empty := [i for i, found in enumerate(ids) if not found]:
             raise ValueError(f"samples {empty[:5]} have an empty reference; use target='model'")
         return np.array([found[0] for found in ids])
