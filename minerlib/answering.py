@@ -5,7 +5,6 @@ Each is a method of `model.MLLM` and takes one encoded batch, padded on the left
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ def _generated(mllm, batch, max_new_tokens: int) -> tuple[torch.Tensor, list[int
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
     how |= {"pad_token_id": mllm.tokenizer.pad_token_id, "eos_token_id": end}
     with mllm.last_logits(), _settings(mllm.model, **how):
-        tokens = mllm.model.generate(**batch, logits_processor=[partial(_numbers, mllm)])
+        tokens = mllm.model.generate(**batch, logits_processor=[lambda _, x: _numbers(mllm, x)])
     return tokens[:, batch["input_ids"].shape[1] :], [end] if isinstance(end, int) else list(end)
 
 
@@ -42,7 +41,7 @@ def _settings(model, **how: Any) -> Iterator[None]:
         model.generation_config = held
 
 
-def _numbers(mllm, ids: Any, values: torch.Tensor) -> torch.Tensor:
+def _numbers(mllm, values: torch.Tensor) -> torch.Tensor:
     """Logits or log-probabilities, if they are numbers: of others a largest would be the first."""
     if values.isnan().any():
         way_out = "try dtype='bfloat16' or 'float32'"
@@ -59,7 +58,7 @@ def choose(mllm, batch, choices: Sequence[str]) -> list[str]:
         ids.append(sorted({form[0] for form in forms if len(form) == 1}))
         if not ids[-1]:
             raise ValueError(f"{mllm.name}: the choice {choice!r} is not a single token")
-    probs = _numbers(mllm, None, mllm.forward(batch).logits[:, -1].float().softmax(-1))
+    probs = _numbers(mllm, mllm.forward(batch).logits[:, -1].float().softmax(-1))
     best = torch.stack([probs[:, i].sum(-1) for i in ids]).argmax(0)
     return [choices[i] for i in best.tolist()]
 
@@ -78,7 +77,7 @@ def logprobs(mllm, batch, answers: Sequence[str]) -> torch.Tensor:
     keep = new.shape[1] + 1
     logits = mllm.forward(whole, keep).logits[:, -keep:-1].float()
     probs = logits.log_softmax(-1).gather(-1, new[..., None].to(logits.device))[..., 0].cpu()
-    return _numbers(mllm, None, (probs * told).sum(1) / told.sum(1))
+    return _numbers(mllm, (probs * told).sum(1) / told.sum(1))
 
 
 def continued(mllm, batch, answers: Sequence[str]) -> tuple[dict, torch.Tensor, torch.Tensor]:

@@ -403,7 +403,7 @@ def _spectrogram(sound: np.ndarray) -> _Bytes:
 
 def costs(told: pd.DataFrame, neurons: Sequence[Neuron]) -> pd.DataFrame:
     """What silencing each neuron alone costs, in nats a token: columns neuron (its name), layer,
-    mean, low, high (95 %).
+    mean, low, high (95 %); attrs["rows"], on how many rows.
 
     told is of `Workbook.logprobs` of [None, *each neuron]; benchmarks count alike, rows about one
     medium together.
@@ -414,4 +414,6 @@ def costs(told: pd.DataFrame, neurons: Sequence[Neuron]) -> pd.DataFrame:
     for i, neuron in enumerate(neurons, 1):
         found = estimate(by_benchmark(lost, str(i)), media, None)
         lines.append([named(neuron), neuron[0], *found[:3]])
-    return pd.DataFrame(lines, columns=["neuron", "layer", "mean", "low", "high"])
+    out = pd.DataFrame(lines, columns=["neuron", "layer", "mean", "low", "high"])
+    out.attrs["rows"] = len(lost)
+    return out

@@ -207,16 +207,16 @@ def matched_random(
     union = neurons.any("modality").values
     free = np.ones_like(union) if outside is None else ~outside.values
     groups, free = (x if by_layer else x.reshape(1, -1) for x in (union, free))
-    wanted, there = groups.sum(-1), free.sum(-1)
-    if (wanted > there).any():
-        i = int(np.argmax(wanted > there))
-        where = f"layer {i} has {there[i]}" if by_layer else f"there are {there[i]}"
+    wanted, left = groups.sum(-1), free.sum(-1)
+    if (wanted > left).any():
+        i = int(np.argmax(wanted > left))
+        where = f"layer {i} has {left[i]}" if by_layer else f"there are {left[i]}"
         raise ValueError(
             f"{wanted[i]} random neurons are wanted and {where} to draw from: select fewer, or "
             "leave out fewer (outside)"
         )
     mask = np.zeros(groups.shape, bool)
-    for row, count, there in zip(mask, groups.sum(-1), free, strict=True):
+    for row, count, there in zip(mask, wanted, free, strict=True):
         row[rng.choice(np.flatnonzero(there), count, replace=False)] = True
     attrs = {"strategy": "matched_random", "by_layer": int(by_layer), "seed": seed}
     return labelled(mask.reshape(1, *union.shape), ["random"], neurons.layer, attrs)

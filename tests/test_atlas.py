@@ -298,6 +298,7 @@ def test_what_one_neuron_costs():
     })  # fmt: skip
     found = atlas.costs(told, [(0, 1), (2, 3)])
     assert found["neuron"].tolist() == ["L0N1", "L2N3"] and found["layer"].tolist() == [0, 2]
+    assert found.assign(sets="text").attrs["rows"] == 3
     assert found["mean"].tolist() == pytest.approx([(0.5 + 2.0) / 2, 0.0])
 
 

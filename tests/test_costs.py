@@ -60,10 +60,8 @@ def test_every_step_runs_and_leaves_no_trace(mllm, monkeypatch):
     assert next(iter(jobs)) == "forward pass" and len(jobs) == 7
     with monkeypatch.context() as patch:  # memory for less than a backward pass of all
         patch.setattr(memory, "backward_rows", lambda *_: 1)
-        encoded = []
-        patch.setattr(
-            type(mllm), "encode", lambda own, s, to=mllm.encode: encoded.append(s) or to(s)
-        )
+        encoded, encode = [], mllm.encode
+        patch.setattr(type(mllm), "encode", lambda _, rows: encoded.append(rows) or encode(rows))
         jobs["forward pass"]()
         assert [len(samples) for samples in encoded] == [2]
     for job in jobs.values():

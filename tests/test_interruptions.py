@@ -252,6 +252,8 @@ def test_inputs_wait_off_a_device_that_is_half_full(monkeypatch):
     batch = {"input_ids": torch.ones(2, 3), "seen": {"image": [torch.ones(4)]}}
     device = torch.device("meta")  # stands for any that is not the processor
     monkeypatch.setattr(memory, "whole", lambda device: 100)
+    there = memory.send_to_device(batch, device)
+    assert there["seen"]["image"][0].device == device and batch["input_ids"].device.type == "cpu"
     for left, kept in ((51, True), (50, False)):
         monkeypatch.setattr(memory, "free", lambda device, left=left: left)
         monkeypatch.setattr(memory, "send_to_device", lambda batch, to: "moved")

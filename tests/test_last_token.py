@@ -53,6 +53,7 @@ def test_answer_tokens(mllm, samples, monkeypatch):
     usual = [Sample("Who?", ("gym", "Arlen", "Arlen"))]
     expected = mllm.tokenizer.encode("Arlen", add_special_tokens=False)[0]
     assert last_token.answer_tokens(mllm, usual).tolist() == [expected]
+    assert last_token.answer_tokens(mllm, []).tolist() == []
     begins = mllm.tokenizer.encode(" Arlen", add_special_tokens=False)[0]
     assert begins != expected
     bare = "{% for part in messages[0].content %}{{ part.text }}{% endfor %} Assistant:"

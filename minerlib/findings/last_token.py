@@ -7,6 +7,7 @@ of one answer token, chosen before anything is silenced, so that conditions comp
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
@@ -36,8 +37,7 @@ def answer_tokens(mllm: MLLM, bench, target: str = "reference", *, batch_size=8)
         # Every prompt ends as the chat template does, without one as it is asked.
         shown = bench[:1] if mllm.family.template else bench
         ends = [int(mllm.encode([sample])["input_ids"][0, -1]) for sample in shown]
-        ends *= len(texts) // len(ends)
-        ids = [begun(mllm, *of) if of[1] else [] for of in zip(ends, texts, strict=True)]
+        ids = [begun(mllm, end, text) if text else [] for end, text in zip(cycle(ends), texts)]
         if empty := [i for i, found in enumerate(ids) if not found]:
             raise ValueError(f"samples {empty[:5]} have an empty reference; use target='model'")
         return np.array([found[0] for found in ids])
