@@ -6,6 +6,7 @@ it is made of.
 """
 
 import json
+from glob import glob
 from pathlib import Path
 
 import pydantic
@@ -62,7 +63,8 @@ def content(folder: Path) -> dict[str, str]:
     note = folder / ASSEMBLED / NOTE
     made = json.loads(note.read_text()) if note.is_file() else {}
     hashes = {}
-    for file in sorted(folder.rglob("*")) if folder.is_dir() else ():
+    # Unlike `rglob`, in folders that are links too: what lies there makes numbers as well.
+    for file in sorted(folder / name for name in glob("**", root_dir=folder, recursive=True)):
         if file.is_file() and file.name not in ("README.md", CARD, NOTE):
             stat, name = file.stat(), file.relative_to(folder).as_posix()
             hashes[name] = file_hash(file.resolve(), stat.st_size, stat.st_mtime_ns)

@@ -58,6 +58,15 @@ def test_a_checkpoint_that_was_touched_is_its_own_files(tmp_path, change):
     assert "a part" not in content and content.keys() >= {"assembled/config", "graft.safetensors"}
 
 
+def test_a_folder_that_is_a_link_counts_as_what_lies_there(tmp_path):
+    folder = graft(tmp_path / "smol", weights="w", config="c")
+    (folder / "assembled").rename(tmp_path / "elsewhere")
+    (folder / "assembled").symlink_to(tmp_path / "elsewhere")
+    assert shipped.content(folder) == {"a part": "its hash"}
+    (tmp_path / "elsewhere/weights").write_text("x")
+    assert "assembled/weights" in shipped.content(folder)
+
+
 def test_what_is_not_assembled_says_so_in_one_sentence(tmp_path):
     folder = graft(tmp_path / "smol")
     (folder / "assembled/made_of.json").unlink()
