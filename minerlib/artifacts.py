@@ -328,9 +328,9 @@ def _json(path: Path) -> Any:
 
 def _to_netcdf(value: xr.DataArray, path: Path) -> None:
     """Compressed, floats in 32 bits unless the array's encoding says otherwise."""
-    if value.dtype.kind == "f" and not value.encoding:
+    if value.dtype.kind in "fbiu" and not value.encoding:
         value = value.copy(deep=False)
-        value.encoding = {"dtype": "float32", "zlib": True}
+        value.encoding = {"zlib": True} | ({"dtype": "float32"} if value.dtype.kind == "f" else {})
     value.to_netcdf(path, **_H)
 
 

@@ -533,11 +533,16 @@ def test_identity_of_a_plugin_is_its_source(tmp_path):
     assert identity(function_of(tmp_path / "moved.py", text)) == first  # not where it lies
 
 
-def test_floats_are_kept_compressed_in_32_bits_unless_told_otherwise(tmp_path):
+def test_arrays_are_kept_compressed_and_floats_in_32_bits_unless_told_otherwise(tmp_path):
     value = xr.DataArray(np.arange(4.0), dims="x")
     told = value.copy()
     told.encoding = {"dtype": "float64"}
-    for array, dtype, packed in ((value, "float32", True), (told, "float64", False)):
+    usual = [
+        (value, "float32", True),
+        (value > 1, "bool", True),
+        (value.astype(int), "int64", True),
+    ]
+    for array, dtype, packed in (*usual, (told, "float64", False)):
         artifacts._to_netcdf(array, tmp_path / "a.nc")
         kept = xr.load_dataarray(tmp_path / "a.nc", engine="h5netcdf")
         assert kept.dtype == dtype and bool(kept.encoding.get("zlib")) == packed
