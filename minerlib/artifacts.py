@@ -196,6 +196,7 @@ class Run:
             **{"name": name, "file": path.name, "model_name": Path(self.mllm.name).name},
             **key(self.mllm, of, **config),
             **{"seconds": round(seconds, 2), "python": sys.version.split()[0]},
+            "device": _device_name(self.mllm.device),
             "peak_memory_mib": peak + torch.cuda.max_memory_allocated() // 2**20,
             "notices": self.notices | getattr(value, "attrs", {}),
         }
@@ -229,6 +230,11 @@ class Run:
         folders = (self.folder, *self.also)
         files = [file for folder in folders for file in sorted(folder.glob("*.manifest.json"))]
         return [manifest for file in files if (manifest := _whole(file, _json)) is not None]
+
+
+def _device_name(device: torch.device) -> str:
+    """What a person would call it: "NVIDIA H100 80GB HBM3", "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 # The artefacts that are being computed, the innermost last, with the checkpoints of their parts.

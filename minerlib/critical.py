@@ -37,9 +37,11 @@ def attribution(mllm: MLLM, benches: Iterable, *, batch_size: int = 8) -> xr.Dat
     return xr.DataArray((total / rows).float().numpy(), axes, ("layer", "neuron"), "attribution")
 
 
-def candidates(attributed: xr.DataArray, n: int = 256) -> list[xr.DataArray]:
-    """The n neurons of greatest `attribution`, each by itself, bool [modality, layer, neuron]."""
-    order = np.argsort(-attributed.values, axis=None, kind="stable")[:n]
+def candidates(attributed: xr.DataArray, n: int, taken: xr.DataArray) -> list[xr.DataArray]:
+    """n neurons, each by itself, bool [modality, layer, neuron]: those that are `taken`, bool
+    [layer, neuron], and of the others those of greatest `attribution`."""
+    value = np.where(taken.values, np.inf, attributed.values)
+    order = np.argsort(-value, axis=None, kind="stable")[:n]
     return [as_neurons(attributed, [i]) for i in order]
 
 

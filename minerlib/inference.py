@@ -359,13 +359,17 @@ def judge(
 
     null holds draws of the effect where there is none, whose rank is p, or says in words what the
     effect is against. Beside the columns of a `claims_table`: name, effect, low, high (its 95 %
-    interval), smallest, and settles, the `rows` that would tell (none given: NaN).
+    interval), high90 (the upper end of its 90 % interval), smallest, power (how often twice the
+    smallest would be seen with this error), and settles, the `rows` that would tell (none given:
+    NaN).
     """
     of = claim(name)
     if not isinstance(null, str):
         p, null = rank_p(effect.mean, null, "greater"), range_of(null)
     own = {"name": name, "effect": effect.mean, "low": effect.low, "high": effect.high}
-    own |= {"smallest": of.smallest, "settles": settles(effect, of.smallest, rows or math.nan)}
+    own |= {"high90": effect.high90, "smallest": of.smallest}
+    own |= {"power": power(effect.error, of.smallest) if effect.error else 1.0}
+    own |= {"settles": settles(effect, of.smallest, rows or math.nan)}
     measured = spread(*effect[:3], sign="+")
     return line(of.text, measured, null, decide(effect, of.smallest, p), p) | own
 
@@ -459,14 +463,15 @@ def line(claim: str, measured: str, null: str, verdict: Verdict, p: float | None
     return {"claim": claim, "measured": measured, "null": null, "p": p, "verdict": verdict}
 
 
-MEASURED = ["name", "effect", "low", "high", "smallest", "settles"]
+MEASURED = ["name", "effect", "low", "high", "smallest", "power", "settles"]
 
 
 def claims_table(finding: str, lines: Iterable[Mapping]) -> pd.DataFrame:
     """A finding's closing table: finding, claim, measured, null, p, verdict, all text.
 
     Each line (`judge` or `line` makes one) holds claim, measured, null, verdict (a `Verdict` or its
-    text), and p if it has one. What `judge` measured follows in the columns `MEASURED`.
+    text), and p if it has one. What `judge` measured follows in the columns `MEASURED`, then high90
+    and, where a line has it, the range of the same in the `untrained` controls as text.
     """
 
     def text(p: float | None) -> str:
@@ -484,5 +489,5 @@ def claims_table(finding: str, lines: Iterable[Mapping]) -> pd.DataFrame:
         for x in lines
     ]
     table = pd.DataFrame(rows, columns=columns)
-    numbers = pd.DataFrame(lines).reindex(columns=MEASURED)
+    numbers = pd.DataFrame(lines).reindex(columns=[*MEASURED, "high90", "untrained"])
     return table.join(numbers) if any("name" in x for x in lines) else table

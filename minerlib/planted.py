@@ -9,6 +9,7 @@ loudly and do nothing (`idle`), or are needed at every token (`everywhere`).
 
 import copy
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from minerlib.artifacts import computation
 from minerlib.deactivation import deactivate
 from minerlib.model import MLLM
 from minerlib.scoring import METRICS, score
-from minerlib.selection import STRATEGIES, first, weighted
+from minerlib.selection import STRATEGIES, first, matched_random, weighted
 from minerlib.separation import separate
 from minerlib.tasks.evaluation import evaluate, prepare
 
@@ -149,9 +150,9 @@ def roles(sites: pd.DataFrame, modality: str, shape: tuple[int, int]) -> dict[st
 def found(scores: np.ndarray, sites: pd.DataFrame, modality: str) -> dict[str, float]:
     """How well scores [layer, neuron] of a modality find what is needed for it.
 
-    auc: how often a needed neuron scores higher than one that is not needed there; percentile:
-    their mean rank, 1 the highest. And the shares of each role among as many neurons as are needed,
-    of highest score: recall (the needed), idle, everywhere.
+    auc: how often a needed neuron scores higher than a planted one of another role, which fires
+    alike; percentile: their mean rank among all, 1 the highest. And the shares of each role among
+    as many neurons as are needed, of highest score: recall (the needed), idle, everywhere.
     """
     of = {role: neurons.ravel() for role, neurons in roles(sites, modality, scores.shape).items()}
     needed = of.pop("needed")
@@ -159,15 +160,16 @@ def found(scores: np.ndarray, sites: pd.DataFrame, modality: str) -> dict[str, f
     rank = np.empty(needed.size)
     rank[order] = np.arange(needed.size)
     taken = order[: needed.sum()]
+    planted = np.any([needed, *of.values()], 0)
     return {
-        "auc": float(roc_auc_score(needed, scores.ravel())),
+        "auc": float(roc_auc_score(needed[planted], scores.ravel()[planted])),
         "percentile": float(1 - rank[needed].mean() / needed.size),
         "recall": float(needed[taken].mean()),
         **{role: float(neurons[taken].mean()) for role, neurons in of.items()},
     }
 
 
-@computation(version=1)
+@computation(version=2)
 def necessity(
     mllm: MLLM,
     benches: Iterable,
@@ -181,7 +183,7 @@ def necessity(
     """Mean scores as the model is, planted and intact, and with each role's neurons silenced.
 
     Columns silenced ("as it is", "intact" or a role), modality ("" of the first two), benchmark,
-    score.
+    score, logprob (of the references, in nats a token).
     """
     other = plant(mllm, sites, loud, strength, seed)
     ready = [prepare(other, bench) for bench in benches]
@@ -191,12 +193,53 @@ def necessity(
     conditions += [(other, *names, part) for names, part in parts]
     for of, role, modality, part in tqdm(conditions, "roles", leave=False):
         with deactivate(of, mask(part, shape)[None]):
-            tables = [evaluate(of, x, max_new_tokens=max_new_tokens) for x in ready]
-        rows += [(role, modality, t["benchmark"].iloc[0], t["score"].mean()) for t in tables]
-    return pd.DataFrame(rows, columns=["silenced", "modality", "benchmark", "score"])
+            told = partial(evaluate, of, max_new_tokens=max_new_tokens, measure="logprob")
+            tables = [told(x) for x in ready]
+        for t in tables:
+            means = t["score"].mean(), t["logprob"].mean()
+            rows.append((role, modality, t["benchmark"].iloc[0], *means))
+    return pd.DataFrame(rows, columns=["silenced", "modality", "benchmark", "score", "logprob"])
 
 
 @computation(version=1)
+def control(
+    mllm: MLLM,
+    benches: Iterable,
+    sites: pd.DataFrame,
+    loud: Sequence[float],
+    *,
+    strength: float,
+    draws: int,
+    answer_draws: int,
+    seed: int = 0,
+    max_new_tokens: int | None = None,
+) -> pd.DataFrame:
+    """Answers of the planted model of which finding I's rule must say *holds*: a positive control.
+
+    Intact (neurons -1), with all needed neurons silenced (0), and with as many random ones of the
+    same layers, none of them planted (from 1 on). Columns of `evaluate`, and neurons; the score is
+    NaN beyond the first answer_draws draws.
+    """
+    other = plant(mllm, sites, loud, strength, seed)
+    ready = [prepare(other, bench) for bench in benches]
+    axes, shape = ("layer", "neuron"), (other.n_layers, other.n_neurons)
+    taken, needed = (
+        xr.DataArray(mask(of, shape), {"layer": range(shape[0])}, axes)
+        for of in (sites, sites[sites["role"] == "needed"])
+    )
+    own = needed.expand_dims(modality=["needed"])
+    sets = [own & False, own]
+    sets += [matched_random(own, seed + i, by_layer=True, outside=taken) for i in range(draws)]
+    tables = []
+    for i, neurons in enumerate(tqdm(sets, "positive control", leave=False), -1):
+        measure = "logprob" if i <= answer_draws else "logprob only"
+        with deactivate(other, neurons):
+            told = partial(evaluate, other, max_new_tokens=max_new_tokens, measure=measure)
+            tables += [told(of).assign(neurons=i) for of in ready]
+    return pd.concat(tables, ignore_index=True)
+
+
+@computation(version=2)
 def recovered(
     mllm: MLLM,
     mined: Iterable,

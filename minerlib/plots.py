@@ -83,7 +83,10 @@ def by_layer(
             ax.fill_between(*band, color=colour, alpha=0.15, lw=0)
     ax.set(xlabel="decoder layer", ylabel=ylabel)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(fontsize="small")
+    outside: dict[str, Any] = (
+        {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if middle > 3 else {}
+    )
+    ax.legend(fontsize="small", **outside)
 
 
 def background(table: pd.DataFrame, ax: Axes, *, by: Sequence[str], value: str = "value") -> None:
@@ -127,7 +130,8 @@ def heat(matrix: pd.DataFrame, ax: Axes, *, low=0.0, high=1.0, fmt=".2f", cmap="
     few = len(matrix) <= 16
     style = {"cmap": cmap, "fmt": fmt, "linewidths": 0.5 * few, "annot_kws": {"fontsize": 7}}
     style |= {"annot": few, "cbar": not few, "square": few}
-    sns.heatmap(matrix, ax=ax, vmin=low, vmax=high, **style)
+    shown = matrix.round(int(fmt[-2])) + 0.0  # no -0.00
+    sns.heatmap(shown, ax=ax, vmin=low, vmax=high, **style)
     ax.tick_params(length=0)
     ax.tick_params(axis="y", rotation=0)
     ax.set(xlabel="", ylabel="")

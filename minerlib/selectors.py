@@ -176,5 +176,5 @@ def weight_norm(seen: Evidence) -> xr.DataArray:
 @selector
 def random(seen: Evidence) -> xr.DataArray:
     """Drawn."""
-    like = seen.sums("total")
+    like = seen.norms.expand_dims(modality=seen.modalities)
     return like.copy(data=np.random.default_rng(seed=seen.seed).random(like.shape))

@@ -333,81 +333,65 @@ class Workbook(Parameters):
         value = weighted(self.total().sel(modality=[modality]), self.weights)[0]
         return rankdata(-value, method="ordinal").reshape(value.shape)
 
-    def half_dose(self, of: Callable[[int], dict[str, xr.DataArray]] | None = None) -> int:
+    def half_dose(self) -> int:
         """How many neurons, of those the strategy takes first, cost half of the score above chance.
 
-        Or of the sets that `of` makes of a number, one for each modality, of which each is asked
-        for its own benchmarks alone, so that specific neurons can cost as much as others. To a
-        factor of two, by `costs_half`. Where no dose up to a tenth of all neurons costs as much it
+        To a fifth, by `costs_half`. Where no dose up to a sixth of all neurons costs as much it
         says so, and is the number that a whole budget holds.
         """
         every = self.total()[0, 0].size
 
         def halved(n: int) -> bool:
             try:
-                neurons = of(n) if of else first(self.total(), n, **self.how)
-            except ValueError:  # a strategy that takes more at once, or fewer in all
-                if of:
-                    raise
-                return n > round(every * 0.0064)
-            return self.costs_half(neurons)
+                taken = first(self.total(), n, **self.how)
+            except ValueError:  # a strategy that takes more at once, or fewer in all: of doses from
+                return n > round(every * 0.0064)  # 0.02 % to 17 % those above the middle are enough
+            return self.costs_half(taken)
 
-        return self._dose(halved, 1)
+        return self._dose(halved)
 
     def crossing_dose(self, of: Callable[[int], dict[str, xr.DataArray]]) -> int:
         """How many neurons, of the sets that `of` makes of a number, cost half of the score above
         chance on average over the sets, each asked for all benchmarks, 8 mined rows of each.
 
-        To a fifth; where no dose up to a tenth of all neurons costs as much, as for `half_dose`.
+        To a fifth; where no dose up to a sixth of all neurons costs as much, as for `half_dose`.
         """
         few = {name: bench[:8] for name, bench in self.mining.items()}
         half = above_chance(self.answers(rows=few)) / 2
 
         def halved(n: int) -> bool:
+            if half <= 0:  # there is nothing to lose
+                return False
             left = [above_chance(self.answers(neurons, rows=few)) for neurons in of(n).values()]
             return float(np.mean(left)) <= half
 
-        return self._dose(halved, 4)
+        return self._dose(halved)
 
-    def _dose(self, halved: Callable[[int], bool], steps: int) -> int:
-        """The first dose that costs half, of so many in each doubling."""
+    def _dose(self, halved: Callable[[int], bool]) -> int:
+        """The first dose that costs half, of four in each doubling."""
         every = self.total()[0, 0].size
-        doses = [round(every * 0.0002 * 2 ** (i / steps)) for i in range(10 * steps)]
+        doses = [max(1, round(every * 0.0002 * 2 ** (i / 4))) for i in range(40)]
         at = bisect_left(doses, True, key=halved)
         if at < len(doses):
             return doses[at]
         print(
-            "no dose up to a tenth of all neurons costs half of the score: a whole budget instead"
+            "no dose up to a sixth of all neurons costs half of the score: a whole budget instead"
         )
         return unique(self.select())
 
-    def costs_half(self, neurons: xr.DataArray | dict[str, xr.DataArray]) -> bool:
-        """Whether silencing them costs half of the score above chance, on at most 24 mined
-        rows of each benchmark.
-
-        Of each modality's own, its own benchmarks' score, on average over the modalities.
-        """
-        before = self._few_before
-        left = [
-            above_chance(self.answers(of, rows=rows)) / start
-            for of, rows in self._asked_for(neurons)
-            if (start := above_chance(before[before["benchmark"].isin(rows)])) > 0
-        ]
-        return bool(left) and float(np.mean(left)) <= 0.5
-
-    def _asked_for(self, neurons: xr.DataArray | dict[str, xr.DataArray]) -> list[tuple]:
-        """Neurons, and the rows whose score they are to cost."""
-        if not isinstance(neurons, dict):
-            return [(neurons, self._few)]
-        own = {m: {k: b for k, b in self._few.items() if b.spec.modality == m} for m in neurons}
-        return [(of, own[m]) for m, of in neurons.items() if own[m]]
+    def costs_half(self, neurons: xr.DataArray) -> bool:
+        """Whether silencing them costs half of the score above chance, on at most 24 mined rows of
+        each benchmark; False where there is none."""
+        start = above_chance(self._few_before)
+        return start > 0 and above_chance(self.answers(neurons, rows=self._few)) <= start / 2
 
     def critical(self, tried: int) -> tuple[xr.DataArray, np.ndarray]:
         """Few neurons that jointly cost half of the score, and what each candidate costs.
 
-        The `tried` of greatest |activation x gradient| on 16 mined rows are silenced one at a time
-        on these, and the worst taken together until `costs_half`; none where all of them do not.
-        The costs are nats a token, the greatest first.
+        Candidates are `tried` in all, half of them of greatest |activation x gradient| on 16 mined
+        rows, half the first that LA_MU takes (adaptive, where that takes more at once). They are
+        silenced one at a time on these rows, and the worst taken together until `costs_half`; none
+        where all of them do not. The costs are nats a token, the greatest first.
         """
         few = {name: b[: max(1, 16 // len(self.names))] for name, b in self.mining.items()}
         slopes = self.cached(
@@ -418,13 +402,22 @@ class Workbook(Parameters):
             of=critical.attribution,
             rows=few,
         )
-        singles = critical.candidates(slopes, tried)
+        half = -(-tried // 2)
+        try:
+            taken = first(self.total(), half, **self.how | {"strategy": "LA_MU"})
+        except ValueError:  # its first step takes more
+            taken = first(self.total(), half, **self.how | {"strategy": "adaptive"})
+        singles = critical.candidates(slopes, tried, taken.any("modality"))
         intact, *after = nats(self.logprobs([None, *singles], few))
         worst = [singles[i] for i in np.argsort(after, kind="stable")]
         costly = bisect_left(
-            range(1, tried + 1), True, key=lambda k: self.costs_half(critical.together(worst[:k]))
+            range(1, len(worst) + 1),
+            True,
+            key=lambda k: self.costs_half(critical.together(worst[:k])),
         )
-        found = critical.together(worst[: costly + 1]) if costly < tried else singles[0] & False
+        found = singles[0] & False
+        if costly < len(worst):
+            found = critical.together(worst[: costly + 1])
         return found, intact - np.sort(after)
 
     @cached_property

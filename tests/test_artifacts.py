@@ -26,8 +26,9 @@ from minerlib.artifacts import Checkpoint, Run, atomically, computation, digest,
 
 def model(weights: str = "0" * 64, dtype: str = "torch.float32"):
     """As much of an MLLM as a run looks at."""
+    fingerprint = {"model.safetensors": weights, "dtype": dtype}
     return SimpleNamespace(
-        name="some/where/tiny", fingerprint={"model.safetensors": weights, "dtype": dtype}
+        name="some/where/tiny", fingerprint=fingerprint, device=torch.device("cpu")
     )
 
 
@@ -135,6 +136,7 @@ def test_manifest(run, registered):
     assert manifest["packages"].keys() == set(artifacts.PACKAGES)
     assert manifest["packages"]["torch"] == torch.__version__.split("+")[0]
     assert manifest["notices"] == {"mmlu": {"revision": "f00"}} | table.attrs
+    assert manifest["device"] == "cpu"
     assert 10 < manifest["peak_memory_mib"] < 100_000
     assert str(run.folder) not in json.dumps(manifest)
     assert run.load("table", "02", of=registered, **config).attrs == table.attrs

@@ -47,7 +47,11 @@ def test_attribution_is_the_mean_over_rows_whatever_the_batches(exact_mllm):
     np.testing.assert_allclose(whole, sum(each) / 3, rtol=1e-3, atol=1e-7)
     several = critical.attribution(exact_mllm, [Rows(samples[:1]), Rows(samples[1:])])
     np.testing.assert_allclose(several, whole, rtol=1e-3, atol=1e-7)
-    first, second = critical.candidates(whole, 2)
+    nobody = xr.zeros_like(whole, bool)
+    first, second = critical.candidates(whole, 2, nobody)
+    least = nobody.copy(data=whole.values == whole.values.min())
+    given, best_of_others = critical.candidates(whole, 2, least)  # what is taken stands first
+    assert (given[0] == least).all() and (best_of_others == first).all()
     assert first.dims == ("modality", "layer", "neuron") and first.sum() == second.sum() == 1
     (best,), (next_best,) = (whole.values[x.values[0]] for x in (first, second))
     assert best == whole.values.max() >= next_best

@@ -394,6 +394,15 @@ GOLDEN: dict[str, Callable[[], Any]] = {
     "planted.necessity": lambda: planted.necessity(
         mllm(), [Asked(samples())], *sites(), strength=30.0, max_new_tokens=2
     ),
+    "planted.control": lambda: planted.control(
+        mllm(),
+        [Asked(samples())],
+        *sites(),
+        strength=30.0,
+        draws=3,
+        answer_draws=1,
+        max_new_tokens=2,
+    ).drop(columns="prompt", errors="ignore"),
     "planted.recovered": lambda: planted.recovered(
         mllm(), [Rows(samples())], [Asked(samples())], *sites(), strength=30.0
     ),

@@ -582,7 +582,9 @@ def test_the_line_of_a_claim():
     of, found = inference.claim("II"), inference.Estimate(0.4, 0.3, 0.5, 0.32, 0.48, 0.05)
     draws = np.linspace(-0.1, 0.1, 99)
     line = inference.judge("II", found, draws, rows=96)
-    assert list(line) == ["claim", "measured", "null", "p", "verdict", *inference.MEASURED]
+    kept = ["name", "effect", "low", "high", "high90", "smallest", "power", "settles"]
+    assert (line["high90"], line["power"]) == (0.48, inference.power(0.05, 0.1))
+    assert list(line) == ["claim", "measured", "null", "p", "verdict", *kept]
     assert (line["claim"], line["name"], line["smallest"]) == (of.text, "II", 0.1)
     assert line["measured"] == "+0.40 [+0.30, +0.50]" and line["p"] == 1 / 100
     assert line["null"] == inference.range_of(draws) == "+0.00 [-0.10, +0.10]"
@@ -594,7 +596,9 @@ def test_the_line_of_a_claim():
     assert np.isnan(told["settles"]) and inference.judge("II", found, "no change")["p"] is None
     assert inference.judge("II", found, np.linspace(-1, 1, 99))["verdict"].word == UNKNOWN
     table = inference.claims_table("II", [line, inference.line("c", "m", "n", line["verdict"])])
-    assert [*table][6:] == inference.MEASURED and table["effect"].tolist()[0] == 0.4
+    assert [*table][6:] == [*inference.MEASURED, "high90", "untrained"] and table[
+        "effect"
+    ].tolist()[0] == 0.4
     assert np.isnan(table["effect"][1]) and table["name"].tolist()[0] == "II"
 
 

@@ -119,9 +119,9 @@ def test_found_by_hand():
         }
     )
     scores = np.array([[0.9, 1.0, 0.1, 0.0], [0.2, 0.3, 0.5, 0.4]])
-    # Needed: 0.9 (second) and 0.5 (third) of eight; the idle one is above both.
+    # Needed: 0.9 (second) and 0.1 (seventh) ... of eight; the idle one lies above both.
     assert planted.found(scores, sites, "image") == pytest.approx(
-        {"recall": 0.5, "idle": 0.5, "auc": 10 / 12, "percentile": 1 - 1.5 / 8}
+        {"recall": 0.5, "idle": 0.5, "auc": 0.0, "percentile": 1 - 1.5 / 8}
     )
     found = planted.found(scores, sites.assign(modality="image"), "image")
     assert (found["recall"], found["idle"], found["everywhere"]) == (2 / 3, 1 / 3, 0)
@@ -166,9 +166,11 @@ def test_what_is_needed_costs_and_nothing_else_does(exact_mllm, both, medium):
 def test_scores_as_it_is_intact_and_without_each_role(exact_mllm, both, medium):
     sites, loud, rows = both
     table = planted.necessity(exact_mllm, rows, sites, loud, strength=30.0, max_new_tokens=2)
-    assert list(table) == ["silenced", "modality", "benchmark", "score"]
+    assert list(table) == ["silenced", "modality", "benchmark", "score", "logprob"]
     conditions = table.groupby(["silenced", "modality"], sort=False).size()
     assert (conditions == 2).all() and len(conditions) == 2 + 3 * 2
-    wide = table.pivot(index=["silenced", "modality"], columns="benchmark", values="score")
-    for same in [("as it is", ""), ("idle", "text"), ("idle", medium)]:
-        assert wide.loc[same].equals(wide.loc[("intact", "")])
+    rows, intact = ["silenced", "modality"], ("intact", "")
+    for measure in ("score", "logprob"):
+        wide = table.pivot(index=rows, columns="benchmark", values=measure)
+        for same in [("as it is", ""), ("idle", "text"), ("idle", medium)]:
+            np.testing.assert_allclose(wide.loc[same], wide.loc[intact], atol=0.02)

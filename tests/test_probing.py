@@ -13,6 +13,7 @@ from scipy.stats import binom, ortho_group
 from minerlib import inference
 from minerlib.findings.probing import (
     approach,
+    as_many,
     beside_random,
     beyond_random,
     by_layer,
@@ -331,3 +332,18 @@ def test_probes_of_a_picture_are_not_those_of_the_space():
     found = crowded_pictures(states, panels)
     assert found.loc[("audio", 1), "full space"] == 0
     assert found.loc[("audio", 1), "t-SNE, seed 0"] > 0
+
+
+def test_as_many_tokens_of_each_kind():
+    kinds = [*"aaaaabb", *"abbb", *"aa"]  # of three samples, the last without b
+    tokens = pd.DataFrame({"sample": [0] * 7 + [1] * 4 + [2] * 2, "kind": kinds})
+    states = States(np.arange(13, dtype=np.float32)[None, :, None], tokens)
+    found = as_many(states, ["a", "b"], 8)
+    count = found.tokens.groupby(["sample", "kind"]).size().to_dict()
+    assert count == {(0, "a"): 2, (0, "b"): 2, (1, "a"): 1, (1, "b"): 1}
+    kept = found.hidden[0, :, 0].astype(int)
+    assert found.tokens["kind"].tolist() == [kinds[i] for i in kept]  # states go with their tokens
+    few = as_many(states, ["a", "b"], 1).tokens
+    assert few.groupby(["sample", "kind"]).size().tolist() == [1, 1, 1, 1]
+    drawn = {tuple(as_many(states, ["a", "b"], 1, i).hidden[0, :, 0]) for i in range(9)}
+    assert len(drawn) > 1

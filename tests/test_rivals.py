@@ -150,3 +150,13 @@ def test_every_selector_ranks_every_neuron():
         names
     )
     assert (found.max(("layer", "neuron")) <= 1).all()
+
+
+def test_a_selector_takes_the_passes_whose_results_it_looks_at():
+    mllm = shared_mllm("tiny-qwen2-vl")
+    seen = rivals.evidence(mllm, {"a": Of(samples_for(mllm)[:1])}, ["text"], steps=1)
+    passes = {"scoring (stage 2)": 1.0, "activity of rivals": 10.0, "gradients of rivals": 100.0}
+    found = rivals.price(seen["activation"], passes)
+    told = {"miner": 1, "contrast": 1, "LAPE": 10, "MMNeuron": 10, "loudness": 10, "CAN": 100}
+    assert found[[*told]].to_dict() == told
+    assert found["weight norm"] == found["random"] == 0 and set(found.index) == set(SELECTORS)

@@ -173,10 +173,10 @@ def test_citation_and_licence():
 
 
 def test_the_whole_project_fits_its_budget():
-    """data/ at most 120 MB, without what git ignores: fetched, assembled, parts, figures."""
+    """data/ at most 175 MB, without what git ignores: fetched, assembled, parts, figures."""
     files = [f for f in (ROOT / "data").rglob("*") if f.is_file()]
     ignored = {"parts", "assembled", "figures"}
-    assert sum(f.stat().st_size for f in files if not ignored & {*f.parts}) <= 120e6
+    assert sum(f.stat().st_size for f in files if not ignored & {*f.parts}) <= 175e6
 
 
 def test_make_knows_its_targets():

@@ -18,12 +18,11 @@ from PIL import Image
 
 import minerlib as ml
 from minerlib import atlas, critical, workbook
-from minerlib.artifacts import digest
 from minerlib.findings import silencing
 from minerlib.model import RowError
 from minerlib.parameters import NEUTRAL, at_least
 from minerlib.scoring import METRICS
-from minerlib.selection import PAPER_WEIGHTS, STRATEGIES
+from minerlib.selection import PAPER_WEIGHTS, STRATEGIES, first
 from minerlib.tasks import REGISTRY
 
 # --- parameters ----------------------------------------------------------------------------------
@@ -436,36 +435,23 @@ def test_what_costs_half_of_the_score(tmp_path, monkeypatch):
     assert set(asked) == {24}
 
 
-def test_each_modality_is_asked_for_its_own_benchmarks(tmp_path, monkeypatch):
-    """So that sets that cost nothing but their own reach half; those without one do not count."""
-    wb = make(tmp_path, benchmarks="mmlu, text_vqa", limit=30)
-    one, two, three = some_sets(wb.mllm, 3)
-    left = {None: {"mmlu": 0.75, "text_vqa": 0.8}, digest(one): {"mmlu": 0.25, "text_vqa": 0.8},
-            digest(two): {"mmlu": 0.75, "text_vqa": 0.2}}  # fmt: skip
-
-    def answers(self, neurons=None, rows=None):
-        of = left[None if neurons is None else digest(neurons)]
-        table = [{"benchmark": k, "score": of[k]} for k in rows]
-        return pd.DataFrame(table)
-
-    monkeypatch.setattr(ml.Workbook, "answers", answers)
-    assert wb.costs_half({"text": one, "image": two, "special": three})
-    assert not wb.costs_half({"text": two, "image": one}) and not wb.costs_half({"special": three})
-    assert wb.costs_half({"text": one, "image": one})  # (0 + 1) / 2
-    assert not wb.costs_half(one)  # of all, 0.25 + 0.8 of 0.5 + 0.8 above chance is more than half
+def some_scores(layers, neurons):
+    scores = np.random.default_rng(0).random((5, 1, layers, neurons))
+    axes = {"metric": [*METRICS][:5], "modality": ["text"], "layer": range(layers)}
+    return xr.DataArray(scores, axes, ("metric", "modality", "layer", "neuron"))
 
 
-def test_the_half_dose_of_sets_of_ones_own(tmp_path, monkeypatch):
-    """The least of 0.02 % times powers of two that costs as much, of sets that `of` makes."""
+def test_the_half_dose(tmp_path, monkeypatch):
+    """The least of 0.02 % times powers of the fourth root of two that costs half."""
     wb = make(tmp_path, benchmarks="mmlu", limit=30)
-    total = xr.DataArray(np.zeros((1, 1, 30, 1000)), dims=("metric", "modality", "layer", "neuron"))
+    total = some_scores(30, 1000)
     monkeypatch.setattr(ml.Workbook, "total", lambda self: total)
-    monkeypatch.setattr(ml.Workbook, "costs_half", lambda self, sets: sum(sets.values()) >= 200)
-    assert (
-        wb.half_dose(lambda n: {"a": n, "b": n}) == 192 and wb.half_dose(lambda n: {"a": n}) == 384
-    )
-    with pytest.raises(ValueError, match="no such modality"):
-        wb.half_dose(lambda n: (_ for _ in ()).throw(ValueError("no such modality")))
+    for enough in (200, 7):
+        monkeypatch.setattr(ml.Workbook, "costs_half", lambda self, of, n=enough: of.sum() >= n)
+        series = [round(6 * 2 ** (i / 4)) for i in range(40)]
+        assert wb.half_dose() == next(n for n in series if n >= enough)
+    monkeypatch.setattr(ml.Workbook, "costs_half", lambda self, of: False)
+    assert wb.half_dose() == int(wb.select().any("modality").sum())
 
 
 def test_the_dose_of_a_crossing_is_where_the_mean_of_all_is_half(tmp_path, monkeypatch):
@@ -487,6 +473,17 @@ def test_the_dose_of_a_crossing_is_where_the_mean_of_all_is_half(tmp_path, monke
         assert dose == next(n for n in series if n >= at)
 
 
+def test_where_nothing_can_be_lost_there_is_no_dose(tmp_path, monkeypatch, capsys):
+    """A model at chance loses half of nothing with every set."""
+    wb, total = make(tmp_path, benchmarks="mmlu", limit=30), some_scores(2, 64)
+    monkeypatch.setattr(ml.Workbook, "total", lambda self: total)
+    table = pd.DataFrame([{"benchmark": "mmlu", "score": 0.25}])
+    monkeypatch.setattr(ml.Workbook, "answers", lambda self, neurons=None, rows=None: table)
+    assert wb.crossing_dose(lambda n: {"a": n}) == int(wb.select().any("modality").sum())
+    assert wb.half_dose() == int(wb.select().any("modality").sum())
+    assert capsys.readouterr().out.count("no dose") == 2
+
+
 def test_critical_neurons_are_few_that_cost_half(tmp_path, monkeypatch):
     wb = make(tmp_path, benchmarks="mmlu", limit=30)
     shape = wb.mllm.n_layers, wb.mllm.n_neurons
@@ -496,15 +493,20 @@ def test_critical_neurons_are_few_that_cost_half(tmp_path, monkeypatch):
 
     def logprobs(self, sets, rows):
         assert len(rows["mmlu"]) == 16 and sets[0] is None
-        cost = [0.0, 0.1, 0.4, 0.3, 0.2]  # of the four last neurons, from the last one on
+        cost = [0.0, 0.1, 0.4, 0.3, 0.2]
         return pd.DataFrame({"neurons": range(5), "benchmark": "mmlu", "logprob": -np.array(cost)})
 
+    total = some_scores(*shape)
+    monkeypatch.setattr(ml.Workbook, "total", lambda self: total)
     monkeypatch.setattr(ml.Workbook, "logprobs", logprobs)
     monkeypatch.setattr(ml.Workbook, "cached", lambda self, name, compute, **how: compute())
     enough = lambda self, neurons: neurons.values.sum() >= 2  # noqa: E731
     monkeypatch.setattr(ml.Workbook, "costs_half", enough)
     found, costs = wb.critical(4)
-    assert np.flatnonzero(found.values).tolist() == [slopes.size - 3, slopes.size - 2]
+    taken = first(total, 2, **wb.how | {"strategy": "LA_MU"}).any("modality")
+    # Of the four, the second and the third cost most: the strategy's second, the steepest other.
+    worst = [np.flatnonzero(taken.values)[1], slopes.size - 1]
+    assert np.flatnonzero(found.values).tolist() == worst
     assert costs.tolist() == [0.4, 0.3, 0.2, 0.1]
     monkeypatch.setattr(ml.Workbook, "costs_half", lambda self, neurons: False)
     assert not wb.critical(4)[0].any()

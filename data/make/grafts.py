@@ -178,6 +178,8 @@ def qwen2_5_omni():
 BUILD = {
     "smol-qwen2-vl": qwen2_vl,
     "smol-qwen2-audio": qwen2_audio,
+    "smol-qwen2-audio-seed1": qwen2_audio,
+    "smol-qwen2-audio-seed2": qwen2_audio,
     "smol-qwen2.5-omni": qwen2_5_omni,
     "smol-qwen2.5-omni-mlp": qwen2_5_omni,
 }

@@ -339,7 +339,7 @@ def held_out(mllm: MLLM, names: Sequence[str], limit: int) -> dict[str, float]:
 def main() -> None:
     """Train one model's graft and save it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", choices=list(grafts.BUILD))
+    parser.add_argument("model", choices=list(RECIPES))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rank", type=int, help="of adapters; default: the recipe's")
     parser.add_argument("--steps", type=int, help="of the last phase; default: the recipe's")
@@ -374,8 +374,8 @@ def main() -> None:
         report=(lambda step: held_out(mllm, benchmarks, args.limit)) if args.limit else None,
         report_every=100, save_every=50, **how,
     )  # fmt: skip
-    file = f"graft-{args.seed}.safetensors" if args.seed else grafts.GRAFT
-    out = args.out or grafts.MODELS / args.model / file
+    other = f"-seed{args.seed}" if args.seed else ""
+    out = args.out or grafts.MODELS / f"{args.model}{other}" / grafts.GRAFT
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file(trained(mllm.model, delimiters, bool(recipe.tower)), out)
     print(f"{grafts.parts.shown(out)}: trained in {spent:.0f} s")

@@ -28,7 +28,11 @@ from minerlib.tasks.evaluation import evaluate, prepare
 
 @processes.apart()
 def steps(
-    mllm: MLLM, rows: Sequence[Benchmark], batch_size: int, longest: int | None
+    mllm: MLLM,
+    rows: Sequence[Benchmark],
+    batch_size: int,
+    longest: int | None,
+    integrated: int = 4,
 ) -> dict[str, Callable[[], object]]:
     """What notebooks do with rows, each as a job for `timed`, the bare forward pass first.
 
@@ -53,7 +57,9 @@ def steps(
         "scoring (stage 2)": lambda: [score(mllm, b, batch_size=batch_size) for b in rows],
         "selection (stage 4)": lambda: select(total),
         "activity of rivals": lambda: activity(mllm, rows, batch_size=batch_size),
-        "gradients of rivals": lambda: gradients(mllm, rows, steps=4, batch_size=batch_size),
+        "gradients of rivals": lambda: gradients(
+            mllm, rows, steps=integrated, batch_size=batch_size
+        ),
         "log-probability, silenced": lambda: silenced("logprob only"),
         "answers, silenced": lambda: silenced("score"),
     }

@@ -267,9 +267,9 @@ def logit_lens(
 
 @computation(version=2)
 def measures(
-    mllm: MLLM, bench, answers=None, *, samples=None, window: int | None = None, batch_size=8
+    mllm: MLLM, bench, answers=None, *, samples=None, which=MEASURES, window=None, batch_size=8
 ) -> pd.DataFrame:
-    """The four measures of the numbered samples (default: all) as one table.
+    """The measures (`which` of MEASURES) of the numbered samples (default: all) as one table.
 
     Columns measure (of MEASURES, or `uniform`, the attention of a token that looks everywhere
     alike), sample, layer, set, value: share of attention; saliency over the sample's in an average
@@ -282,15 +282,17 @@ def measures(
     asked = [bench[i] for i in at], answers[at]
     flow = last_token_flow(mllm, *asked, batch_size=batch_size)
     flow["saliency"] /= flow.groupby("sample")["saliency"].transform("sum") / n
-    centres = [i + window // 2 for i in range(0, n, window)]  # that of the last may lie beyond it
-    cut = knockout(mllm, *asked, window=window, layers=centres, batch_size=batch_size)
-    cut["layer"] = cut["layer"].clip(upper=n - 1)
-    lens = logit_lens(mllm, *asked, batch_size=batch_size)
     keys = ["sample", "layer", "set"]
-    shares = flow.melt(keys, ["attention", "uniform", "saliency"], "measure")
-    cut = cut.assign(measure="knockout", value=cut["loss"])
-    lens = lens.assign(measure="lens", set="answer", value=lens["probability"])
-    table = pd.concat([shares, cut, lens], ignore_index=True)[["measure", *keys, "value"]]
+    parts = [flow.melt(keys, [x for x in flow if x == "uniform" or x in which], "measure")]
+    if "knockout" in which:
+        centres = [i + window // 2 for i in range(0, n, window)]  # the last may lie beyond it
+        cut = knockout(mllm, *asked, window=window, layers=centres, batch_size=batch_size)
+        cut["layer"] = cut["layer"].clip(upper=n - 1)
+        parts.append(cut.assign(measure="knockout", value=cut["loss"]))
+    if "lens" in which:
+        lens = logit_lens(mllm, *asked, batch_size=batch_size)
+        parts.append(lens.assign(measure="lens", set="answer", value=lens["probability"]))
+    table = pd.concat(parts, ignore_index=True)[["measure", *keys, "value"]]
     return table.assign(sample=at[table["sample"]])
 
 
@@ -342,8 +344,8 @@ def at_own_source(changed: pd.DataFrame) -> pd.DataFrame:
 
 # --- the claims ----------------------------------------------------------------------------------
 
-_TESTED = {"III": "attention", "III specific": "attention"}
-_TESTED |= {"III knockout": "knockout", "III lens": "lens"}
+TESTED = {"III": "attention", "III specific": "attention"}
+TESTED |= {"III knockout": "knockout", "III lens": "lens"}
 
 
 def magnitudes(changed: pd.DataFrame, others: bool = True) -> pd.DataFrame:
@@ -372,8 +374,8 @@ def _was(changed: pd.DataFrame, measure: str) -> float:
     return was if was > 0 else np.nan
 
 
-def judged(changed: pd.DataFrame, rows: int = 0) -> list[dict]:
-    """The lines of finding III's claims (`inference.judge`), the headline first.
+def judged(changed: pd.DataFrame, rows: int = 0, tested: Mapping = TESTED) -> list[dict]:
+    """The lines of claims of finding III, each of a measure (`inference.judge`), as they are given.
 
     changed of `changes`, with the text's neurons, and draws for those of every medium; `rows` a
     benchmark were measured. Effects are means of `magnitudes` with a medium's own neurons silenced,
@@ -385,7 +387,7 @@ def judged(changed: pd.DataFrame, rows: int = 0) -> list[dict]:
     for others in (True, False):
         text = magnitudes(changed[changed["silenced"] == "text"], others)[0].rename("text")
         sizes.append(magnitudes(_own(changed), others).join(text.droplevel("silenced")))
-    for name, measure in _TESTED.items():
+    for name, measure in tested.items():
         was = 1.0 if measure == "attention" else _was(changed, measure)
         least, most = (size.xs(measure, level="measure") / was for size in sizes)
         drawn = least.drop(columns=[0, "text"])

@@ -5,7 +5,7 @@ are `resampled`, and what it is under the `null`. Changes by silencing are [draw
 the medium's own neurons first, then random ones.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,15 @@ def beside_random(own: pd.DataFrame, each: ArrayLike) -> pd.DataFrame:
     x = np.asarray(each)
     random = own.assign(value=x.mean(0), low=x.min(0), high=x.max(0), silenced="random")
     return pd.concat([own.assign(silenced="own"), random], ignore_index=True)
+
+
+def as_many(states: States, kinds: Sequence[str], n: int, seed: int = 0) -> States:
+    """Of each sample as many tokens of every kind, at most n, drawn; samples that lack one go."""
+    states = states.of(*kinds)
+    tokens = states.tokens.assign(order=np.random.default_rng(seed).random(len(states.tokens)))
+    place = tokens.groupby(["sample", "kind"])["order"].rank()
+    held = tokens.groupby(["sample", "kind"])["order"].size().groupby("sample").min()
+    return states.where(place <= tokens["sample"].map(held).clip(upper=n))
 
 
 # --- reaching towards the text -------------------------------------------------------------------

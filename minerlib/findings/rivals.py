@@ -19,7 +19,7 @@ from minerlib.gradients import gradients
 from minerlib.model import MLLM
 from minerlib.scoring import score
 from minerlib.selection import first, jaccard, select
-from minerlib.selectors import SELECTORS, Evidence, ranked
+from minerlib.selectors import SELECTORS, Evidence, Selector, ranked
 from minerlib.tasks import Benchmark
 from minerlib.written import column_norms
 
@@ -135,7 +135,7 @@ def sets(found: xr.DataArray) -> Sets:
     }  # fmt: skip
 
 
-@computation(version=1)
+@computation(version=2)
 def recovered(
     mllm: MLLM,
     rows: Mapping[str, Benchmark],
@@ -157,6 +157,30 @@ def recovered(
         if m in value.modality.values
     ]
     return pd.DataFrame(lines)
+
+
+JOBS = {"scores": "scoring (stage 2)", "gradients": "gradients of rivals"}
+JOBS |= dict.fromkeys(("activity", "domains"), "activity of rivals")
+
+
+def price(seen: Evidence, passes: Mapping[str, float]) -> pd.Series:
+    """What every selector takes, in forward passes: the sum of the jobs whose result it looks at.
+
+    passes are those of each job of `costs.steps`. Selectors by gradients share one job.
+    """
+
+    def of(selector: Selector) -> float:
+        looked = set[str]()
+
+        class Watched(Evidence):
+            def __getattribute__(self, name: str) -> Any:
+                looked.add(name)
+                return super().__getattribute__(name)
+
+        selector(Watched(*seen))
+        return sum(passes[job] for job in {JOBS[name] for name in looked & set(JOBS)})
+
+    return pd.Series({name: of(selector) for name, selector in SELECTORS.items()})
 
 
 def sample(found: xr.DataArray, n: int, seed: int = 0) -> np.ndarray:
@@ -217,8 +241,9 @@ def losses(
     on those with the set's modality (own), on the others; and their crossover interaction with its
     95 % interval (low, high)."""
     table = specificity.crossing(before, silenced)
-    own = table["silenced"] == table["benchmark"].map(media)
-    cost = {"cost": table["lost"].mean(), "own": table["lost"][own].mean()}
-    cost["others"] = table["lost"][~own].mean()
+    table["about"] = table["benchmark"].map(media)
+    lost = table.groupby(["silenced", "about"])["lost"].mean()  # modalities count alike
+    own = lost.index.get_level_values(0) == lost.index.get_level_values(1)
+    cost = {"cost": lost.mean(), "own": lost[own].mean(), "others": lost[~own].mean()}
     found = specificity.interaction(before, silenced, media)
     return cost | {"interaction": found.mean, "low": found.low, "high": found.high}
