@@ -68,6 +68,8 @@ for module in pkgutil.walk_packages(minerlib.__path__, "minerlib."):
 
 FILE = Path(__file__).with_name("golden.json")
 TOLERANCE = 1e-6  # of a result's summed magnitude
+# Ranks among a few planted neurons: on another processor two that nearly tie change places.
+STEPS = {f"minerlib.{name}.recovered": 0.02 for name in ("planted", "findings.rivals")}
 
 # --- the same on every machine -------------------------------------------------------------------
 
@@ -453,7 +455,7 @@ def differences(found: dict[str, Any], golden: dict[str, Any], tolerance: float)
 
 
 def moved(name: str, golden: dict[str, Any]) -> list[str]:
-    return differences(numbers(GOLDEN[name]()), golden, TOLERANCE)
+    return differences(numbers(GOLDEN[name]()), golden, STEPS.get(name, TOLERANCE))
 
 
 # --- the tests -----------------------------------------------------------------------------------
