@@ -260,6 +260,11 @@ def around(mean: float, error: float, df: float = math.inf) -> Estimate:
     return Estimate(mean, mean - wide, mean + wide, mean - narrow, mean + narrow, error)
 
 
+def reported(mean: float, low: float, high: float) -> Estimate:
+    """An estimate of which its mean and 95 % interval are told, by the normal distribution."""
+    return around(mean, (high - low) / 2 / stats.norm.ppf(0.975))
+
+
 def exchanged(second: np.ndarray, groups: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
     """The labels bool [token], and n times with the two kinds exchanged in a random half of groups.
 

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
+from minerlib import inference
 from minerlib.inference import FAILS, HOLDS, UNKNOWN, claim, spread
 from minerlib.parameters import assigned, declared, listed
 from minerlib.shipped import CARD
@@ -23,6 +24,9 @@ from minerlib.workbook import MODELS, RESULTS, ROOT, NotApplicable, Workbook, sa
 
 COLUMNS = ["finding", "of", "claim", "measured", "null", "p", "verdict", "name", "effect"]
 COLUMNS += ["low", "high", "untrained"]
+EFFECT = ["effect", "low", "high"]
+TWINS = {"smol-qwen2.5-omni-mlp": "smol-qwen2.5-omni"}
+"""Grafts whose MLPs learnt from media, and those that differ from them in nothing else."""
 MARKS = {HOLDS: (2, "yes"), FAILS: (0, "no"), UNKNOWN: (1, "?")}
 
 
@@ -126,11 +130,29 @@ class Scorecard:
         cells = [(name, of, held.get((name, of), [])) for name, of in product(names, self.columns)]
         lines = [{"finding": n, "of": of, **line} for n, of, claims in cells for line in claims]
         self.table = pd.DataFrame(lines).reindex(columns=COLUMNS)
+        beyond = [line for pair in TWINS.items() if (line := self._taught(*pair))]
+        if beyond:
+            added = pd.DataFrame(beyond).reindex(columns=COLUMNS[:-1])
+            self.table = pd.concat([self.table, added], ignore_index=True)
 
     @classmethod
     def bind(cls, namespace: dict[str, Any]) -> Self:
         """From a notebook's `globals()`, as `Workbook.bind`."""
         return cls(**declared(namespace, ("runs", "models", "configurations")))
+
+    def _taught(self, of: str, twin: str) -> dict | None:
+        """What a graft's MLPs learnt adds to Q1, None where it or its twin was not asked.
+
+        Both were asked the same rows, but errors add as those of different rows do: the interval is
+        rather too wide.
+        """
+        asked = self.table[self.table["name"] == "Q1"].drop_duplicates("of").set_index("of")
+        if not {of, twin} <= {*asked.index}:
+            return None
+        more = inference.less(*(inference.reported(*asked.loc[m, EFFECT]) for m in (of, twin)))
+        line = inference.judge("Q1 taught", more, claim("Q1 taught").against)
+        table = inference.claims_table("Q1", [line]).assign(of=of)
+        return table.iloc[0].to_dict()
 
     def _changed(self, value: dict) -> list[str]:
         """The parameters in which a finding differs from its notebook's own, as name=value."""

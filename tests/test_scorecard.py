@@ -40,13 +40,16 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def leave(project, finding, model, verdict="holds", age=0, rival=False, name=None, **parameters):
+def leave(
+    project, finding, model, verdict="holds", age=0, rival=False, name=None, effect=(), **parameters
+):
     """What `save_finding` leaves in a run folder; name is that of its claim."""
     of, name = name, f"{finding}-{abs(hash((verdict, age, *parameters.items()))):x}"
     file = project / f"runs/{model}/finding-{name}.json"
     file.parent.mkdir(exist_ok=True)
     claims = [{"claim": f"81 neurons of {finding}", "measured": "0.9", "null": "1.0",
                "p": "0.010", "verdict": verdict, "name": of or finding}]  # fmt: skip
+    claims[0] |= zip(scorecard.EFFECT, effect, strict=False)
     claims += [claims[0] | {"claim": "rival: another"}] if rival else []
     value = {"finding": finding, "model": model, "parameters": USUAL | parameters}
     file.write_text(json.dumps(value | {"claims": claims}))
@@ -110,6 +113,17 @@ def test_a_fresh_run_sees_nothing_that_is_published(project, monkeypatch):
     assert set(Scorecard().table["finding"]) == {"I", "II"}
     monkeypatch.setenv("MINER_FRESH", "1")
     assert set(Scorecard().table["finding"]) == {"II"}
+
+
+def test_what_learning_adds_is_a_graft_less_its_twin(project, monkeypatch):
+    monkeypatch.setattr(scorecard, "TWINS", {"tiny-a": "tiny-b"})
+    effects = {"tiny-a": (0.9, 0.6, 1.2), "tiny-b": (0.2, -0.2, 0.6)}
+    for model, effect in effects.items():
+        assert "Q1 taught" not in (set(Scorecard().table["name"]) if model == "tiny-b" else ())
+        leave(project, "Q1", model, effect=effect)
+    line = Scorecard().table.set_index("name").loc["Q1 taught"]
+    assert (line["finding"], line["of"], line["verdict"]) == ("Q1", "tiny-a", "cannot be told")
+    assert line[["effect", "low", "high"]].tolist() == pytest.approx([0.7, 0.2, 1.2])  # 3, 4, 5
 
 
 def test_a_column_for_each_configuration_and_only_the_defaults_unless_asked(project):

@@ -54,8 +54,9 @@ Draw = Callable[[np.random.Generator], Drawn]
 class Recipe:
     """How a graft is trained: shares of the tasks, steps of each phase, rate, rank of adapters.
 
-    A tower is trained here where it has steps; `start` is a graft that hears as this one does;
-    `adapted` are the decoder's modules that get adapters.
+    A tower is trained here where it has steps; `sees` is a graft whose tower this one takes,
+    `hears` one whose projector it starts with; `adapted` are the decoder's modules that get
+    adapters.
     """
 
     mix: Mapping[str, float]
@@ -64,23 +65,27 @@ class Recipe:
     rank: int = 0
     align: int = 0
     tower: int = 0
-    start: str = ""
+    sees: str = ""
+    hears: str = ""
     adapted: tuple[str, ...] = grafts.ATTENTION
 
 
 SEEN = {"text_vqa": 0.55, "coco_caption": 0.15, "msvd_qa": 0.25, "crowd": 0.05}
 HEARD = {"libri": 0.8, "vocal_sound": 0.2}
 BOTH = {k: 0.75 * v for k, v in SEEN.items()} | {k: 0.25 * v for k, v in HEARD.items()}
-OMNI = Recipe(BOTH, 1300, 2e-3, rank=8, align=1500, tower=2800, start="smol-qwen2-audio")
+OMNI = Recipe(BOTH, 1300, 2e-3, rank=8, align=1500, tower=2800, hears="smol-qwen2-audio")
 RECIPES = {
     "smol-qwen2-audio": Recipe(HEARD, 2000, 3e-3),
     "smol-qwen2-vl": Recipe(SEEN, 1500, 2e-3, rank=8, align=2500),
     "smol-qwen2.5-omni": OMNI,
     # The same, but the neurons themselves learn from pictures and sounds.
-    "smol-qwen2.5-omni-mlp": replace(OMNI, adapted=(*grafts.ATTENTION, *grafts.MLP)),
+    "smol-qwen2.5-omni-mlp": replace(
+        OMNI, tower=0, sees="smol-qwen2.5-omni", adapted=(*grafts.ATTENTION, *grafts.MLP)
+    ),
 }
 ROWS = {"text_vqa": 8, "coco_caption": 16, "msvd_qa": 8, "crowd": 8, "libri": 12, "vocal_sound": 12}
 QUESTIONS = 5  # at most, on one picture or clip
+TOWER = "model.visual."
 LEARNS = ("merger", "multi_modal_projector", "audio_tower.proj", "lora_", "delimiters")
 
 
@@ -236,13 +241,27 @@ def teach_to_see(mllm: MLLM, recipe: Recipe, name: str, how: dict) -> float:
                          name=f"{name}-align", loss_of=naming_loss(names(mllm)), **how)  # fmt: skip
 
 
-@torch.no_grad()
-def hear_as(mllm: MLLM, start: str) -> None:
-    """Take the projector and the audio delimiters of a graft that was trained before."""
-    file = grafts.MODELS / start / grafts.GRAFT
+def taken(name: str) -> dict[str, torch.Tensor]:
+    """What a graft that was trained before adds to its parts."""
+    file = grafts.MODELS / name / grafts.GRAFT
     if not file.exists():
-        raise SystemExit(f"{grafts.parts.shown(file)} is not there: train {start} first")
-    heard, linear = load_file(file), mllm.model.model.audio_tower.proj
+        raise SystemExit(f"{grafts.parts.shown(file)} is not there: train {name} first")
+    return load_file(file)
+
+
+@torch.no_grad()
+def see_as(mllm: MLLM, other: str) -> None:
+    """Take the vision tower of a graft that was trained before, and the layer behind it."""
+    seen = taken(other)
+    for name, weight in mllm.model.named_parameters():
+        if name.startswith(TOWER):
+            weight.copy_(seen[name])
+
+
+@torch.no_grad()
+def hear_as(mllm: MLLM, other: str) -> None:
+    """Take the projector and the audio delimiters of a graft that was trained before."""
+    heard, linear = taken(other), mllm.model.model.audio_tower.proj
     linear.weight.copy_(heard["model.multi_modal_projector.linear.weight"])
     linear.bias.copy_(heard["model.multi_modal_projector.linear.bias"])
     theirs = grafts.parts.tokenizer(**grafts.AUDIO_TOKENS).get_vocab()
@@ -313,7 +332,7 @@ def trained(
     """What a graft file holds, float16: see `grafts.graft`; with the vision tower if it is new."""
     embeddings = model.get_input_embeddings().weight
     found = {n: w.detach() for n, w in model.named_parameters()
-             if w.requires_grad or tower and n.startswith("model.visual.")}  # fmt: skip
+             if w.requires_grad or tower and n.startswith(TOWER)}  # fmt: skip
     moved = found.pop("delimiters")
     found |= {f"embedding.{t}": embeddings[t] + moved[i] for i, t in enumerate(delimiters)}
     return {name: weight.half().contiguous().cpu() for name, weight in found.items()}
@@ -356,11 +375,12 @@ def main() -> None:
     how = {"folder": args.runs, "seed": args.seed, "device": args.device}
     mllm = MLLM(*grafts.untrained(args.model), args.model)
     mllm.model.to(args.device)
-    # Grafts of one class learn to see alike, and once.
-    seen = f"{grafts.BUILD[args.model].__name__}-{args.seed}"
+    if recipe.sees:
+        see_as(mllm, recipe.sees)
+    seen = f"{args.model}-{args.seed}"
     spent = teach_to_see(mllm, recipe, seen, how) if recipe.align else 0.0
-    if recipe.start:
-        hear_as(mllm, recipe.start)
+    if recipe.hears:
+        hear_as(mllm, recipe.hears)
     delimiters = prepare(mllm, recipe.rank, recipe.adapted, args.seed)
     made, shares = tasks(list(recipe.mix)), list(recipe.mix.values())
 
@@ -377,7 +397,7 @@ def main() -> None:
     other = f"-seed{args.seed}" if args.seed else ""
     out = args.out or grafts.MODELS / f"{args.model}{other}" / grafts.GRAFT
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(trained(mllm.model, delimiters, bool(recipe.tower)), out)
+    save_file(trained(mllm.model, delimiters, bool(recipe.tower or recipe.sees)), out)
     print(f"{grafts.parts.shown(out)}: trained in {spent:.0f} s")
 
 
