@@ -68,8 +68,6 @@ for module in pkgutil.walk_packages(minerlib.__path__, "minerlib."):
 
 FILE = Path(__file__).with_name("golden.json")
 TOLERANCE = 1e-6  # of a result's summed magnitude
-# Ranks among a few planted neurons: on another processor two that nearly tie change places.
-STEPS = {"minerlib.findings.rivals.recovered": 0.02}
 
 # --- the same on every machine -------------------------------------------------------------------
 
@@ -282,6 +280,14 @@ def some_ranks() -> xr.DataArray:
     return xr.DataArray(ranks, coords, ("selector", "modality", "layer", "neuron"))
 
 
+def untied(found: pd.DataFrame) -> pd.DataFrame:
+    """Without selectors by how much a neuron writes: planted ones of a layer write alike, and what
+    orders them is a processor's rounding."""
+    loud = ["loudness", "loudness, written", "MANU variance"]
+    assert set(loud) <= set(found["selector"])
+    return found[~found["selector"].isin(loud)].reset_index(drop=True)
+
+
 def blocks() -> dict[str, list[xr.DataArray]]:
     """Two benchmarks' scores in eight blocks."""
     return {b: [scores(seed + i).assign_attrs(rows=3) for i in range(8)] for b, seed in
@@ -380,8 +386,8 @@ GOLDEN: dict[str, Callable[[], Any]] = {
     "findings.rivals.agreement": agreed,
     "findings.rivals.places": lambda: rivals.places(some_ranks(), [(0, 3), (2, 19)]),
     "findings.rivals.named": lambda: rivals.named(some_ranks(), 5),
-    "findings.rivals.recovered": lambda: rivals.recovered(
-        mllm(), domains(), *sites(), strength=30.0, steps=1
+    "findings.rivals.recovered": lambda: untied(
+        rivals.recovered(mllm(), domains(), *sites(), strength=30.0, steps=1)
     ),
     "atlas.excited": seen,
     "described.foretold": told,
@@ -455,7 +461,7 @@ def differences(found: dict[str, Any], golden: dict[str, Any], tolerance: float)
 
 
 def moved(name: str, golden: dict[str, Any]) -> list[str]:
-    return differences(numbers(GOLDEN[name]()), golden, STEPS.get(name, TOLERANCE))
+    return differences(numbers(GOLDEN[name]()), golden, TOLERANCE)
 
 
 # --- the tests -----------------------------------------------------------------------------------
