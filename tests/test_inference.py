@@ -301,6 +301,7 @@ def test_the_difference_of_two_estimates():
     sizes = np.array([-1.959964, 1.959964, -1.644854, 1.644854]) * found.error
     assert found[1:5] == pytest.approx(found.mean + sizes, abs=1e-6)
     assert inference.less(b, a).mean == -found.mean
+    assert inference.reported(*found[:3]) == pytest.approx(found, abs=1e-12)
 
 
 # --- coverage ------------------------------------------------------------------------------------

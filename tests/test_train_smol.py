@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import random_mllm, samples_for
+from safetensors.torch import save_file
 
 from data.make import grafts, train_smol, vision
 from data.make.training import IGNORED
@@ -66,6 +67,22 @@ def test_what_is_kept_makes_the_trained_function(rank, monkeypatch):
     others = [i for i in range(wanted.shape[-1]) if i not in delimiters]
     torch.testing.assert_close(found[..., others], wanted[..., others], atol=2e-3, rtol=2e-3)
     assert (found - before).abs().max() > 0.1
+
+
+def test_a_tower_is_that_of_a_graft_that_was_trained_before(tmp_path, monkeypatch):
+    mllm, other = random_mllm("tiny-qwen2-vl", seed=0), random_mllm("tiny-qwen2-vl", seed=1)
+    monkeypatch.setattr(grafts, "MODELS", tmp_path)
+    with pytest.raises(SystemExit, match=r"other/graft.safetensors is not there: train other firs"):
+        train_smol.see_as(mllm, "other")
+    theirs = dict(other.model.named_parameters())
+    tower = {n: w.half() for n, w in theirs.items() if n.startswith(train_smol.TOWER)}
+    (tmp_path / "other").mkdir()
+    save_file(tower, tmp_path / "other" / grafts.GRAFT)
+    before = {n: w.clone() for n, w in mllm.model.named_parameters()}
+    train_smol.see_as(mllm, "other")
+    for name, weight in mllm.model.named_parameters():
+        assert torch.equal(weight, tower[name].float() if name in tower else before[name])
+    assert any("merger" in name for name in tower)
 
 
 def test_a_cell_is_told_in_the_words_for_what_it_shows():
