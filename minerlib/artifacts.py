@@ -128,11 +128,20 @@ def _plain(value: Any) -> Any:
 
 
 def key(mllm: Any, of: Any, **config: Any) -> dict[str, dict]:
-    """All that can change a result: model, config, the function or functions `of`, packages."""
+    """All that can change a result: model, config, the function or functions `of`, packages.
+
+    ValueError if two different functions bear one name: which one made it could not be told.
+    """
+    marks = {identity(f) for f in ([of] if callable(of) else of)}
+    made_of = dict(mark.rsplit(" ", 1) for mark in sorted(marks))
+    if len(made_of) < len(marks):
+        names = [mark.rsplit(" ", 1)[0] for mark in marks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"two functions are called {', '.join(twice)}: give one another name")
     return {
         "model": mllm.fingerprint,
         "config": config,
-        "of": dict(identity(f).rsplit(" ", 1) for f in ([of] if callable(of) else of)),
+        "of": made_of,
         "packages": {name: version(name).split("+")[0] for name in PACKAGES},
     }
 

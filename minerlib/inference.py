@@ -25,8 +25,10 @@ from scipy import stats
 @lru_cache(maxsize=8)
 def resamples(n_samples: int, n: int, seed: int | tuple[int, ...] = 0) -> np.ndarray:
     """How often each sample occurs in each of n bootstrap resamplings, [n, sample]; read-only."""
-    if n_samples < 1:
-        raise ValueError("nothing to resample: no samples; raise the limit")
+    if n_samples < 2:
+        raise ValueError(
+            f"nothing to resample: samples={n_samples}, less than 2; raise the limit"
+        )
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(n_samples, np.full(n_samples, 1 / n_samples), n).astype(float)
     counts.setflags(write=False)  # kept: the same rows are resampled under every condition
@@ -58,11 +60,18 @@ def _draws(draws: ArrayLike) -> np.ndarray:
 def interval(values: np.ndarray, n: int = 2000, seed: int = 0) -> tuple[np.ndarray, ...]:
     """Mean over samples with its 95 % interval: mean, low, high, each [...].
 
-    values [sample, ...]; NaN where a sample has no value, and in the result where none has.
+    values [sample, ...]; NaN where a sample has no value, in the mean where none has, and in the
+    ends where fewer than two have.
     """
     values = np.asarray(values, float)
-    draws = weighted(values, resamples(len(values), n, seed))
-    return weighted(values, np.ones((1, len(values))))[0], *middle95(draws)
+    if not len(values):
+        raise ValueError("nothing to average: no samples; raise the limit")
+    known = (~np.isnan(values)).sum(0) > 1
+    ends = np.full((2, *values.shape[1:]), np.nan)
+    if known.any():
+        draws = weighted(values, resamples(len(values), n, seed))
+        ends = np.where(known, middle95(draws), np.nan)
+    return weighted(values, np.ones((1, len(values))))[0], *ends
 
 
 class Estimate(NamedTuple):
@@ -206,7 +215,13 @@ def share(
 
 
 def mean_over_samples(table: pd.DataFrame, value: str, by=("layer", "set")) -> pd.DataFrame:
-    """Mean over samples for each `by`, with its 95 % interval: columns *by, value, low, high, n."""
+    """Mean over samples for each `by`, with its 95 % interval: columns *by, value, low, high, n.
+
+    ValueError if a sample has two values under one `by`.
+    """
+    if (twice := table.duplicated(["sample", *by])).any():
+        first = table.loc[twice, ["sample", *by]].iloc[0].to_dict()
+        raise ValueError(f"two values of {first}; add what tells them apart to by={list(by)}")
     wide = table.pivot_table(value, "sample", list(by), sort=False)
     columns = wide.columns.to_frame(index=False)
     found = dict(zip((value, "low", "high"), interval(wide.to_numpy()), strict=True))
@@ -250,7 +265,7 @@ def less(a: Estimate, b: Estimate) -> Estimate:
 
 
 def summed(parts: Sequence[Estimate]) -> Estimate:
-    """The sum of estimates from rows that are not the same."""
+    """The sum of estimates from rows that are not the same, by the normal distribution."""
     return around(sum(part.mean for part in parts), math.hypot(*(part.error for part in parts)))
 
 
@@ -389,10 +404,11 @@ def discoveries(lines: Sequence[dict]) -> list[dict]:
     at = {id(x): float(q) for x, q in zip(tested, rates, strict=True)}
     out = []
     for x in lines:
-        q = at.get(id(x), x["p"])
-        verdict = x["verdict"]
-        if id(x) in at and verdict.word == HOLDS and q >= LEVEL:
-            verdict = Verdict(UNKNOWN, verdict.margin)
+        q, verdict = at.get(id(x), x["p"]), x["verdict"]
+        if id(x) in at and verdict.word == HOLDS:
+            below = _more(LEVEL, q, LEVEL / 10)
+            held = Verdict(HOLDS, min(verdict.margin, below))
+            verdict = held if below > 0 else Verdict(UNKNOWN, -below)
         out.append(x | {"p": q, "verdict": verdict})
     return out
 

@@ -27,6 +27,8 @@ COLUMNS += ["low", "high", "untrained"]
 EFFECT = ["effect", "low", "high"]
 TWINS = {"smol-qwen2.5-omni-mlp": "smol-qwen2.5-omni"}
 """Grafts whose MLPs learnt from media, and those that differ from them in nothing else."""
+BESIDE = ("Q1 taught", "Q7 attribution")
+"""Lines that stand with the headlines of the questions: what learning adds, a second selector."""
 MARKS = {HOLDS: (2, "yes"), FAILS: (0, "no"), UNKNOWN: (1, "?")}
 
 
@@ -159,6 +161,20 @@ class Scorecard:
         usual = getattr(self.findings.get(value["finding"]), "parameters", value["parameters"])
         return [f"{k}={v}" for k, v in value["parameters"].items() if usual.get(k, ...) != v]
 
+    @property
+    def questions(self) -> pd.DataFrame:
+        """Of the table, what answers the reviewers' questions: each one's headline, and BESIDE."""
+        names = self.table["name"]
+        asked = self.table[names.map(is_question) | names.isin(BESIDE)]
+        return asked.sort_values("name", kind="stable")
+
+    def answers(self) -> pd.DataFrame:
+        """`questions` in words, a row for each and a column per model: the effect, the verdict."""
+        lines = self.questions
+        lines = lines.assign(told=lines.apply(answered, axis=1))
+        wide = lines.pivot(index=["name", "claim"], columns="of", values="told").fillna("")
+        return wide[[of for of in self.columns if of in wide]]
+
     def title(self, name: str) -> str:
         """A finding and where it is judged, as Markdown."""
         known = self.findings.get(name)
@@ -168,12 +184,12 @@ class Scorecard:
     def draw(self, questions: bool = False) -> plt.Figure:
         """The verdicts: a row per claim, a column per model; a cell is what `told` says.
 
-        The paper's claims but for minor ones and rivals, which are other explanations; or the
-        headlines of its reviewers' questions.
+        The paper's claims but for minor ones and rivals, which are other explanations; or those
+        on its reviewers' `questions`.
         """
         table = self.table
         if questions:
-            table = table[table["name"].map(is_question)].sort_values("name", kind="stable")
+            table = self.questions
             names = table["name"]
         else:
             other = table["claim"].str.startswith("rival") | table["name"].map(is_minor)
@@ -247,8 +263,14 @@ def told(line: pd.Series) -> str:
     against.append(f"null: {line['null']}")
     if pd.notna(line["untrained"]):
         against.append(f"untrained: {line['untrained']}")
-    effect = f"{sign}  {spread(*line[['effect', 'low', 'high']], sign='+')}"
+    effect = f"{sign}  {spread(*line[EFFECT], sign='+')}"
     return "\n".join([effect, *textwrap.wrap("; ".join(against), 46)])
+
+
+def answered(line: pd.Series) -> str:
+    """A line's effect with its interval, where it was measured, and its verdict."""
+    effect = "" if pd.isna(line["effect"]) else f"{spread(*line[EFFECT], sign='+')} "
+    return f"{effect}{line['verdict']}"
 
 
 def mark(verdict: Any) -> tuple[float, str]:

@@ -591,6 +591,14 @@ def test_identity_counts_defaults_and_closures():
         identity(make(object()))
 
 
+def test_two_functions_of_one_name_are_refused(run):
+    first, second = (lambda: 1), (lambda: 2)
+    name = first.__qualname__
+    with pytest.raises(ValueError, match=f"two functions are called .*{name}"):
+        run.stem("x", of=[first, second])
+    assert run.stem("x", of=[first, first]) == run.stem("x", of=first)
+
+
 @pytest.mark.parametrize(
     "value",
     [functools.partial(made), len, np.mean, object(), "".join],

@@ -60,6 +60,11 @@ def test_nothing_above_chance_has_no_half_dose():
     assert np.isnan(line["neurons"])
 
 
+def test_no_neuron_is_no_dose():
+    with pytest.raises(ValueError, match=r"doses \[0, 4\]: a dose is of one neuron or more"):
+        doses.half_doses(pd.DataFrame(), {4: pd.DataFrame(), 0: pd.DataFrame()})
+
+
 def test_the_order_of_rows_does_not_count():
     after = {n: table(x).sample(frac=1, random_state=n) for n, x in DOSES.items()}
     ordered = doses.half_doses(table(1.0), {n: table(x) for n, x in DOSES.items()})

@@ -43,8 +43,9 @@ def test_resamples_are_drawn_with_replacement():
     assert not np.array_equal(counts, inference.resamples(5, 4000, 1))
     with pytest.raises(ValueError, match="read-only"):
         counts[0, 0] = 7
-    with pytest.raises(ValueError, match="nothing to resample"):
-        inference.resamples(0, 10)
+    for few in (0, 1):  # one sample is like any resampling of it
+        with pytest.raises(ValueError, match=f"samples={few}, less than 2"):
+            inference.resamples(few, 10)
 
 
 @pytest.mark.parametrize("ones, n", [(12, 40), (35, 50), (3, 7)])
@@ -86,8 +87,18 @@ def test_intervals_and_missing_values():
     assert (low[0, 0], high[0, 0]) == pytest.approx(ends, abs=0.1)
     assert mean[0, 1] == pytest.approx(values[:, 0, 1].mean())
     assert np.isnan([mean[1, 1], low[1, 1], high[1, 1]]).all()
-    with pytest.raises(ValueError, match="nothing to resample"):
+    values[1:, 0, 1] = np.nan  # one sample says nothing of others
+    for mean, *ends in (inference.interval(values), inference.interval(values[:1])):
+        assert mean[0, 1] == values[0, 0, 1] and np.isnan([end[0, 1] for end in ends]).all()
+    with pytest.raises(ValueError, match="nothing to average"):
         inference.interval(np.zeros((0, 3)))
+
+
+def test_two_values_of_one_sample_are_refused():
+    told = pd.DataFrame({"sample": [0, 1, 1], "layer": 0, "set": "text", "v": [1.0, 2.0, 3.0]})
+    with pytest.raises(ValueError, match="two values of {'sample': 1, 'layer': 0, 'set': 'text'}"):
+        inference.mean_over_samples(told, "v")
+    assert inference.mean_over_samples(told[:2], "v")["v"].tolist() == [1.5]
 
 
 def test_means_over_samples_of_paired_conditions():
@@ -613,6 +624,8 @@ def test_discoveries_by_hand():
     assert [x["p"] for x in found] == [x and pytest.approx(x) for x in rates]
     words = [x["verdict"].word for x in found]
     assert words == [HOLDS, HOLDS, HOLDS, UNKNOWN, UNKNOWN, FAILS]
+    margins = [3, 2, 3, 2 / 3, 2 / 3, 2]  # the rate's distance from 0.05, in steps of 0.005
+    assert [x["verdict"].margin for x in found] == pytest.approx(margins)
     assert [x["claim"] for x in found] == list("012345") and lines[3]["verdict"].word == HOLDS
     alone = inference.discoveries(lines[:1])
     assert alone == lines[:1] and inference.discoveries(lines[::2][:2]) == lines[::2][:2]

@@ -233,14 +233,20 @@ def test_a_cell_says_the_effect_and_what_it_is_beside():
 
 def test_questions_stand_apart_from_what_the_paper_says(project):
     leave(project, "I", "tiny-a")
-    leave(project, "Q1", "tiny-a", "does not hold", name="Q1")
+    leave(project, "Q1", "tiny-a", "does not hold", name="Q1", effect=(-0.1, -0.2, 0.001))
     leave(project, "Q3", "tiny-a", "cannot be told", name="Q2")  # one notebook, two questions
     leave(project, "Q3", "tiny-a", name="Q3 whole", age=9)  # no headline
+    leave(project, "Q7", "tiny-b", name="Q7 attribution")  # a selector beside
     card = Scorecard(configurations="all")
     drawn = {q: card.draw(questions=q).axes[0] for q in (False, True)}
     rows = {q: [t.get_text() for t in ax.get_yticklabels()] for q, ax in drawn.items()}
     plt.close("all")
-    assert rows == {False: ["I: neurons of I"], True: ["Q1: neurons of Q1", "Q2: neurons of Q3"]}
+    asked = ["Q1: neurons of Q1", "Q2: neurons of Q3", "Q7 attribution: neurons of Q7"]
+    assert rows == {False: ["I: neurons of I"], True: asked}
+    told = card.answers()
+    own = "-0.10 [-0.20, +0.00] does not hold"
+    assert told.loc[:, "tiny-a"].tolist() == [own, "cannot be told", ""]
+    assert told.loc[:, "tiny-b"].tolist() == ["", "", "holds"]
     assert card.title("Q1").startswith("**Question Q1**, judged in")
     assert scorecard.is_question("Q9") and not scorecard.is_question("Q9 whole")
     assert not scorecard.is_question(float("nan"))

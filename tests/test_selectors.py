@@ -116,6 +116,21 @@ def test_each_by_hand():
     assert lively[KINDS.index("image"), OWN] and found[KINDS.index("image"), OWN] == 0
 
 
+def test_mmneuron_by_hand():
+    """Entropy over benchmarks of how often a neuron fires at all their prompt tokens."""
+    seen, own = evidence()
+    vqa = np.concatenate([own[k] for k in KINDS])
+    mmlu = np.concatenate([own[k][::2] for k in ("text", "special")])
+    share = np.stack([(vqa > 0).mean(0), (mmlu > 0).mean(0)])
+    p = share / np.maximum(share.sum(0), 1e-12)
+    entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(0)
+    lively = share >= np.quantile(share, 0.95)
+    found = SELECTORS["MMNeuron"](seen).sel(modality=["image", "text"]).values[:, 0]
+    np.testing.assert_allclose(found[lively], -np.broadcast_to(entropy, share.shape)[lively])
+    assert lively.any(1).all() and found[~lively].max() < -np.log(2)
+    assert entropy[OWN] == 0 and found[0, OWN] == found[0].max()
+
+
 def test_benchmarks_without_a_medium_have_none():
     value = SELECTORS["MMNeuron"](evidence()[0])
     assert value.modality.values.tolist() == [

@@ -22,6 +22,8 @@ def half_doses(
     dose costs as much, the lowest dose where it already does, NaN where nothing is above chance.
     """
     doses = sorted(after)
+    if not doses or doses[0] < 1:
+        raise ValueError(f"doses {doses}: a dose is of one neuron or more; `before` is of none")
     columns = [*KEY, "medium", "score", "chance"]
     scores = before.assign(chance=guesses(before))[columns].set_index(KEY)
     for dose in doses:

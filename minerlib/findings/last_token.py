@@ -334,9 +334,12 @@ def at_own_source(changed: pd.DataFrame) -> pd.DataFrame:
     """What a modality's neurons change at its own source, layer by layer, beside random draws.
 
     Columns silenced, measure, layer, set (the lens has no source but the answer), value, low, high
-    (95 % interval over samples), n, null, null_low, null_high (mean and range of the draws).
+    (95 % interval over media, of which rows about one are averaged), n (of them), null, null_low,
+    null_high (mean and range of the draws).
     """
-    by, own = ["silenced", *_BY], _own(changed)
+    by = ["silenced", *_BY]
+    of_media = _own(changed).groupby([*by, "draw", "medium"], sort=False)["value"].mean()
+    own = of_media.reset_index().rename(columns={"medium": "sample"})
     drawn = own[own["draw"] > 0].groupby([*by, "draw"])["value"].mean().groupby(by)
     null = drawn.agg(null="mean", null_low="min", null_high="max")
     return inference.mean_over_samples(own[own["draw"] == 0], "value", by).join(null, on=by)

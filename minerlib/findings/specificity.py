@@ -159,7 +159,7 @@ def costlier(
 
 
 def interactions(told: pd.DataFrame, modalities: Sequence[str], media: Mapping[str, str]):
-    """The same in nats a token, of sets silenced in turn, one a modality, over and over [round].
+    """`interaction` in nats a token [round], of sets silenced in turn, one a modality, over again.
 
     told is of `Workbook.logprobs`, whose `neurons` counts the sets.
     """
@@ -227,7 +227,8 @@ def rounds(
     """Each set's neurons that have partners as loud (`written.as_loud`), then n times partners of
     these, set by set; and who stands for whom in the first matching, for `written.balance`.
 
-    Partners are in none of the sets, nor in those `outside`, bool [modality, layer, neuron].
+    Partners are in none of the sets, nor in those `outside`, bool [modality, layer, neuron]. They
+    are matched in another order every time, and so a round may find fewer of them.
     """
     taken = together([*sets.values(), *outside])
     pairs = {m: as_loud(of, loud, seed, outside=taken)[1] for m, of in sets.items()}

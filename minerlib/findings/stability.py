@@ -116,9 +116,12 @@ def halves(mined: Mined, ends: Sequence[int], choose: Choose) -> pd.DataFrame:
     first = len(ends) - BLOCKS + 1
     groups = [range(first), *([i] for i in range(first, len(ends)))]
 
-    def found(way: Sequence[int]) -> tuple[Mapping[str, xr.DataArray], dict, dict]:
+    def pools_of(way: Sequence[int]) -> list[xr.DataArray]:
         blocks = [k for i in way for k in groups[i]]
-        pools = [pooled([of[i] for i in blocks]) for of in mined.values()]
+        return [pooled([of[i] for i in blocks]) for of in mined.values()]
+
+    def found(way: Sequence[int]) -> tuple[Mapping[str, xr.DataArray], dict, dict]:
+        pools = pools_of(way)
         apart = [choose(aggregate([pool])) for pool in pools] if len(pools) > 1 else []
         pairs = pd.DataFrame([shared(a, b) for a, b in combinations(apart, 2)])
         chosen = choose(aggregate(pools))
@@ -127,7 +130,8 @@ def halves(mined: Mined, ends: Sequence[int], choose: Choose) -> pd.DataFrame:
     whole, *own = found(range(BLOCKS))
     ways = combinations(range(BLOCKS), BLOCKS // 2)
     half = {way: found(way) for way in ways}
-    pairs_of = {pair: found(pair)[0] for pair in combinations(range(BLOCKS), BLOCKS // 4)}
+    quarter = combinations(range(BLOCKS), BLOCKS // 4)
+    pairs_of = {pair: choose(aggregate(pools_of(pair))) for pair in quarter}
 
     def within(way: Sequence[int], one: Mapping[str, xr.DataArray]) -> list[pd.Series]:
         """What two quarters share, and what a quarter shares with its half, by modality."""

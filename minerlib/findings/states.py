@@ -2,7 +2,8 @@
 
 The findings' rooms turn these states into tables with one row per layer and measure: the value,
 its 95 % interval by resampling samples, and its null by shuffling the kinds' labels within each
-sample. No measure depends on a projection; `project` is for looking.
+sample, or by exchanging the two kinds in whole samples. No measure depends on a projection;
+`project` is for looking.
 
 Layer 0 is the embeddings, layer i the output of the i-th decoder layer (before the final norm).
 """
