@@ -26,9 +26,7 @@ from scipy import stats
 def resamples(n_samples: int, n: int, seed: int | tuple[int, ...] = 0) -> np.ndarray:
     """How often each sample occurs in each of n bootstrap resamplings, [n, sample]; read-only."""
     if n_samples < 2:
-        raise ValueError(
-            f"nothing to resample: samples={n_samples}, less than 2; raise the limit"
-        )
+        raise ValueError(f"nothing to resample: samples={n_samples}, less than 2; raise the limit")
     rng = np.random.default_rng(seed)
     counts = rng.multinomial(n_samples, np.full(n_samples, 1 / n_samples), n).astype(float)
     counts.setflags(write=False)  # kept: the same rows are resampled under every condition
