@@ -90,6 +90,12 @@ def test_who_is_loud_is_found_by_loudness_alone():
         assert value[OWN] > value[LOUD]
 
 
+def entropy_of(share: np.ndarray) -> np.ndarray:
+    """Of shares [row, neuron], over the rows, in nats."""
+    p = share / np.maximum(share.sum(0), 1e-12)
+    return -(p * np.log(np.where(p > 0, p, 1))).sum(0)
+
+
 def test_each_by_hand():
     seen, own = evidence()
     x, rest = own["image"], np.concatenate([own["text"], own["special"]])
@@ -107,8 +113,7 @@ def test_each_by_hand():
         found = SELECTORS[name](seen).sel(modality="image").values[0]
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-12)
     share = np.stack([(own[k] > 0).mean(0) for k in KINDS])
-    p = share / np.maximum(share.sum(0), 1e-12)
-    entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(0)
+    entropy = entropy_of(share)
     found = SELECTORS["LAPE"](seen).values[:, 0]
     lively = share >= np.quantile(share, 0.95)
     np.testing.assert_allclose(found[lively], -np.broadcast_to(entropy, share.shape)[lively])
@@ -122,8 +127,7 @@ def test_mmneuron_by_hand():
     vqa = np.concatenate([own[k] for k in KINDS])
     mmlu = np.concatenate([own[k][::2] for k in ("text", "special")])
     share = np.stack([(vqa > 0).mean(0), (mmlu > 0).mean(0)])
-    p = share / np.maximum(share.sum(0), 1e-12)
-    entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(0)
+    entropy = entropy_of(share)
     lively = share >= np.quantile(share, 0.95)
     found = SELECTORS["MMNeuron"](seen).sel(modality=["image", "text"]).values[:, 0]
     np.testing.assert_allclose(found[lively], -np.broadcast_to(entropy, share.shape)[lively])
