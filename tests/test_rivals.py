@@ -49,6 +49,16 @@ def test_as_many_neurons_of_each_by_rank():
     assert sets["b"]["image"].modality.values.tolist() == ["image"]
 
 
+def test_some_selectors_beside_those_of_the_claims():
+    assert rivals.asked(None) == list(SELECTORS)
+    need = ["miner", "LAPE", "loudness", "attribution"]
+    assert rivals.asked([]) == need and rivals.asked(["miner"]) == need
+    some = [*need[:1], "contrast", *need[1:], "weight norm"]
+    assert rivals.asked("weight norm,contrast") == rivals.asked(["contrast", "weight norm"]) == some
+    with pytest.raises(ValueError, match=r"selectors=\['contrast', 'lape'\]: no 'lape'; use some"):
+        rivals.asked("contrast, lape")
+
+
 def test_a_neurons_place_by_every_selector():
     values = made()[0].drop_vars("selector")
     values[0, 1, 3] = 9.0  # first of all for text

@@ -69,6 +69,22 @@ def compared() -> list:
     return entries(SELECTORS)
 
 
+CLAIMED = ("miner", "LAPE", "attribution", "loudness")
+"""The selectors that Q7's claims are about."""
+
+
+def asked(names: Sequence[str] | str | None) -> list[str]:
+    """The selectors that are compared: those `CLAIMED` and those named, as a list or with commas;
+    None: all. ValueError for a name that none has."""
+    if names is None:
+        return list(SELECTORS)
+    names = [n.strip() for n in names.split(",")] if isinstance(names, str) else list(names)
+    if unknown := [name for name in names if name not in SELECTORS]:
+        use = f"use some of {', '.join(SELECTORS)}, or None for all"
+        raise ValueError(f"selectors={names}: no {unknown[0]!r}; {use}")
+    return [name for name in SELECTORS if name in (*CLAIMED, *names)]
+
+
 def values(seen: Mapping[str, Evidence]) -> dict[str, xr.DataArray]:
     """What every selector makes of the evidence, [modality, layer, neuron]: by its name, of
     activations; with ", written" behind it, of down-projection inputs where that is another."""
