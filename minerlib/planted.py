@@ -47,22 +47,28 @@ def sites(
     return table.assign(neuron=quiet[place, order]).reset_index(drop=True)
 
 
+class NotPlantable(ValueError):
+    """In this model no neurons can be planted."""
+
+
 def plant(
     mllm: MLLM, sites: pd.DataFrame, loud: Sequence[float], strength: float, seed: int
 ) -> MLLM:
     """A copy of the model with neurons planted at the sites, of activation `loud` each.
 
     strength is the length of the added direction over that of the normed state that enters the MLP.
-    Tokens that are generated count as what they are: text or special. ValueError for a model of 16
-    bits, in which what is added and taken away leaves more than it should, for an MLP that is not
-    gated with projections of its own, and for a loudness that is not above 0.
+    Tokens that are generated count as what they are: text or special. NotPlantable for a model of
+    16 bits, in which what is added and taken away leaves more than it should, for an MLP that is
+    not gated with projections of its own, and for a loudness that is not above 0.
     """
     if mllm.model.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"{mllm.name} is {mllm.model.dtype}: neurons are planted in float32 only")
+        raise NotPlantable(
+            f"{mllm.name} is {mllm.model.dtype}: neurons are planted in float32 only"
+        )
     if not (np.asarray(loud) > 0).all():
-        raise ValueError(f"loudness {np.min(loud):.3g}: a planted neuron must fire")
+        raise NotPlantable(f"loudness {np.min(loud):.3g}: a planted neuron must fire")
     if not hasattr(mllm.family.mlp(mllm.layers[0]), "up_proj"):
-        raise ValueError(f"{mllm.name}: neurons are planted in an MLP with an up_proj of its own")
+        raise NotPlantable(f"{mllm.name}: neurons are planted in an MLP with an up_proj of its own")
     model = copy.deepcopy(mllm.model)
     model.config._commit_hash = None  # it is no longer what the hub has
     other = MLLM(model, mllm.processor, f"{mllm.name}, planted", mllm.settings)
@@ -152,8 +158,11 @@ def found(scores: np.ndarray, sites: pd.DataFrame, modality: str) -> dict[str, f
 
     auc: how often a needed neuron scores higher than a planted one of another role, which fires
     alike; percentile: their mean rank among all, 1 the highest. And the shares of each role among
-    as many neurons as are needed, of highest score: recall (the needed), idle, everywhere.
+    as many neurons as are needed, of highest score: recall (the needed), idle, everywhere. Scores
+    that differ by less than some 1e-4 of their size tie: planted neurons are alike but for rounding.
     """
+    parts, exponents = np.frexp(scores)
+    scores = np.ldexp(np.round(parts * 2**14), exponents)
     of = {role: neurons.ravel() for role, neurons in roles(sites, modality, scores.shape).items()}
     needed = of.pop("needed")
     order = np.argsort(-scores, axis=None, kind="stable")

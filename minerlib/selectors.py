@@ -14,6 +14,7 @@ import xarray as xr
 from scipy.stats import entropy, rankdata
 
 from minerlib.selection import PAPER_WEIGHTS, weighted
+from minerlib.separation import BASE_SETS
 
 LIVELY = 0.95  # the quantile of activation probabilities above which a neuron counts as active
 
@@ -40,9 +41,14 @@ class Evidence(NamedTuple):
         return own / own.tokens.clip(1)
 
     def elsewhere(self, statistic: str) -> xr.DataArray:
-        """Its mean over all other prompt tokens."""
-        whole, own = self.activity.sel(statistic=statistic, modality="prompt"), self.sums(statistic)
-        return (whole.drop_vars("modality") - own) / (whole.tokens - own.tokens).clip(1)
+        """Its mean over all other prompt tokens.
+
+        A sum of the others': the whole less its own leaves rounding of who is loud at its own only.
+        """
+        parts = self.activity.sel(statistic=statistic, modality=list(BASE_SETS))
+        rest = [parts.sel(modality=[k for k in BASE_SETS if k != m]) for m in self.modalities]
+        means = [of.sum("modality") / max(int(of.tokens.sum()), 1) for of in rest]
+        return xr.concat(means, "modality").assign_coords(modality=self.modalities)
 
 
 Selector = Callable[[Evidence], xr.DataArray]

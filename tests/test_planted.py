@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -51,6 +53,21 @@ def test_sites_are_the_quietest_and_as_many_of_each_role(exact_mllm, samples_of,
     written = loudness(exact_mllm, [samples_of]).sel(statistic="max", modality="prompt").values
     for layer, of in sites.groupby("layer"):
         assert set(of["neuron"]) == set(np.argsort(written[layer])[: len(of)])
+
+
+@pytest.mark.fault("a mistake is taken for what cannot be done")
+def test_where_no_neurons_can_be_planted(exact_mllm, sites, monkeypatch):
+    """An error of its own: notebook 14 goes on without them, and at no other error."""
+    with pytest.raises(planted.NotPlantable, match="loudness 0: a planted neuron must fire"):
+        planted.plant(exact_mllm, sites, np.zeros(len(sites)), 3.0, seed=1)
+    monkeypatch.setattr(
+        exact_mllm, "family", SimpleNamespace(mlp=lambda layer: torch.nn.Linear(1, 1))
+    )
+    with pytest.raises(planted.NotPlantable, match="planted in an MLP with an up_proj of its own"):
+        planted.plant(exact_mllm, sites, np.ones(len(sites)), 3.0, seed=1)
+    monkeypatch.setattr(exact_mllm, "model", SimpleNamespace(dtype=torch.bfloat16))
+    with pytest.raises(planted.NotPlantable, match="bfloat16: neurons are planted in float32 only"):
+        planted.plant(exact_mllm, sites, np.ones(len(sites)), 3.0, seed=1)
 
 
 def test_the_intact_model_computes_what_it_did_however_loud(exact_mllm, samples_of, sites):

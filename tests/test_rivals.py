@@ -162,6 +162,18 @@ def test_every_selector_ranks_every_neuron():
     assert (found.max(("layer", "neuron")) <= 1).all()
 
 
+def test_a_selector_has_numbers_for_all_neurons_or_none(monkeypatch):
+    """NaN at a few would make their modality's ranks all NaN, and leave the selector out."""
+    few, seen = made()[0].drop_vars("selector"), {"activation": None, "written": None}
+    few[1, 0, :3] = np.nan
+    selectors_ = {"odd": lambda _: few, "none": lambda _: few[[0]]}
+    monkeypatch.setattr(rivals, "SELECTORS", selectors_)
+    with pytest.raises(ValueError, match="selector 'odd' is NaN at 3 of 60 neurons for 'image'"):
+        rivals.values(seen)
+    few[1] = np.nan
+    assert list(rivals.values(seen)) == ["odd", "none"]
+
+
 def test_a_selector_takes_the_passes_whose_results_it_looks_at():
     mllm = shared_mllm("tiny-qwen2-vl")
     seen = rivals.evidence(mllm, {"a": Of(samples_for(mllm)[:1])}, ["text"], steps=1)

@@ -91,8 +91,13 @@ def values(seen: Mapping[str, Evidence]) -> dict[str, xr.DataArray]:
     found = {name: selector(seen["activation"]) for name, selector in SELECTORS.items()}
     for name, selector in SELECTORS.items():
         of = selector(seen["written"])
-        if not np.array_equal(of.values, found[name].values):
+        if not np.array_equal(of.values, found[name].values, equal_nan=True):
             found[f"{name}, written"] = of
+    for name, of in found.items():
+        for modality, unknown in zip(of.modality.values, np.isnan(of.values), strict=True):
+            if unknown.any() and not unknown.all():
+                where = f"{unknown.sum()} of {unknown.size} neurons for {str(modality)!r}"
+                raise ValueError(f"selector {name!r} is NaN at {where}: give numbers, or none")
     return found
 
 
@@ -151,7 +156,7 @@ def sets(found: xr.DataArray) -> Sets:
     }  # fmt: skip
 
 
-@computation(version=2)
+@computation(version=3)
 def recovered(
     mllm: MLLM,
     rows: Mapping[str, Benchmark],
