@@ -159,7 +159,8 @@ def found(scores: np.ndarray, sites: pd.DataFrame, modality: str) -> dict[str, f
     auc: how often a needed neuron scores higher than a planted one of another role, which fires
     alike; percentile: their mean rank among all, 1 the highest. And the shares of each role among
     as many neurons as are needed, of highest score: recall (the needed), idle, everywhere. Scores
-    that differ by less than some 1e-4 of their size tie: planted neurons are alike but for rounding.
+    that differ by less than some 1e-4 of their size tie: planted neurons are alike, but for
+    rounding.
     """
     parts, exponents = np.frexp(scores)
     scores = np.ldexp(np.round(parts * 2**14), exponents)
