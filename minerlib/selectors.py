@@ -14,7 +14,7 @@ import xarray as xr
 from scipy.stats import entropy, rankdata
 
 from minerlib.selection import PAPER_WEIGHTS, weighted
-from minerlib.separation import BASE_SETS
+from minerlib.separation import BASE_SETS, UNIONS
 
 LIVELY = 0.95  # the quantile of activation probabilities above which a neuron counts as active
 
@@ -45,8 +45,9 @@ class Evidence(NamedTuple):
 
         A sum of the others': the whole less its own leaves rounding of who is loud at its own only.
         """
-        parts = self.activity.sel(statistic=statistic, modality=list(BASE_SETS))
-        rest = [parts.sel(modality=[k for k in BASE_SETS if k != m]) for m in self.modalities]
+        parts = self.activity.sel(statistic=statistic)
+        own = [UNIONS.get(m, (m,)) for m in self.modalities]
+        rest = [parts.sel(modality=[k for k in BASE_SETS if k not in of]) for of in own]
         means = [of.sum("modality") / max(int(of.tokens.sum()), 1) for of in rest]
         return xr.concat(means, "modality").assign_coords(modality=self.modalities)
 

@@ -136,6 +136,14 @@ def test_who_fires_nowhere_else_has_a_number_whatever_is_rounded():
         assert np.isfinite(value).all() and value[0, 0] > 1e3, name
 
 
+def test_elsewhere_is_outside_all_that_a_set_unites():
+    seen, own = evidence()
+    rest = seen._replace(modalities=["special_text", "text"]).elsewhere("absolute").values[:, 0]
+    np.testing.assert_allclose(rest[0], np.abs(own["image"]).mean(0))
+    others = np.concatenate([own["image"], own["special"]])
+    np.testing.assert_allclose(rest[1], np.abs(others).mean(0))
+
+
 def test_mmneuron_by_hand():
     """Entropy over benchmarks of how often a neuron fires at all their prompt tokens."""
     seen, own = evidence()
